@@ -1,0 +1,48 @@
+"""Systems by name. The only place where `serving` (and through it the runner) learns which systems exist.
+
+A system is a class in its own package and a frozen dataclass of its options; both are imported when first asked for, so
+that `serving` depends on no system.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from serving.errors import UserError
+from serving.interface import System
+
+# name -> module, system class, options class
+_SYSTEMS = {
+    "crosspool": ("crosspool.engine", "CrossPool", "CrossPoolOptions"),
+    "static": ("baselines.static", "StaticPartition", "StaticOptions"),
+}
+
+
+def names() -> tuple[str, ...]:
+    """The systems that :func:`create` knows."""
+    return tuple(_SYSTEMS)
+
+
+def options_from_dict(options_class: type, options: Mapping[str, Any], system: str) -> Any:
+    """`options_class(**options)`; raises :class:`UserError` that lists the known options for an unknown one."""
+    known = {f.name: f for f in dataclasses.fields(options_class)}
+    for key in options:
+        if key not in known:
+            raise UserError(f"system {system!r} has no option {key!r}; known: {', '.join(known)}")
+    try:
+        return options_class(**options)
+    except TypeError as error:
+        raise UserError(f"system {system!r}: {error}") from None
+
+
+def create(name: str, options: Mapping[str, Any] | None = None) -> System:
+    """A new, unstarted system. Raises :class:`UserError` for an unknown name or option."""
+    try:
+        module_name, class_name, options_name = _SYSTEMS[name]
+    except KeyError:
+        raise UserError(f"unknown system {name!r}; known: {', '.join(_SYSTEMS)}") from None
+    module = importlib.import_module(module_name)
+    return getattr(module, class_name)(options_from_dict(getattr(module, options_name), options or {}, name))
