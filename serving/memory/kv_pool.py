@@ -17,7 +17,7 @@ import torch
 from serving.errors import CapacityError
 from serving.memory.pages import PageLender, contiguous_runs
 from serving.memory.virtual import PhysicalPages, VirtualRange
-from serving.spec import ModelSpec, MLASpec
+from serving.spec import MLASpec, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class ModelKV:
         self._range = VirtualRange(self._layer_bytes * spec.num_layers)
         shape = cache_shape(spec, self._run_slots * max_runs)
         self.layers: list[torch.Tensor] = [
-            self._range.tensor(layer * self._layer_bytes, shape, getattr(torch, dtype)) for layer in range(spec.num_layers)
+            self._range.tensor(layer * self._layer_bytes, shape, getattr(torch, dtype))
+            for layer in range(spec.num_layers)
         ]
         self._free_runs = list(range(max_runs - 1, -1, -1))
         self.pages_in_use = 0
@@ -88,7 +89,9 @@ class ModelKV:
         if tokens <= run.mapped_tokens:
             return
         if tokens > self.geometry.max_context_tokens:
-            raise CapacityError(f"{self.geometry.model}: {tokens} tokens exceed its context of {self.geometry.max_context_tokens}")
+            raise CapacityError(
+                f"{self.geometry.model}: {tokens} tokens exceed its context of {self.geometry.max_context_tokens}"
+            )
         page_bytes = self._pool.page_bytes
         wanted = -(-tokens * self.geometry.token_bytes // page_bytes)
         added = wanted - run.mapped_pages

@@ -30,7 +30,9 @@ def _mmap(address: int | None, length: int, protection: int, flags: int, fd: int
     mapped = _libc.mmap(address, length, protection, flags, fd, offset)
     if mapped == _MAP_FAILED:
         reason = os.strerror(ctypes.get_errno())
-        raise CapacityError(f"mapping {length} bytes of KV memory failed: {reason} (see vm.max_map_count, vm.overcommit_memory)")
+        raise CapacityError(
+            f"mapping {length} bytes of KV memory failed: {reason} (see vm.max_map_count, vm.overcommit_memory)"
+        )
     return mapped
 
 
@@ -74,7 +76,9 @@ class VirtualRange:
         """Put `count` consecutive physical pages at `offset_bytes`, faulted in so that first use costs nothing."""
         flags = _MAP_SHARED | _MAP_FIXED | _MAP_POPULATE
         length = count * physical.page_bytes
-        _mmap(self._address + offset_bytes, length, _PROT_READ_WRITE, flags, physical.fd, first_page * physical.page_bytes)
+        _mmap(
+            self._address + offset_bytes, length, _PROT_READ_WRITE, flags, physical.fd, first_page * physical.page_bytes
+        )
 
     def unmap(self, offset_bytes: int, length_bytes: int) -> None:
         """Take the pages in [offset, offset + length) away; touching them afterwards is a fault, not stale data."""

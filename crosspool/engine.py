@@ -1,0 +1,118 @@
+"""The CrossPool engine: KV of all models in one pool, FFN weights of all models in the other, hidden rows between them.
+
+Attention, norms, embeddings, LM head and sampling run beside the KV; router and experts run beside the weights (paper,
+"Split"). The KV-pool worker keeps several batches in flight, one in attention while others are in their FFN, and the two
+sides find each other through polled mailboxes. Admission reserves a request's declared cap and never preempts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from serving.capacity import (
+    attention_bytes,
+    attention_workspace_bytes,
+    ffn_bytes,
+    ffn_workspace_bytes,
+    require_kv,
+    require_weights,
+)
+from serving.errors import UserError
+from serving.host import HostedSystem, pool_config
+from serving.interface import Cluster, Demand, Device, DevicePlan, Placement, ServedModel
+from serving.options import EngineOptions
+from serving.shm.mailbox import MailboxShape
+from serving.spec import element_bytes
+from serving.workers.config import FFNWorkerConfig, MailboxRef, ModelWorkerConfig
+from serving.workers.process import ref
+
+
+@dataclass(frozen=True)
+class CrossPoolOptions(EngineOptions):
+    """Beside what every engine has: `lanes`, the number of in-flight batches (the paper has 2). The first device is the
+    KV pool, all others are the weights pool."""
+
+    lanes: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.lanes, int) or self.lanes < 1:
+            raise UserError(f"option lanes is {self.lanes!r}; at least one batch must be in flight")
+
+
+class CrossPool(HostedSystem):
+    """Two pools on two or more devices."""
+
+    name = "crosspool"
+
+    def __init__(self, options: CrossPoolOptions | None = None) -> None:
+        super().__init__()
+        self.options = options or CrossPoolOptions()
+
+    def plan(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Placement:
+        """KV and attention halves on the first device, each model's FFN on the weights device with most room."""
+        if len(cluster.devices) < 2:
+            raise UserError("crosspool needs two devices at least: one for the KV pool, one for the weights pool")
+        kv_device, *weights_devices = cluster.devices
+        ffn_of = _spread(models, weights_devices)
+        plans = [self._plan_kv_pool(kv_device, models)]
+        for index, device in enumerate(weights_devices):
+            plans.append(self._plan_weights_pool(device, [m for m in models if ffn_of[m.name] == index]))
+        return Placement(self.name, tuple(models), tuple(plans), {**asdict(self.options), "ffn_of": ffn_of})
+
+    def _plan_kv_pool(self, device: Device, models: Sequence[ServedModel]) -> DevicePlan:
+        limits, page_bytes = self.options.limits, self.options.page_bytes
+        weights = {model.name: attention_bytes(model) for model in models}
+        workspace_bytes = self.options.lanes * max(attention_workspace_bytes(model, limits) for model in models)
+        used_bytes = sum(weights.values()) + workspace_bytes
+        require_weights(device, used_bytes, "attention weights and workspace of the KV pool")
+        kv_bytes = (device.memory_bytes - used_bytes) // page_bytes * page_bytes
+        require_kv(device, "kv-pool", kv_bytes, page_bytes, models)
+        return DevicePlan(device, "kv-pool", weights, kv_bytes)
+
+    def _plan_weights_pool(self, device: Device, models: Sequence[ServedModel]) -> DevicePlan:
+        weights = {model.name: ffn_bytes(model) for model in models}
+        workspace_bytes = max((ffn_workspace_bytes(model, self.options.limits) for model in models), default=0)
+        require_weights(
+            device, sum(weights.values()) + workspace_bytes, "FFN weights and workspace of the weights pool"
+        )
+        return DevicePlan(device, "weights-pool", weights, 0)
+
+    def _launch(self, placement: Placement) -> None:
+        kv_plan, *weights_plans = placement.devices
+        limits, lanes = self.options.limits, self.options.lanes
+        models = placement.models
+        row_bytes = max(model.spec.hidden_size * element_bytes(model.dtype) for model in models)
+        shape = MailboxShape(slots=lanes, slot_bytes=limits.max_rows * row_bytes)
+        ports, indices = [-1] * len(models), [-1] * len(models)
+        mailboxes, regions = [], []
+        for port, plan in enumerate(weights_plans):
+            region = self._new_mailbox_region(shape.region_bytes)
+            mailbox = MailboxRef(ref(region), shape)
+            hosted = [(i, model) for i, model in enumerate(models) if model.name in plan.weights_bytes]
+            for ffn_index, (i, _) in enumerate(hosted):
+                ports[i], indices[i] = port, ffn_index
+            self._start_worker(
+                plan.device, FFNWorkerConfig(plan.device, tuple(m for _, m in hosted), limits, (mailbox,)), [region]
+            )
+            mailboxes.append(mailbox)
+            regions.append(region)
+        pool = pool_config(
+            "kv-pool", kv_plan.kv_bytes, self.options.page_bytes, range(len(models)), self.options.max_running
+        )
+        role = ModelWorkerConfig(
+            kv_plan.device, models, (pool,), limits, lanes, tuple(ports), tuple(indices), tuple(mailboxes)
+        )
+        self._register_pools(self._start_worker(kv_plan.device, role, regions), role, self.options.max_queued)
+
+
+def _spread(models: Sequence[ServedModel], devices: Sequence[Device]) -> dict[str, int]:
+    """Weights device of each model's FFN: largest model first, each to the device with most free memory."""
+    free_bytes = [device.memory_bytes for device in devices]
+    placed = {}
+    for model in sorted(models, key=ffn_bytes, reverse=True):
+        index = max(range(len(devices)), key=lambda i: free_bytes[i])
+        placed[model.name] = index
+        free_bytes[index] -= ffn_bytes(model)
+    return placed

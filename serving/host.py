@@ -1,0 +1,220 @@
+"""The host side that every system shares: workers started and watched, requests admitted, events collected.
+
+A system decides where things lie (`plan`) and how its workers are laid out (`_launch`); admission, dispatch, failure and
+clean-up are the same for all, so that a comparison compares placements and policies and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serving.admission import AdmissionLimits, AdmissionQueue
+from serving.errors import UserError
+from serving.interface import Device, DeviceStats, Event, EventKind, Placement, PoolSample, Request, ServedModel
+from serving.memory.kv_pool import KVGeometry
+from serving.shm.region import SharedRegion
+from serving.workers.config import FFNWorkerConfig, ModelWorkerConfig, PoolConfig
+from serving.workers.messages import Submit, Tokens
+from serving.workers.process import WorkerProcess
+
+START_TIMEOUT_S = 600.0
+
+
+@dataclass
+class _Pool:
+    """A KV pool as the host knows it: its admission queue, and the worker whose lanes serve it."""
+
+    name: str
+    worker: WorkerProcess
+    device: Device
+    queue: AdmissionQueue
+
+
+@dataclass
+class _Live:
+    """A request between submission and its end."""
+
+    request: Request
+    pool: _Pool
+    admitted: bool = False
+
+
+class HostedSystem:
+    """Base of systems that run on worker processes. Subclasses set `name`, implement `plan` and `_launch`."""
+
+    name: str
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[WorkerProcess, Device]] = []
+        self._mailbox_regions: list[SharedRegion] = []
+        self._pools: list[_Pool] = []
+        self._pool_of_model: dict[str, _Pool] = {}
+        self._index_of_model: dict[str, int] = {}  # within its worker
+        self._models: dict[str, ServedModel] = {}
+        self._live: dict[int, _Live] = {}
+        self._events: list[Event] = []
+        self._samples: list[PoolSample] = []
+        self._started_ns = 0
+
+    # -- for subclasses ------------------------------------------------------------------------------------------------
+    def _launch(self, placement: Placement) -> None:
+        """Start the workers with `_start_worker` and register the KV pools with `_register_pools`."""
+        raise NotImplementedError
+
+    def _start_worker(
+        self, device: Device, role: ModelWorkerConfig | FFNWorkerConfig, regions: Sequence[SharedRegion] = ()
+    ) -> WorkerProcess:
+        worker = WorkerProcess(f"{self.name}/{device.name}", core_of(device), role, list(regions))
+        self._workers.append((worker, device))
+        return worker
+
+    def _new_mailbox_region(self, size_bytes: int) -> SharedRegion:
+        region = SharedRegion(size_bytes)
+        self._mailbox_regions.append(region)
+        return region
+
+    def _register_pools(self, worker: WorkerProcess, role: ModelWorkerConfig, max_queued: int) -> None:
+        for config in role.pools:
+            hosted = [role.models[index] for index in config.models]
+            limits = AdmissionLimits(config.num_pages, config.page_bytes, config.max_runs, max_queued)
+            queue = AdmissionQueue(limits, [KVGeometry.of(model.spec, model.dtype) for model in hosted])
+            pool = _Pool(config.name, worker, role.device, queue)
+            self._pools.append(pool)
+            for index in config.models:
+                self._pool_of_model[role.models[index].name] = pool
+                self._index_of_model[role.models[index].name] = index
+
+    # -- the one interface ---------------------------------------------------------------------------------------------
+    def start(self, placement: Placement) -> None:
+        """Start all workers and wait until each has loaded. On any failure everything is stopped and the cause raised."""
+        if self._workers:
+            raise UserError(f"{self.name} is running already")
+        self._models = {model.name: model for model in placement.models}
+        try:
+            self._launch(placement)
+            deadline_s = time.monotonic() + START_TIMEOUT_S
+            for worker, _ in self._workers:
+                worker.wait_ready(deadline_s)
+        except BaseException:
+            self.stop()
+            raise
+        self._started_ns = time.monotonic_ns()
+
+    def submit(self, request: Request) -> None:
+        """Take a request. A request that can never be served gets its REJECTED event at the next poll."""
+        if request.request_id in self._live:
+            raise UserError(f"request id {request.request_id} is in use")
+        problem = self._problem_with(request)
+        if not problem:
+            pool = self._pool_of_model[request.model]
+            total_tokens = len(request.prompt) + request.max_new_tokens
+            problem = pool.queue.offer(request.request_id, request.model, total_tokens)
+        if problem:
+            self._emit(request.request_id, EventKind.REJECTED, time.monotonic_ns(), reason=problem)
+            return
+        self._live[request.request_id] = _Live(request, pool)
+        self._admit(pool)
+
+    def poll(self) -> list[Event]:
+        """Events since the last call. Raises WorkerDied when a worker has ended; what it reported before is kept."""
+        ended = False
+        for worker, device in self._workers:
+            for message in worker.receive():
+                if isinstance(message, Tokens):
+                    ended |= self._take_tokens(message)
+                else:
+                    self._take_sample(device, message)
+        if ended:
+            for pool in self._pools:
+                self._admit(pool)
+        events, self._events = self._events, []
+        if not events:
+            for worker, _ in self._workers:
+                worker.check()
+        return events
+
+    def pool_samples(self) -> list[PoolSample]:
+        samples, self._samples = self._samples, []
+        return samples
+
+    def stats(self) -> list[DeviceStats]:
+        elapsed_ns = time.monotonic_ns() - self._started_ns
+        stats = []
+        for worker, device in self._workers:
+            counted = worker.counters.read()
+            stats.append(
+                DeviceStats(device.name, counted["busy_ns"], elapsed_ns, counted["bytes_crossed"], counted["steps"])
+            )
+        return stats
+
+    def stop(self) -> None:
+        """Stop every worker and give back all shared memory. Safe at any time, and twice."""
+        workers, self._workers = self._workers, []
+        regions, self._mailbox_regions = self._mailbox_regions, []
+        for worker, _ in workers:
+            worker.stop()
+        for region in regions:
+            region.close()
+        self._pools.clear()
+        self._pool_of_model.clear()
+        self._live.clear()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+    def _problem_with(self, request: Request) -> str:
+        model = self._models.get(request.model)
+        if model is None:
+            return f"unknown model {request.model!r}; served: {', '.join(self._models)}"
+        if not request.prompt or request.max_new_tokens < 1:
+            return "a request needs at least one prompt token and one token to generate"
+        if not 0 <= min(request.prompt) <= max(request.prompt) < model.spec.vocab_size:
+            return f"prompt ids must lie in [0, {model.spec.vocab_size}) for {request.model}"
+        return ""
+
+    def _admit(self, pool: _Pool) -> None:
+        for request_id in pool.queue.admit():
+            live = self._live[request_id]
+            live.admitted = True
+            self._emit(request_id, EventKind.ADMITTED, time.monotonic_ns())
+            request = live.request
+            stop_ids = () if request.ignore_eos else self._models[request.model].spec.eos_token_ids
+            index = self._index_of_model[request.model]
+            pool.worker.send(Submit(request_id, index, request.prompt, request.max_new_tokens, stop_ids))
+
+    def _take_tokens(self, message: Tokens) -> bool:
+        ended = False
+        for request_id, token, last in message.items:
+            self._emit(request_id, EventKind.TOKENS, message.time_ns, tokens=(token,))
+            if last:
+                self._live.pop(request_id).pool.queue.finish(request_id)
+                self._emit(request_id, EventKind.COMPLETED, message.time_ns)
+                ended = True
+        return ended
+
+    def _take_sample(self, device: Device, message) -> None:
+        by_name = {pool.name: pool for pool in self._pools}
+        for name, pages in message.pages:
+            limits = by_name[name].queue.limits
+            self._samples.append(
+                PoolSample(message.time_ns, f"{device.name}/{name}", pages, limits.budget_pages, limits.page_bytes)
+            )
+
+    def _emit(
+        self, request_id: int, kind: EventKind, time_ns: int, tokens: tuple[int, ...] = (), reason: str = ""
+    ) -> None:
+        self._events.append(Event(request_id, kind, time_ns, tokens, reason))
+
+
+def core_of(device: Device) -> int | None:
+    """The core that stands for a CPU device, among those this process may use; None for other kinds of device."""
+    if device.kind != "cpu":
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[device.index % len(cores)]
+
+
+def pool_config(name: str, kv_bytes: int, page_bytes: int, models: Sequence[int], max_running: int) -> PoolConfig:
+    """A pool of as many whole pages as `kv_bytes` holds."""
+    return PoolConfig(name, kv_bytes // page_bytes, page_bytes, tuple(models), max_running)

@@ -1,0 +1,114 @@
+"""From a worker's configuration to the worker: attach the shared regions, charge the budget, load the halves."""
+
+from __future__ import annotations
+
+import torch
+
+from serving.checkpoints import open_weights
+from serving.interface import Device, ServedModel
+from serving.layers.attention_half import AttentionHalf
+from serving.layers.batch import BatchLayout
+from serving.layers.ffn_half import FFNHalf
+from serving.layers.sizes import weight_bytes_attention, weight_bytes_ffn
+from serving.memory.budget import MemoryBudget
+from serving.memory.kv_pool import KVPool, ModelKV
+from serving.shm.mailbox import Mailbox
+from serving.shm.region import SharedRegion
+from serving.shm.ring import Ring
+from serving.workers.config import Channel, FFNWorkerConfig, MailboxRef, ModelWorkerConfig, PoolConfig, RegionRef
+from serving.workers.counters import Counters
+from serving.workers.ffn_worker import FFNWorker
+from serving.workers.model_worker import HostedModel, ModelWorker
+from serving.workers.ports import LocalFFN, RemoteFFN
+
+
+def attach(ref: RegionRef) -> SharedRegion:
+    return SharedRegion(ref.size_bytes, fd=ref.fd)
+
+
+def build_worker(role: ModelWorkerConfig | FFNWorkerConfig, channel: Channel) -> ModelWorker | FFNWorker:
+    """A loaded, warmed-up worker. Raises CapacityError when its device cannot hold what it is told to."""
+    build = _build_model_worker if isinstance(role, ModelWorkerConfig) else _build_ffn_worker
+    return build(role, Ring(attach(channel.control)), Ring(attach(channel.tokens)), Counters(attach(channel.counters)))
+
+
+def _mailbox(ref: MailboxRef) -> Mailbox:
+    return Mailbox(attach(ref.region), ref.shape)
+
+
+def _load_attention(model: ServedModel, budget: MemoryBudget) -> AttentionHalf:
+    budget.charge(f"attention weights of {model.name}", weight_bytes_attention(model.spec, model.dtype))
+    with open_weights(model) as weights:
+        return AttentionHalf(model.spec, weights, getattr(torch, model.dtype))
+
+
+def _load_ffn(model: ServedModel, budget: MemoryBudget) -> FFNHalf:
+    budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(model.spec, model.dtype))
+    with open_weights(model) as weights:
+        return FFNHalf(model.spec, weights, getattr(torch, model.dtype))
+
+
+def _open_pool(config: PoolConfig, models: tuple[ServedModel, ...], device: Device, budget: MemoryBudget) -> KVPool:
+    budget.charge(f"KV pool {config.name}", config.num_pages * config.page_bytes)
+    hosted = [(models[index].spec, models[index].dtype) for index in config.models]
+    return KVPool(config.num_pages, config.page_bytes, hosted, config.max_runs)
+
+
+def _build_model_worker(role: ModelWorkerConfig, control: Ring, tokens: Ring, counters: Counters) -> ModelWorker:
+    budget = MemoryBudget(role.device.name, role.device.memory_bytes)
+    halves = [_load_attention(model, budget) for model in role.models]
+    local = {i: _load_ffn(m, budget) for i, m in enumerate(role.models) if role.ffn_ports[i] < 0}
+    remote = [RemoteFFN(_mailbox(ref)) for ref in role.mailboxes]
+    in_place = LocalFFN(local, role.lanes)
+    pools = [(config.name, _open_pool(config, role.models, role.device, budget)) for config in role.pools]
+    kv_of = {name: kv for _, pool in pools for name, kv in pool.models.items()}
+    hosted = [
+        HostedModel(
+            index=i,
+            half=halves[i],
+            kv=kv_of[model.name],
+            port=in_place if role.ffn_ports[i] < 0 else remote[role.ffn_ports[i]],
+            ffn_index=i if role.ffn_ports[i] < 0 else role.ffn_indices[i],
+            num_layers=model.spec.num_layers,
+        )
+        for i, model in enumerate(role.models)
+    ]
+    for model in hosted:
+        _warm_up_attention(model.half, model.kv)
+    for i, half in local.items():
+        _warm_up_ffn(half, role.models[i])
+    return ModelWorker(hosted, pools, role.limits, role.lanes, control, tokens, counters, role.sample_interval_ms)
+
+
+def _build_ffn_worker(role: FFNWorkerConfig, control: Ring, tokens: Ring, counters: Counters) -> FFNWorker:
+    budget = MemoryBudget(role.device.name, role.device.memory_bytes)
+    halves = []
+    for model in role.models:
+        half = _load_ffn(model, budget)
+        _warm_up_ffn(half, model)
+        halves.append((half, model.spec.hidden_size, getattr(torch, model.dtype)))
+    return FFNWorker(halves, [_mailbox(ref) for ref in role.mailboxes], control, counters)
+
+
+def _warm_up_attention(half: AttentionHalf, kv: ModelKV) -> None:
+    """One prefill and one decode step through the first layer, so that no request pays for first-use set-up."""
+    run = kv.open_run()
+    tokens = min(4, kv.geometry.max_context_tokens)
+    kv.grow(run, tokens)
+    with torch.inference_mode():
+        for rows in (tokens - 1, 1):
+            cached = tokens if rows == 1 else rows
+            layout = BatchLayout((rows,), (cached,), (run.start_slot,), (rows - 1,))
+            hidden = half.embed(torch.zeros(rows, dtype=torch.int64))
+            hidden, ffn_in = half.attend(0, hidden, None, kv.layers[0], layout)
+            half.logits(hidden, ffn_in, layout)
+    kv.close_run(run)
+
+
+def _warm_up_ffn(half: FFNHalf, model: ServedModel) -> None:
+    """One row and a few through the first and the last layer (a dense and a routed one, where a model has both)."""
+    dtype = getattr(torch, model.dtype)
+    with torch.inference_mode():
+        for rows in (1, 5):
+            for layer in {0, model.spec.num_layers - 1}:
+                half.forward(layer, torch.zeros(rows, model.spec.hidden_size, dtype=dtype))

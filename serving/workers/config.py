@@ -1,0 +1,85 @@
+"""What a worker is told at its start: plain data, pickled once through its standard input.
+
+Shared regions are named by the file descriptors that the worker inherits; no name exists that could be left behind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serving.batching import StepLimits
+from serving.interface import Device, ServedModel
+from serving.shm.mailbox import MailboxShape
+
+
+@dataclass(frozen=True)
+class RegionRef:
+    """A shared region as a worker finds it."""
+
+    fd: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """One KV pool of a device: CrossPool has one for all its models, a static partition one a model."""
+
+    name: str
+    num_pages: int
+    page_bytes: int
+    models: tuple[int, ...]  # indices into the worker's models
+    max_runs: int  # live requests of one model
+
+
+@dataclass(frozen=True)
+class MailboxRef:
+    """A mailbox between one attention worker and one FFN worker; `models` are this end's indices of models it serves."""
+
+    region: RegionRef
+    shape: MailboxShape
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What every worker has towards the host."""
+
+    control: RegionRef  # ring: host to worker
+    tokens: RegionRef  # ring: worker to host
+    counters: RegionRef  # words of serving.workers.counters
+
+
+@dataclass(frozen=True)
+class ModelWorkerConfig:
+    """A worker that holds KV and attention halves. `ffn_ports[i]` is the mailbox of model i, or -1 for FFN in place;
+    `ffn_indices[i]` is the number under which the FFN worker behind that mailbox knows model i."""
+
+    device: Device
+    models: tuple[ServedModel, ...]
+    pools: tuple[PoolConfig, ...]
+    limits: StepLimits
+    lanes: int
+    ffn_ports: tuple[int, ...]
+    ffn_indices: tuple[int, ...]
+    mailboxes: tuple[MailboxRef, ...] = ()
+    sample_interval_ms: float = 50.0
+
+
+@dataclass(frozen=True)
+class FFNWorkerConfig:
+    """A worker that holds FFN halves and serves mailboxes, one an attention worker."""
+
+    device: Device
+    models: tuple[ServedModel, ...]
+    limits: StepLimits
+    mailboxes: tuple[MailboxRef, ...]
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """The envelope: who the worker is, where its host hears from it, and its role."""
+
+    name: str
+    core: int | None
+    channel: Channel
+    status_fd: int
+    role: ModelWorkerConfig | FFNWorkerConfig

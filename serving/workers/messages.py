@@ -1,0 +1,42 @@
+"""Messages between the host and a model worker, as they lie in the rings."""
+
+from __future__ import annotations
+
+import pickle
+from typing import NamedTuple
+
+
+class Submit(NamedTuple):
+    """Host to worker: an admitted request. Ids at which generation ends are empty when end-of-sequence is ignored."""
+
+    request_id: int
+    model: int
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+
+
+class Stop(NamedTuple):
+    """Host to worker: drop everything and exit."""
+
+
+class Tokens(NamedTuple):
+    """Worker to host: one step's tokens, as (request id, token, whether it was the last)."""
+
+    time_ns: int
+    items: tuple[tuple[int, int, bool], ...]
+
+
+class PoolUse(NamedTuple):
+    """Worker to host: pages in use in each pool, by model name."""
+
+    time_ns: int
+    pages: tuple[tuple[str, dict[str, int]], ...]
+
+
+def encode(message: Submit | Stop | Tokens | PoolUse) -> bytes:
+    return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def decode(data: bytes) -> Submit | Stop | Tokens | PoolUse:
+    return pickle.loads(data)

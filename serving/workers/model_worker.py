@@ -1,0 +1,242 @@
+"""The worker that holds KV: attention halves of its models, their KV pools, and the lanes that batches move along.
+
+A lane carries one in-flight batch with its own model and layer cursor. The worker polls: it takes control messages, starts
+a batch in every free lane, and moves on every lane whose hidden rows have come back from their FFN, which lies in this
+process (static) or across the pool boundary (CrossPool). No lane waits for another, so models of unequal depth share the
+device without a barrier, and a lane that finishes is given its next batch at once. The host is not on this path.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+
+from serving.batching import StepLimits, compose_step, least_recently_served
+from serving.layers.attention_half import AttentionHalf
+from serving.layers.batch import BatchLayout
+from serving.memory.kv_pool import KVPool, ModelKV
+from serving.shm.ring import Ring
+from serving.workers.counters import Counters
+from serving.workers.messages import PoolUse, Stop, Submit, Tokens, decode, encode
+from serving.workers.ports import FFNPort
+from serving.workers.sequence import Sequence
+
+_MAP_AHEAD_TOKENS = 16  # keep this many tokens mapped beyond the last one where there is idle time to do it
+_SPINS_BEFORE_SLEEP = 2000
+_IDLE_SLEEP_S = 0.0003
+
+
+@dataclass
+class HostedModel:
+    """A model as its worker holds it. `ffn_index` is the number its FFN port knows it by."""
+
+    index: int
+    half: AttentionHalf
+    kv: ModelKV
+    port: FFNPort
+    ffn_index: int
+    num_layers: int
+    sequences: list[Sequence] = field(default_factory=list)  # in order of admission
+    in_flight: int = 0
+
+    @property
+    def ready(self) -> bool:
+        return len(self.sequences) > self.in_flight
+
+
+@dataclass(slots=True)
+class Step:
+    """One in-flight batch: the sequences and rows it computes, and how far it has come."""
+
+    model: HostedModel
+    items: list[tuple[Sequence, int]]
+    layout: BatchLayout
+    hidden: torch.Tensor
+    layer: int = 0
+
+
+class ModelWorker:
+    """Runs `models` over `pools` with `lanes` in-flight batches until it is told to stop."""
+
+    def __init__(
+        self,
+        models: Seq[HostedModel],
+        pools: Seq[tuple[str, KVPool]],
+        limits: StepLimits,
+        lanes: int,
+        control: Ring,
+        tokens: Ring,
+        counters: Counters,
+        sample_interval_ms: float,
+    ) -> None:
+        self._models = list(models)
+        self._pools = list(pools)
+        self._limits = limits
+        self._lanes: list[Step | None] = [None] * lanes
+        self._control, self._tokens, self._counters = control, tokens, counters
+        self._sample_interval_ns = int(sample_interval_ms * 1e6)
+        self._next_sample_ns = 0
+        self._served_at: dict[int, int] = {}
+        self._steps_begun = 0
+        self._map_ahead: deque[tuple[HostedModel, Sequence]] = deque()
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until a Stop message. Every iteration does what can be done now and waits for nothing."""
+        idle_spins = 0
+        with torch.inference_mode():
+            while not self._stopping:
+                if self._poll():
+                    idle_spins = 0
+                    continue
+                idle_spins += 1
+                if not self._map_one_ahead() and idle_spins > _SPINS_BEFORE_SLEEP and not any(self._lanes):
+                    time.sleep(_IDLE_SLEEP_S)
+
+    def _poll(self) -> bool:
+        progressed = self._take_control() if not self._control.empty else False
+        for lane, step in enumerate(self._lanes):
+            if step is None:
+                progressed |= self._begin(lane)
+            elif step.model.port.done(lane):
+                self._advance(lane, step)
+                progressed = True
+        return progressed
+
+    # -- control -------------------------------------------------------------------------------------------------------
+    def _take_control(self) -> bool:
+        while (data := self._control.pop()) is not None:
+            message = decode(data)
+            if isinstance(message, Stop):
+                self._stopping = True
+            else:
+                self._accept(message)
+        return True
+
+    def _accept(self, request: Submit) -> None:
+        model = self._models[request.model]
+        sequence = Sequence(
+            request_id=request.request_id,
+            tokens=list(request.prompt),
+            prompt_tokens=len(request.prompt),
+            max_new_tokens=request.max_new_tokens,
+            stop_ids=request.stop_ids,
+            run=model.kv.open_run(),
+        )
+        model.sequences.append(sequence)
+
+    # -- the life of a step --------------------------------------------------------------------------------------------
+    def _begin(self, lane: int) -> bool:
+        ready = [model.index for model in self._models if model.ready]
+        if not ready:
+            return False
+        started_ns = time.monotonic_ns()
+        model = self._models[least_recently_served(ready, self._served_at)]
+        self._steps_begun += 1
+        self._served_at[model.index] = self._steps_begun
+        waiting = [sequence for sequence in model.sequences if not sequence.in_flight]
+        chosen = compose_step([sequence.pending for sequence in waiting], self._limits)
+        items = [(waiting[index], rows) for index, rows in chosen]
+        token_ids, layout = self._lay_out(model, items)
+        hidden = model.half.embed(torch.tensor(token_ids))
+        hidden, ffn_in = model.half.attend(0, hidden, None, model.kv.layers[0], layout)
+        model.port.send(lane, model.ffn_index, 0, ffn_in)
+        model.in_flight += len(items)
+        self._lanes[lane] = Step(model, items, layout, hidden)
+        self._counters.add("busy_ns", time.monotonic_ns() - started_ns)
+        return True
+
+    def _lay_out(self, model: HostedModel, items: list[tuple[Sequence, int]]) -> tuple[list[int], BatchLayout]:
+        token_ids: list[int] = []
+        logit_rows = []
+        for sequence, rows in items:
+            end = sequence.cached + rows
+            if end > sequence.run.mapped_tokens:
+                self._grow(model, sequence, end)
+            token_ids += sequence.tokens[sequence.cached : end]
+            if rows == sequence.pending:
+                logit_rows.append(len(token_ids) - 1)
+            sequence.in_flight = True
+        layout = BatchLayout(
+            query_lens=tuple(rows for _, rows in items),
+            kv_lens=tuple(sequence.cached + rows for sequence, rows in items),
+            run_starts=tuple(sequence.run.start_slot for sequence, _ in items),
+            logit_rows=tuple(logit_rows),
+        )
+        return token_ids, layout
+
+    def _advance(self, lane: int, step: Step) -> None:
+        started_ns = time.monotonic_ns()
+        model = step.model
+        ffn_out = model.port.result(lane)
+        step.layer += 1
+        if step.layer < model.num_layers:
+            cache = model.kv.layers[step.layer]
+            step.hidden, ffn_in = model.half.attend(step.layer, step.hidden, ffn_out, cache, step.layout)
+            model.port.send(lane, model.ffn_index, step.layer, ffn_in)
+        else:
+            self._finish(step, ffn_out)
+            self._lanes[lane] = None
+        self._counters.add("busy_ns", time.monotonic_ns() - started_ns)
+
+    def _finish(self, step: Step, ffn_out: torch.Tensor) -> None:
+        model = step.model
+        sampled = iter(())
+        if step.layout.logit_rows:
+            sampled = iter(model.half.logits(step.hidden, ffn_out, step.layout).argmax(dim=-1).tolist())
+        events, ended = [], False
+        for sequence, rows in step.items:
+            sequence.in_flight = False
+            complete = rows == sequence.pending
+            sequence.cached += rows
+            if complete:
+                token = next(sampled)
+                last = sequence.append(token)
+                events.append((sequence.request_id, token, last))
+                if last:
+                    model.sequences.remove(sequence)
+                    model.kv.close_run(sequence.run)
+                    ended = True
+                    continue
+            if sequence.run.mapped_tokens < min(len(sequence.tokens) + _MAP_AHEAD_TOKENS, sequence.most_cached):
+                self._map_ahead.append((model, sequence))
+        model.in_flight -= len(step.items)
+        now_ns = time.monotonic_ns()
+        if events:
+            self._report(Tokens(now_ns, tuple(events)))
+        if ended or now_ns >= self._next_sample_ns:
+            self._sample(now_ns)
+        self._counters.add("steps", 1)
+        self._counters.set("bytes_crossed", sum({id(m.port): m.port.bytes_crossed for m in self._models}.values()))
+
+    # -- pages ---------------------------------------------------------------------------------------------------------
+    def _grow(self, model: HostedModel, sequence: Sequence, tokens: int) -> None:
+        started_ns, before = time.monotonic_ns(), len(sequence.run.pages)
+        model.kv.grow(sequence.run, tokens)
+        self._counters.add("mapping_ns", time.monotonic_ns() - started_ns)
+        self._counters.add("pages_mapped", len(sequence.run.pages) - before)
+
+    def _map_one_ahead(self) -> bool:
+        """Idle time spent on a sequence that will soon need pages, so that its own step need not map them."""
+        if not self._map_ahead:
+            return False
+        model, sequence = self._map_ahead.popleft()
+        if sequence in model.sequences:
+            before = len(sequence.run.pages)
+            self._grow(model, sequence, min(len(sequence.tokens) + _MAP_AHEAD_TOKENS, sequence.most_cached))
+            self._counters.add("mapped_ahead", len(sequence.run.pages) - before)
+        return True
+
+    # -- reports -------------------------------------------------------------------------------------------------------
+    def _sample(self, now_ns: int) -> None:
+        self._next_sample_ns = now_ns + self._sample_interval_ns
+        self._report(PoolUse(now_ns, tuple((name, pool.pages_by_model()) for name, pool in self._pools)))
+
+    def _report(self, message: Tokens | PoolUse) -> None:
+        data = encode(message)
+        while not self._tokens.push(data):  # the host is behind; losing a token is no choice
+            time.sleep(_IDLE_SLEEP_S)

@@ -1,0 +1,36 @@
+"""A live request inside a worker: its tokens, how many of them are in the KV cache, and the run they lie in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serving.memory.kv_pool import Run
+
+
+@dataclass(slots=True)
+class Sequence:
+    """`tokens` is the prompt followed by what was generated; the first `cached` of them are in the KV cache."""
+
+    request_id: int
+    tokens: list[int]
+    prompt_tokens: int
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    run: Run
+    cached: int = 0
+    in_flight: bool = False
+
+    @property
+    def pending(self) -> int:
+        """Tokens to compute next: the rest of the prompt, then one at a time."""
+        return len(self.tokens) - self.cached
+
+    @property
+    def most_cached(self) -> int:
+        """Tokens whose KV will ever be stored; the last generated one's is not."""
+        return self.prompt_tokens + self.max_new_tokens - 1
+
+    def append(self, token: int) -> bool:
+        """Take a generated token; whether it was the last."""
+        self.tokens.append(token)
+        return len(self.tokens) - self.prompt_tokens == self.max_new_tokens or token in self.stop_ids
