@@ -1,0 +1,135 @@
+"""The KV pool: models of different geometry share pages, keep their own values, and give everything back."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.errors import CapacityError, UserError
+from serving.memory.kv_pool import KVGeometry, KVPool
+from serving.spec import spec_from_config
+
+pytestmark = pytest.mark.cpu
+
+PAGE_BYTES = 4096
+
+
+def mha_spec(name="gqa", layers=3, kv_heads=2, head_dim=10, context=200):
+    return spec_from_config(
+        dict(
+            model_type="mixtral", num_hidden_layers=layers, hidden_size=40, vocab_size=64, num_attention_heads=4,
+            num_key_value_heads=kv_heads, head_dim=head_dim, num_local_experts=4, num_experts_per_tok=2,
+            intermediate_size=32, max_position_embeddings=context,
+        ),
+        name,
+    )  # fmt: skip
+
+
+def mla_spec(name="mla", context=333):
+    return spec_from_config(
+        dict(
+            model_type="deepseek_v2", num_hidden_layers=2, hidden_size=40, vocab_size=64, num_attention_heads=4,
+            kv_lora_rank=28, qk_rope_head_dim=6, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=16, intermediate_size=32, max_position_embeddings=context,
+        ),
+        name,
+    )  # fmt: skip
+
+
+def open_pool(num_pages, max_runs=4):
+    return KVPool(num_pages, PAGE_BYTES, [(mha_spec(), "float32"), (mla_spec(), "bfloat16")], max_runs)
+
+
+def open_descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["gqa", "mla"]), st.integers(0, 3), st.integers(0, 180)), max_size=40))
+def test_runs_keep_their_values_and_pages_are_conserved(actions):
+    pool = open_pool(num_pages=40)
+    runs, written = {}, {}
+    for model, key, tokens in actions:
+        kv = pool.models[model]
+        if tokens == 0 and (model, key) in runs:
+            kv.close_run(runs.pop((model, key)))
+            written.pop((model, key), None)
+            continue
+        run = runs.setdefault((model, key), None) or kv.open_run()
+        runs[model, key] = run
+        before = pool.lender.free_pages
+        try:
+            kv.grow(run, tokens)
+        except CapacityError:
+            assert pool.lender.free_pages == before
+            continue
+        value = float(len(written) + 1)
+        for layer, cache in enumerate(kv.layers):
+            cache[run.start_slot : run.start_slot + tokens] = value + layer
+        if tokens:
+            written[model, key] = (tokens, value)
+    for (model, key), (tokens, value) in written.items():
+        run, kv = runs[model, key], pool.models[model]
+        for layer, cache in enumerate(kv.layers):
+            assert torch.all(cache[run.start_slot : run.start_slot + tokens] == value + layer)
+        assert len(run.pages) >= kv.geometry.pages(tokens, PAGE_BYTES)
+    assert pool.lender.lent_pages == sum(len(run.pages) for run in runs.values())
+    for (model, _), run in runs.items():
+        pool.models[model].close_run(run)
+    assert pool.lender.free_pages == pool.num_pages
+    kv = None
+    pool.close()
+
+
+def test_growth_maps_exactly_the_pages_that_admission_counts():
+    pool = open_pool(num_pages=64)
+    kv = pool.models["gqa"]
+    run = kv.open_run()
+    for tokens in (1, 25, 26, 77, 150):
+        kv.grow(run, tokens)
+        assert len(run.pages) == kv.geometry.pages(tokens, PAGE_BYTES)
+        assert run.mapped_tokens >= tokens
+    pool.close()
+
+
+def test_growing_past_the_pool_or_the_context_is_refused_and_maps_nothing():
+    pool = open_pool(num_pages=5)
+    kv = pool.models["gqa"]
+    run = kv.open_run()
+    with pytest.raises(CapacityError, match="6 pages asked for, 5 of 5 are free"):
+        kv.grow(run, 40)
+    with pytest.raises(CapacityError, match="context of 200"):
+        kv.grow(run, 201)
+    assert pool.lender.free_pages == 5
+    pool.close()
+
+
+def test_close_leaves_no_descriptor_and_no_mapping():
+    before = open_descriptors()
+    pool = open_pool(num_pages=16)
+    run = pool.models["mla"].open_run()
+    pool.models["mla"].grow(run, 100)
+    pool.close()
+    assert open_descriptors() == before
+
+
+def test_page_size_must_be_a_multiple_of_the_systems():
+    with pytest.raises(UserError, match="multiple"):
+        KVPool(4, 1000, [(mha_spec(), "float32")], 1)
+
+
+@given(st.integers(1, 5000), st.integers(1, 9), st.integers(1, 5000))
+def test_pages_never_undercount_and_round_at_most_one_page_a_layer(tokens, layers, token_bytes):
+    geometry = KVGeometry("m", layers, token_bytes, 10_000)
+    pages = geometry.pages(tokens, PAGE_BYTES)
+    needed_bytes = layers * tokens * token_bytes
+    assert needed_bytes <= pages * PAGE_BYTES < needed_bytes + layers * PAGE_BYTES
+
+
+def test_geometry_follows_the_spec():
+    assert KVGeometry.of(mha_spec(), "float32").token_bytes == 2 * 2 * 10 * 4
+    assert KVGeometry.of(mla_spec(), "bfloat16").token_bytes == (28 + 6) * 2
+    assert dataclasses.asdict(KVGeometry.of(mla_spec(), "bfloat16"))["num_layers"] == 2
