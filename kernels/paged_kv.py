@@ -25,3 +25,13 @@ class PagedKV:
     kv_lens: torch.Tensor | None  # [B] int32, tokens in the cache once this step's are written
     run_starts: tuple[int, ...] = ()
     run_lens: tuple[int, ...] = ()  # kv_lens as host integers, beside run_starts
+
+
+def sequence_tokens(kv: PagedKV, sequence: int) -> torch.Tensor:
+    """The cache rows of one sequence's tokens, in order: [L, ...]. A view where runs are given, a gather elsewhere."""
+    if kv.run_starts:
+        start = kv.run_starts[sequence]
+        return kv.cache[start : start + kv.run_lens[sequence]]
+    token = torch.arange(int(kv.kv_lens[sequence]), device=kv.cache.device)
+    block = kv.block_table[sequence].long()[token // kv.block_tokens]
+    return kv.cache[block * kv.block_tokens + token % kv.block_tokens]
