@@ -35,8 +35,8 @@ class StaticPartition(HostedSystem):
     name = "static"
 
     def __init__(self, options: StaticOptions | None = None) -> None:
-        super().__init__()
         self.options = options or StaticOptions()
+        super().__init__(self.options.timeline_dir)
 
     def plan(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Placement:
         """Largest model first to the device with most free memory; equal KV shares on each device."""

@@ -24,21 +24,28 @@ from serving.interface import Cluster, Demand, Device, DevicePlan, Placement, Se
 from serving.options import EngineOptions
 from serving.shm.mailbox import MailboxShape
 from serving.spec import element_bytes
-from serving.workers.config import FFNWorkerConfig, MailboxRef, ModelWorkerConfig
-from serving.workers.process import ref
+from serving.workers.config import FFNWorkerConfig, MailboxRef, ModelWorkerConfig, RelayConfig
+from serving.workers.process import descriptors, ref
+
+RELAY = Device("relay", "host", 0, 0)  # no device: the process that stands for the host under host-driven control
+CONTROLS = ("lowered", "host")
 
 
 @dataclass(frozen=True)
 class CrossPoolOptions(EngineOptions):
-    """Beside what every engine has: `lanes`, the number of in-flight batches (the paper has 2). The first device is the
-    KV pool, all others are the weights pool."""
+    """Beside what every engine has: `lanes`, the number of in-flight batches (the paper has 2), and `control`, which is
+    `lowered` (the two sides poll each other's mailbox) or `host` (a third process hands over every stage). The first
+    device is the KV pool, all others are the weights pool."""
 
     lanes: int = 2
+    control: str = "lowered"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.lanes, int) or self.lanes < 1:
             raise UserError(f"option lanes is {self.lanes!r}; at least one batch must be in flight")
+        if self.control not in CONTROLS:
+            raise UserError(f"option control is {self.control!r}; known: {', '.join(CONTROLS)}")
 
 
 class CrossPool(HostedSystem):
@@ -47,8 +54,8 @@ class CrossPool(HostedSystem):
     name = "crosspool"
 
     def __init__(self, options: CrossPoolOptions | None = None) -> None:
-        super().__init__()
         self.options = options or CrossPoolOptions()
+        super().__init__(self.options.timeline_dir)
 
     def plan(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Placement:
         """KV and attention halves on the first device, each model's FFN on the weights device with most room."""
@@ -86,25 +93,27 @@ class CrossPool(HostedSystem):
         row_bytes = max(model.spec.hidden_size * element_bytes(model.dtype) for model in models)
         shape = MailboxShape(slots=lanes, slot_bytes=limits.max_rows * row_bytes)
         ports, indices = [-1] * len(models), [-1] * len(models)
-        mailboxes, regions = [], []
+        mailboxes = []
         for port, plan in enumerate(weights_plans):
-            region = self._new_mailbox_region(shape.region_bytes)
-            mailbox = MailboxRef(ref(region), shape)
             hosted = [(i, model) for i, model in enumerate(models) if model.name in plan.weights_bytes]
             for ffn_index, (i, _) in enumerate(hosted):
                 ports[i], indices[i] = port, ffn_index
-            self._start_worker(
-                plan.device, FFNWorkerConfig(plan.device, tuple(m for _, m in hosted), limits, (mailbox,)), [region]
-            )
+            bells = self._new_bells() if self.options.control == "host" else None
+            mailbox = MailboxRef(ref(self._new_mailbox_region(shape.region_bytes)), shape, bells)
+            role = FFNWorkerConfig(plan.device, tuple(model for _, model in hosted), limits, (mailbox,))
+            self._start_worker(plan.device, role, descriptors([mailbox]))
             mailboxes.append(mailbox)
-            regions.append(region)
+        if self.options.control == "host":
+            relay = RelayConfig(tuple(mailbox.bells for mailbox in mailboxes))
+            self._start_worker(RELAY, relay, descriptors(mailboxes))
         pool = pool_config(
             "kv-pool", kv_plan.kv_bytes, self.options.page_bytes, range(len(models)), self.options.max_running
         )
         role = ModelWorkerConfig(
             kv_plan.device, models, (pool,), limits, lanes, tuple(ports), tuple(indices), tuple(mailboxes)
         )
-        self._register_pools(self._start_worker(kv_plan.device, role, regions), role, self.options.max_queued)
+        worker = self._start_worker(kv_plan.device, role, descriptors(mailboxes))
+        self._register_pools(worker, role, self.options.max_queued)
 
 
 def _spread(models: Sequence[ServedModel], devices: Sequence[Device]) -> dict[str, int]:

@@ -10,13 +10,14 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from serving.admission import AdmissionLimits, AdmissionQueue
 from serving.errors import UserError
 from serving.interface import Device, DeviceStats, Event, EventKind, Placement, PoolSample, Request, ServedModel
 from serving.memory.kv_pool import KVGeometry
 from serving.shm.region import SharedRegion
-from serving.workers.config import FFNWorkerConfig, ModelWorkerConfig, PoolConfig
+from serving.workers.config import Bells, ModelWorkerConfig, PoolConfig, Role
 from serving.workers.messages import Submit, Tokens
 from serving.workers.process import WorkerProcess
 
@@ -47,9 +48,11 @@ class HostedSystem:
 
     name: str
 
-    def __init__(self) -> None:
+    def __init__(self, timeline_dir: str = "") -> None:
+        self._timeline_dir = Path(timeline_dir).absolute() if timeline_dir else None
         self._workers: list[tuple[WorkerProcess, Device]] = []
         self._mailbox_regions: list[SharedRegion] = []
+        self._bells: list[Bells] = []
         self._pools: list[_Pool] = []
         self._pool_of_model: dict[str, _Pool] = {}
         self._index_of_model: dict[str, int] = {}  # within its worker
@@ -64,10 +67,9 @@ class HostedSystem:
         """Start the workers with `_start_worker` and register the KV pools with `_register_pools`."""
         raise NotImplementedError
 
-    def _start_worker(
-        self, device: Device, role: ModelWorkerConfig | FFNWorkerConfig, regions: Sequence[SharedRegion] = ()
-    ) -> WorkerProcess:
-        worker = WorkerProcess(f"{self.name}/{device.name}", core_of(device), role, list(regions))
+    def _start_worker(self, device: Device, role: Role, inherited_fds: Sequence[int] = ()) -> WorkerProcess:
+        timeline = self._timeline_dir / f"{device.name.replace(':', '-')}.npy" if self._timeline_dir else None
+        worker = WorkerProcess(f"{self.name}/{device.name}", core_of(device), role, inherited_fds, timeline)
         self._workers.append((worker, device))
         return worker
 
@@ -75,6 +77,11 @@ class HostedSystem:
         region = SharedRegion(size_bytes)
         self._mailbox_regions.append(region)
         return region
+
+    def _new_bells(self) -> Bells:
+        bells = Bells.new()
+        self._bells.append(bells)
+        return bells
 
     def _register_pools(self, worker: WorkerProcess, role: ModelWorkerConfig, max_queued: int) -> None:
         for config in role.pools:
@@ -93,6 +100,8 @@ class HostedSystem:
         if self._workers:
             raise UserError(f"{self.name} is running already")
         self._models = {model.name: model for model in placement.models}
+        if self._timeline_dir:
+            self._timeline_dir.mkdir(parents=True, exist_ok=True)
         try:
             self._launch(placement)
             deadline_s = time.monotonic() + START_TIMEOUT_S
@@ -158,6 +167,9 @@ class HostedSystem:
             worker.stop()
         for region in regions:
             region.close()
+        while self._bells:
+            for doorbell in self._bells.pop().doorbells:
+                doorbell.close()
         self._pools.clear()
         self._pool_of_model.clear()
         self._live.clear()

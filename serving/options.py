@@ -11,13 +11,15 @@ from serving.errors import UserError
 @dataclass(frozen=True)
 class EngineOptions:
     """`max_batch` sequences and `prefill_chunk` prompt rows a step; KV pages of `page_bytes`; `max_running` live requests
-    of a model and `max_queued` waiting ones of a pool."""
+    of a model and `max_queued` waiting ones of a pool. Where `timeline_dir` names a directory, each worker leaves there
+    what it ran and when."""
 
     max_batch: int = 8
     prefill_chunk: int = 128
     page_bytes: int = 65536
     max_running: int = 64
     max_queued: int = 100_000
+    timeline_dir: str = ""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "prefill_chunk", "page_bytes", "max_running", "max_queued"):

@@ -39,10 +39,14 @@ def main() -> int:
 
         torch.set_num_threads(1)
         from serving.workers.build import build_worker
+        from serving.workers.timeline import Recorder
 
-        worker = build_worker(config.role, config.channel)
+        recorder = Recorder(config.timeline) if config.timeline else None
+        worker = build_worker(config, recorder)
         tell(state="ready")
         worker.run()
+        if recorder is not None:
+            recorder.save()
     except UserError as error:
         tell(state="error", message=one_line(error))
         return 2

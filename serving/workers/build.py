@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from serving.checkpoints import open_weights
@@ -15,25 +17,63 @@ from serving.memory.kv_pool import KVPool, ModelKV
 from serving.shm.mailbox import Mailbox
 from serving.shm.region import SharedRegion
 from serving.shm.ring import Ring
-from serving.workers.config import Channel, FFNWorkerConfig, MailboxRef, ModelWorkerConfig, PoolConfig, RegionRef
+from serving.workers.config import (
+    FFNWorkerConfig,
+    MailboxRef,
+    ModelWorkerConfig,
+    PoolConfig,
+    RegionRef,
+    RelayConfig,
+    WorkerConfig,
+)
 from serving.workers.counters import Counters
 from serving.workers.ffn_worker import FFNWorker
 from serving.workers.model_worker import HostedModel, ModelWorker
-from serving.workers.ports import LocalFFN, RemoteFFN
+from serving.workers.ports import FFNPort, LocalFFN, RelayedFFN, RemoteFFN
+from serving.workers.relay_worker import RelayWorker
+from serving.workers.timeline import Recorder
 
 
 def attach(ref: RegionRef) -> SharedRegion:
     return SharedRegion(ref.size_bytes, fd=ref.fd)
 
 
-def build_worker(role: ModelWorkerConfig | FFNWorkerConfig, channel: Channel) -> ModelWorker | FFNWorker:
+@dataclass(frozen=True)
+class _Wires:
+    """What every worker has towards its host."""
+
+    control: Ring
+    tokens: Ring
+    counters: Counters
+    recorder: Recorder | None
+
+
+def build_worker(config: WorkerConfig, recorder: Recorder | None) -> ModelWorker | FFNWorker | RelayWorker:
     """A loaded, warmed-up worker. Raises CapacityError when its device cannot hold what it is told to."""
-    build = _build_model_worker if isinstance(role, ModelWorkerConfig) else _build_ffn_worker
-    return build(role, Ring(attach(channel.control)), Ring(attach(channel.tokens)), Counters(attach(channel.counters)))
+    channel, role = config.channel, config.role
+    wires = _Wires(
+        Ring(attach(channel.control)),
+        Ring(attach(channel.tokens)),
+        Counters(attach(channel.counters)),
+        recorder,
+    )
+    if isinstance(role, ModelWorkerConfig):
+        return _build_model_worker(role, wires)
+    if isinstance(role, FFNWorkerConfig):
+        return _build_ffn_worker(role, wires)
+    return _build_relay_worker(role, wires)
+
+
+def _build_relay_worker(role: RelayConfig, wires: _Wires) -> RelayWorker:
+    return RelayWorker(role.bells, wires.control, wires.counters)
 
 
 def _mailbox(ref: MailboxRef) -> Mailbox:
     return Mailbox(attach(ref.region), ref.shape)
+
+
+def _remote(ref: MailboxRef) -> FFNPort:
+    return RemoteFFN(_mailbox(ref)) if ref.bells is None else RelayedFFN(_mailbox(ref), ref.bells)
 
 
 def _load_attention(model: ServedModel, budget: MemoryBudget) -> AttentionHalf:
@@ -54,11 +94,11 @@ def _open_pool(config: PoolConfig, models: tuple[ServedModel, ...], device: Devi
     return KVPool(config.num_pages, config.page_bytes, hosted, config.max_runs)
 
 
-def _build_model_worker(role: ModelWorkerConfig, control: Ring, tokens: Ring, counters: Counters) -> ModelWorker:
+def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
     budget = MemoryBudget(role.device.name, role.device.memory_bytes)
     halves = [_load_attention(model, budget) for model in role.models]
     local = {i: _load_ffn(m, budget) for i, m in enumerate(role.models) if role.ffn_ports[i] < 0}
-    remote = [RemoteFFN(_mailbox(ref)) for ref in role.mailboxes]
+    remote = [_remote(ref) for ref in role.mailboxes]
     in_place = LocalFFN(local, role.lanes)
     pools = [(config.name, _open_pool(config, role.models, role.device, budget)) for config in role.pools]
     kv_of = {name: kv for _, pool in pools for name, kv in pool.models.items()}
@@ -77,17 +117,28 @@ def _build_model_worker(role: ModelWorkerConfig, control: Ring, tokens: Ring, co
         _warm_up_attention(model.half, model.kv)
     for i, half in local.items():
         _warm_up_ffn(half, role.models[i])
-    return ModelWorker(hosted, pools, role.limits, role.lanes, control, tokens, counters, role.sample_interval_ms)
+    return ModelWorker(
+        hosted,
+        pools,
+        role.limits,
+        role.lanes,
+        wires.control,
+        wires.tokens,
+        wires.counters,
+        role.sample_interval_ms,
+        wires.recorder,
+    )
 
 
-def _build_ffn_worker(role: FFNWorkerConfig, control: Ring, tokens: Ring, counters: Counters) -> FFNWorker:
+def _build_ffn_worker(role: FFNWorkerConfig, wires: _Wires) -> FFNWorker:
     budget = MemoryBudget(role.device.name, role.device.memory_bytes)
     halves = []
     for model in role.models:
         half = _load_ffn(model, budget)
         _warm_up_ffn(half, model)
         halves.append((half, model.spec.hidden_size, getattr(torch, model.dtype)))
-    return FFNWorker(halves, [_mailbox(ref) for ref in role.mailboxes], control, counters)
+    mailboxes = [(_mailbox(ref), ref.bells) for ref in role.mailboxes]
+    return FFNWorker(halves, mailboxes, wires.control, wires.counters, wires.recorder)
 
 
 def _warm_up_attention(half: AttentionHalf, kv: ModelKV) -> None:

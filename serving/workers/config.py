@@ -6,10 +6,12 @@ Shared regions are named by the file descriptors that the worker inherits; no na
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from serving.batching import StepLimits
 from serving.interface import Device, ServedModel
 from serving.shm.mailbox import MailboxShape
+from serving.workers.doorbell import DoorbellRef
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,30 @@ class PoolConfig:
 
 
 @dataclass(frozen=True)
+class Bells:
+    """Host-driven control of one mailbox: each hand-over goes through the relay's process, in both directions."""
+
+    attention_to_relay: DoorbellRef
+    relay_to_ffn: DoorbellRef
+    ffn_to_relay: DoorbellRef
+    relay_to_attention: DoorbellRef
+
+    @classmethod
+    def new(cls) -> Bells:
+        return cls(*(DoorbellRef.new() for _ in range(4)))
+
+    @property
+    def doorbells(self) -> tuple[DoorbellRef, ...]:
+        return (self.attention_to_relay, self.relay_to_ffn, self.ffn_to_relay, self.relay_to_attention)
+
+
+@dataclass(frozen=True)
 class MailboxRef:
-    """A mailbox between one attention worker and one FFN worker; `models` are this end's indices of models it serves."""
+    """A mailbox between one attention worker and one FFN worker. With `bells` control is host-driven, without lowered."""
 
     region: RegionRef
     shape: MailboxShape
+    bells: Bells | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +96,22 @@ class FFNWorkerConfig:
 
 
 @dataclass(frozen=True)
+class RelayConfig:
+    """The third party of host-driven control: it holds nothing and hands over every stage of every lane."""
+
+    bells: tuple[Bells, ...]
+
+
+Role = ModelWorkerConfig | FFNWorkerConfig | RelayConfig
+
+
+@dataclass(frozen=True)
 class WorkerConfig:
-    """The envelope: who the worker is, where its host hears from it, and its role."""
+    """The envelope: who the worker is, where its host hears from it, its role, and where it records its timeline."""
 
     name: str
     core: int | None
     channel: Channel
     status_fd: int
-    role: ModelWorkerConfig | FFNWorkerConfig
+    role: Role
+    timeline: Path | None = None

@@ -10,44 +10,68 @@ import torch
 from serving.layers.ffn_half import FFNHalf
 from serving.shm.mailbox import Mailbox
 from serving.shm.ring import Ring
+from serving.workers.config import Bells
 from serving.workers.counters import Counters
+from serving.workers.doorbell import answered, ring
+from serving.workers.timeline import FFN, Recorder
 
 _SPINS_BEFORE_SLEEP = 20000  # about 20 ms of polling before an idle worker lets go of its core
 _IDLE_SLEEP_S = 0.0001
+_LONGEST_WAIT_S = 0.01
 _CONTROL_EVERY = 256  # polls between two looks at the control ring
 
 
 class FFNWorker:
-    """Serves `mailboxes` in turn until it is told to stop. `halves[i]` is model i as descriptors name it."""
+    """Serves `mailboxes` in turn until it is told to stop. `halves[i]` is model i as descriptors name it.
+
+    A mailbox with bells is under host-driven control: the worker sleeps until the relay names a lane, and reports to the
+    relay when it is done. Otherwise it polls every slot, and the sender finds the result by polling too.
+    """
 
     def __init__(
         self,
         halves: Sequence[tuple[FFNHalf, int, torch.dtype]],
-        mailboxes: Sequence[Mailbox],
+        mailboxes: Sequence[tuple[Mailbox, Bells | None]],
         control: Ring,
         counters: Counters,
+        recorder: Recorder | None = None,
     ) -> None:
         self._halves = list(halves)  # half, hidden size, dtype
-        self._slots = [(mailbox, slot) for mailbox in mailboxes for slot in range(mailbox.shape.slots)]
+        self._polled = [(box, slot) for box, bells in mailboxes if bells is None for slot in range(box.shape.slots)]
+        self._relayed = [(box, bells) for box, bells in mailboxes if bells is not None]
         self._control = control
         self._counters = counters
+        self._recorder = recorder
 
     def run(self) -> None:
-        """Poll every slot in turn; a stop message is the only control there is."""
-        polls = spins = 0
+        """Serve until a stop message, the only control there is."""
         with torch.inference_mode():
-            while True:
-                polls += 1
-                if polls % _CONTROL_EVERY == 0 and not self._control.empty:
-                    return
-                spins += 1
-                for mailbox, slot in self._slots:
-                    work = mailbox.receive(slot)
-                    if work is not None:
-                        self._serve(mailbox, slot, *work)
-                        spins = 0
-                if spins > _SPINS_BEFORE_SLEEP:
-                    time.sleep(_IDLE_SLEEP_S)
+            if self._relayed:
+                self._answer()
+            else:
+                self._poll()
+
+    def _poll(self) -> None:
+        polls = spins = 0
+        while True:
+            polls += 1
+            if polls % _CONTROL_EVERY == 0 and not self._control.empty:
+                return
+            spins += 1
+            for mailbox, slot in self._polled:
+                work = mailbox.receive(slot)
+                if work is not None:
+                    self._serve(mailbox, slot, *work)
+                    spins = 0
+            if spins > _SPINS_BEFORE_SLEEP:
+                time.sleep(_IDLE_SLEEP_S)
+
+    def _answer(self) -> None:
+        while self._control.empty:
+            for mailbox, bells in self._relayed:
+                for slot in answered(bells.relay_to_ffn.read_fd, _LONGEST_WAIT_S):
+                    self._serve(mailbox, slot, *mailbox.receive(slot))
+                    ring(bells.ffn_to_relay.write_fd, slot)
 
     def _serve(self, mailbox: Mailbox, slot: int, model: int, layer: int, rows: int) -> None:
         started_ns = time.monotonic_ns()
@@ -55,5 +79,8 @@ class FFNWorker:
         inbound, outbound = mailbox.views(slot, rows, hidden, dtype)
         half.forward(layer, inbound, out=outbound)
         mailbox.publish(slot)
-        self._counters.add("busy_ns", time.monotonic_ns() - started_ns)
+        ended_ns = time.monotonic_ns()
+        self._counters.add("busy_ns", ended_ns - started_ns)
         self._counters.add("steps", 1)
+        if self._recorder is not None:
+            self._recorder.add(started_ns, ended_ns, FFN, slot, model, layer, rows)

@@ -24,6 +24,7 @@ from serving.workers.counters import Counters
 from serving.workers.messages import PoolUse, Stop, Submit, Tokens, decode, encode
 from serving.workers.ports import FFNPort
 from serving.workers.sequence import Sequence
+from serving.workers.timeline import ATTENTION, FINISH, Recorder
 
 _MAP_AHEAD_TOKENS = 16  # keep this many tokens mapped beyond the last one where there is idle time to do it
 _SPINS_BEFORE_SLEEP = 2000
@@ -72,6 +73,7 @@ class ModelWorker:
         tokens: Ring,
         counters: Counters,
         sample_interval_ms: float,
+        recorder: Recorder | None = None,
     ) -> None:
         self._models = list(models)
         self._pools = list(pools)
@@ -84,6 +86,7 @@ class ModelWorker:
         self._steps_begun = 0
         self._map_ahead: deque[tuple[HostedModel, Sequence]] = deque()
         self._stopping = False
+        self._recorder = recorder
 
     def run(self) -> None:
         """Serve until a Stop message. Every iteration does what can be done now and waits for nothing."""
@@ -94,8 +97,8 @@ class ModelWorker:
                     idle_spins = 0
                     continue
                 idle_spins += 1
-                if not self._map_one_ahead() and idle_spins > _SPINS_BEFORE_SLEEP and not any(self._lanes):
-                    time.sleep(_IDLE_SLEEP_S)
+                if not self._map_one_ahead():
+                    self._rest(idle_spins)
 
     def _poll(self) -> bool:
         progressed = self._take_control() if not self._control.empty else False
@@ -106,6 +109,14 @@ class ModelWorker:
                 self._advance(lane, step)
                 progressed = True
         return progressed
+
+    def _rest(self, idle_spins: int) -> None:
+        for step in self._lanes:
+            if step is not None:
+                step.model.port.rest()
+                return
+        if idle_spins > _SPINS_BEFORE_SLEEP:
+            time.sleep(_IDLE_SLEEP_S)
 
     # -- control -------------------------------------------------------------------------------------------------------
     def _take_control(self) -> bool:
@@ -146,8 +157,8 @@ class ModelWorker:
         hidden, ffn_in = model.half.attend(0, hidden, None, model.kv.layers[0], layout)
         model.port.send(lane, model.ffn_index, 0, ffn_in)
         model.in_flight += len(items)
-        self._lanes[lane] = Step(model, items, layout, hidden)
-        self._counters.add("busy_ns", time.monotonic_ns() - started_ns)
+        self._lanes[lane] = step = Step(model, items, layout, hidden)
+        self._account(started_ns, ATTENTION, lane, step)
         return True
 
     def _lay_out(self, model: HostedModel, items: list[tuple[Sequence, int]]) -> tuple[list[int], BatchLayout]:
@@ -178,10 +189,18 @@ class ModelWorker:
             cache = model.kv.layers[step.layer]
             step.hidden, ffn_in = model.half.attend(step.layer, step.hidden, ffn_out, cache, step.layout)
             model.port.send(lane, model.ffn_index, step.layer, ffn_in)
+            self._account(started_ns, ATTENTION, lane, step)
         else:
             self._finish(step, ffn_out)
             self._lanes[lane] = None
-        self._counters.add("busy_ns", time.monotonic_ns() - started_ns)
+            self._account(started_ns, FINISH, lane, step)
+
+    def _account(self, started_ns: int, stage: int, lane: int, step: Step) -> None:
+        ended_ns = time.monotonic_ns()
+        self._counters.add("busy_ns", ended_ns - started_ns)
+        if self._recorder is not None:
+            rows = step.hidden.shape[0]
+            self._recorder.add(started_ns, ended_ns, stage, lane, step.model.index, step.layer, rows)
 
     def _finish(self, step: Step, ffn_out: torch.Tensor) -> None:
         model = step.model

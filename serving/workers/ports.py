@@ -8,6 +8,10 @@ from typing import Protocol
 import torch
 
 from serving.shm.mailbox import Mailbox
+from serving.workers.config import Bells
+from serving.workers.doorbell import answered, ring
+
+_LONGEST_REST_S = 0.001  # new requests come through the control ring, which rings no bell
 
 
 class FFNPort(Protocol):
@@ -20,6 +24,10 @@ class FFNPort(Protocol):
     def done(self, lane: int) -> bool: ...
 
     def result(self, lane: int) -> torch.Tensor: ...
+
+    def rest(self) -> None:
+        """Called when no lane can move: return at once where polling is the way, or sleep until something may have come."""
+        ...
 
 
 class LocalFFN:
@@ -40,9 +48,12 @@ class LocalFFN:
     def result(self, lane: int) -> torch.Tensor:
         return self._results[lane]
 
+    def rest(self) -> None:
+        pass
+
 
 class RemoteFFN:
-    """FFN halves behind a mailbox. Counts the bytes of hidden rows that cross, both ways."""
+    """FFN halves behind a mailbox that both sides poll: lowered control. Counts the bytes that cross, both ways."""
 
     def __init__(self, mailbox: Mailbox) -> None:
         self._mailbox = mailbox
@@ -60,3 +71,29 @@ class RemoteFFN:
 
     def result(self, lane: int) -> torch.Tensor:
         return self._mailbox.result(lane, *self._shapes[lane])
+
+    def rest(self) -> None:
+        pass
+
+
+class RelayedFFN(RemoteFFN):
+    """The same mailbox under host-driven control: the relay is told of every send and tells of every result."""
+
+    def __init__(self, mailbox: Mailbox, bells: Bells) -> None:
+        super().__init__(mailbox)
+        self._to_relay, self._from_relay = bells.attention_to_relay.write_fd, bells.relay_to_attention.read_fd
+        self._answered: set[int] = set()
+
+    def send(self, lane: int, model: int, layer: int, rows: torch.Tensor) -> None:
+        super().send(lane, model, layer, rows)
+        ring(self._to_relay, lane)
+
+    def done(self, lane: int) -> bool:
+        self._answered.update(answered(self._from_relay, timeout_s=0.0))
+        if lane not in self._answered:
+            return False
+        self._answered.discard(lane)
+        return True
+
+    def rest(self) -> None:
+        self._answered.update(answered(self._from_relay, timeout_s=_LONGEST_REST_S))

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from serving.errors import UserError, WorkerDied
 from serving.shm.region import SharedRegion
 from serving.shm.ring import Ring
 from serving.workers import counters
-from serving.workers.config import Channel, FFNWorkerConfig, ModelWorkerConfig, RegionRef, WorkerConfig
+from serving.workers.config import Channel, MailboxRef, RegionRef, Role, WorkerConfig
 from serving.workers.counters import Counters
 from serving.workers.messages import PoolUse, Stop, Submit, Tokens, decode, encode
 
@@ -29,15 +30,26 @@ def ref(region: SharedRegion) -> RegionRef:
     return RegionRef(region.fd, region.size_bytes)
 
 
+def descriptors(mailboxes: Sequence[MailboxRef]) -> list[int]:
+    """The file descriptors that a process needs to take part in `mailboxes`."""
+    fds = [mailbox.region.fd for mailbox in mailboxes]
+    for mailbox in mailboxes:
+        if mailbox.bells is not None:
+            fds += [fd for bell in mailbox.bells.doorbells for fd in (bell.read_fd, bell.write_fd)]
+    return fds
+
+
 class WorkerProcess:
-    """Starts a worker for `role` on `core` and talks to it. `mailbox_regions` are the shared regions that it inherits."""
+    """Starts a worker for `role` on `core` (None: any) and talks to it. It inherits `inherited_fds` (mailboxes, doorbells)
+    and, where `timeline` names a file, leaves its timeline there when it stops."""
 
     def __init__(
         self,
         name: str,
         core: int | None,
-        role: ModelWorkerConfig | FFNWorkerConfig,
-        mailbox_regions: list[SharedRegion],
+        role: Role,
+        inherited_fds: Sequence[int] = (),
+        timeline: Path | None = None,
     ) -> None:
         self.name = name
         self._regions = [SharedRegion(_RING_BYTES), SharedRegion(_RING_BYTES), SharedRegion(counters.REGION_BYTES)]
@@ -46,8 +58,8 @@ class WorkerProcess:
         self._status_fd, status_write = os.pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed by stop()
         channel = Channel(*(ref(region) for region in self._regions))
-        config = WorkerConfig(name, core, channel, status_write, role)
-        inherited = [region.fd for region in (*self._regions, *mailbox_regions)] + [status_write]
+        config = WorkerConfig(name, core, channel, status_write, role, timeline)
+        inherited = [*(region.fd for region in self._regions), *inherited_fds, status_write]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "serving.workers", str(os.getpid())],
             stdin=subprocess.PIPE,
