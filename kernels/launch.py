@@ -1,0 +1,60 @@
+"""How every Triton kernel here is launched, so that the ahead-of-time compiler can see the very calls a run would make."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+INTERPRETED_SMS = 4  # without a card, grids that scale with it stay small
+
+
+class Launch(NamedTuple):
+    """One recorded kernel launch: positional arguments, then constexprs and options by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+_recorder: Callable[[Launch], None] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Launch `kernel` over `grid` on the current stream (or only note it, inside :func:`recording`)."""
+    if _recorder is not None:
+        _recorder(Launch(kernel, grid, args, meta))
+        return
+    kernel[grid](*args, **meta)
+
+
+@contextmanager
+def recording():
+    """Within it no kernel runs: yields the list that launches are noted in. Tensors may then be on the meta device."""
+    global _recorder
+    calls: list[Launch] = []
+    _recorder = calls.append
+    try:
+        yield calls
+    finally:
+        _recorder = None
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of `device`; an H200's for meta tensors, a handful where the interpreter runs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else INTERPRETED_SMS
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
