@@ -78,4 +78,4 @@ class StaticPartition(HostedSystem):
             )
             local = (-1,) * len(models)
             role = ModelWorkerConfig(plan.device, models, pools, self.options.limits, 1, local, local)
-            self._register_pools(self._start_worker(plan.device, role), role, self.options.max_queued)
+            self._register_pools(self._start_worker(plan.device, role), role, self.options)

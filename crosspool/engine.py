@@ -113,7 +113,7 @@ class CrossPool(HostedSystem):
             kv_plan.device, models, (pool,), limits, lanes, tuple(ports), tuple(indices), tuple(mailboxes)
         )
         worker = self._start_worker(kv_plan.device, role, descriptors(mailboxes))
-        self._register_pools(worker, role, self.options.max_queued)
+        self._register_pools(worker, role, self.options)
 
 
 def _spread(models: Sequence[ServedModel], devices: Sequence[Device]) -> dict[str, int]:

@@ -1,38 +1,65 @@
-"""Admission: which requests may hold KV. A pure policy over page counts; it sees no clock, no tensor and no process.
+"""Admission: which requests may hold KV, and which may grow. Pure policies over page counts; they see no clock, no tensor
+and no process.
 
-The rule is *reserve the declared cap*: a request is admitted when the pages of its prompt and all its output tokens fit
-beside what is already promised, so an admitted request never runs out and is never preempted (the paper's virtualizer).
-The queue is first come first served across all models of a pool, so none starves; a request that could never fit is
-rejected at once.
+Two rules, both without preemption (the paper's virtualizer):
+
+- `cap`: a request is admitted when the pages of its prompt and *all* the output tokens it may ask for fit beside what is
+  already promised. It never runs out.
+- `quantile`: less is promised than the cap, so more requests run at once, and a request that outgrows its promise may have
+  to pause until another ends. :func:`safe` (Dijkstra's banker, one resource) keeps at least one order in which all can
+  finish, so a pause always ends.
+
+The queue is first come first served across all models of a pool, so none starves. A request that could never fit is
+rejected at once, one that waited past its deadline when that is noticed.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from serving.errors import UserError
 from serving.memory.kv_pool import KVGeometry
+
+RULES = ("cap", "quantile")
 
 
 @dataclass(frozen=True)
 class AdmissionLimits:
-    """Of one pool. `max_running` bounds the live requests of a model, `max_queued` the waiting ones of the pool."""
+    """Of one pool. `max_running` bounds the live requests of a model, `max_queued` the waiting ones of the pool;
+    `deadline_s` is the longest wait (0: any). Under the rule `quantile`, `promised_output_tokens` says how many output
+    tokens of a model's request are promised; a request that asks for fewer is promised those."""
 
     budget_pages: int
     page_bytes: int
     max_running: int
     max_queued: int
+    rule: str = "cap"
+    deadline_s: float = 0.0
+    promised_output_tokens: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise UserError(f"unknown admission rule {self.rule!r}; known: {', '.join(RULES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    request_id: int
+    model: str
+    pages: int
+    since_s: float
 
 
 class AdmissionQueue:
-    """The requests of one pool between submission and their end."""
+    """The requests of one pool between submission and their end. Times are seconds on whatever clock the caller has."""
 
     def __init__(self, limits: AdmissionLimits, geometries: Sequence[KVGeometry]) -> None:
         self.limits = limits
         self._geometries = {geometry.model: geometry for geometry in geometries}
-        self._waiting: deque[tuple[int, str, int]] = deque()  # request id, model, pages
-        self._promised: dict[int, tuple[str, int]] = {}  # request id -> model, pages
+        self._waiting: deque[_Waiting] = deque()
+        self._promised: dict[int, _Waiting] = {}
         self._running = dict.fromkeys(self._geometries, 0)
         self.promised_pages = 0
 
@@ -40,36 +67,59 @@ class AdmissionQueue:
     def queued(self) -> int:
         return len(self._waiting)
 
-    def offer(self, request_id: int, model: str, tokens: int) -> str:
-        """Queue a request of `tokens` tokens (prompt and output). Returns why it is rejected, or an empty string."""
-        geometry = self._geometries[model]
+    def offer(self, request_id: int, model: str, prompt_tokens: int, output_tokens: int, now_s: float = 0.0) -> str:
+        """Queue a request. Returns why it is rejected, or an empty string."""
+        geometry, limits = self._geometries[model], self.limits
+        tokens = prompt_tokens + output_tokens
         if tokens > geometry.max_context_tokens:
             return f"{tokens} tokens exceed the context of {model} ({geometry.max_context_tokens})"
-        pages = geometry.pages(tokens, self.limits.page_bytes)
-        if pages > self.limits.budget_pages:
-            return f"{pages} KV pages exceed the pool of {self.limits.budget_pages}"
-        if len(self._waiting) >= self.limits.max_queued:
-            return f"the queue holds {self.limits.max_queued} requests already"
-        self._waiting.append((request_id, model, pages))
+        pages = geometry.pages(tokens, limits.page_bytes)
+        if pages > limits.budget_pages:
+            return f"{pages} KV pages exceed the pool of {limits.budget_pages}"
+        if len(self._waiting) >= limits.max_queued:
+            return f"the queue holds {limits.max_queued} requests already"
+        if limits.rule == "quantile":
+            promised = min(output_tokens, limits.promised_output_tokens.get(model, output_tokens))
+            pages = geometry.pages(prompt_tokens + promised, limits.page_bytes)
+        self._waiting.append(_Waiting(request_id, model, pages, now_s))
         return ""
 
     def admit(self) -> list[int]:
         """The requests that may start now, in order of arrival; their pages are promised from here on."""
         admitted = []
         while self._waiting:
-            request_id, model, pages = self._waiting[0]
-            fits = self.promised_pages + pages <= self.limits.budget_pages
-            if not fits or self._running[model] >= self.limits.max_running:
+            head = self._waiting[0]
+            fits = self.promised_pages + head.pages <= self.limits.budget_pages
+            if not fits or self._running[head.model] >= self.limits.max_running:
                 break
             self._waiting.popleft()
-            self._promised[request_id] = (model, pages)
-            self._running[model] += 1
-            self.promised_pages += pages
-            admitted.append(request_id)
+            self._promised[head.request_id] = head
+            self._running[head.model] += 1
+            self.promised_pages += head.pages
+            admitted.append(head.request_id)
         return admitted
+
+    def expire(self, now_s: float) -> list[int]:
+        """Requests that have waited past the deadline; they leave the queue and are to be rejected."""
+        if not self.limits.deadline_s:
+            return []
+        late = [waiting.request_id for waiting in self._waiting if now_s - waiting.since_s > self.limits.deadline_s]
+        if late:
+            gone = set(late)
+            self._waiting = deque(waiting for waiting in self._waiting if waiting.request_id not in gone)
+        return late
 
     def finish(self, request_id: int) -> None:
         """An admitted request has ended; its promise is void."""
-        model, pages = self._promised.pop(request_id)
-        self._running[model] -= 1
-        self.promised_pages -= pages
+        held = self._promised.pop(request_id)
+        self._running[held.model] -= 1
+        self.promised_pages -= held.pages
+
+
+def safe(free_pages: int, claims: Iterable[tuple[int, int]]) -> bool:
+    """Whether requests with `claims` of (pages held, pages still possibly needed) can all finish in some order."""
+    for held, needed in sorted(claims, key=lambda claim: claim[1]):
+        if needed > free_pages:
+            return False
+        free_pages += held
+    return True

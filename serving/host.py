@@ -16,6 +16,7 @@ from serving.admission import AdmissionLimits, AdmissionQueue
 from serving.errors import UserError
 from serving.interface import Device, DeviceStats, Event, EventKind, Placement, PoolSample, Request, ServedModel
 from serving.memory.kv_pool import KVGeometry
+from serving.options import EngineOptions
 from serving.shm.region import SharedRegion
 from serving.workers.config import Bells, ModelWorkerConfig, PoolConfig, Role
 from serving.workers.messages import Submit, Tokens
@@ -83,10 +84,16 @@ class HostedSystem:
         self._bells.append(bells)
         return bells
 
-    def _register_pools(self, worker: WorkerProcess, role: ModelWorkerConfig, max_queued: int) -> None:
+    def _register_pools(self, worker: WorkerProcess, role: ModelWorkerConfig, options: EngineOptions) -> None:
         for config in role.pools:
             hosted = [role.models[index] for index in config.models]
-            limits = AdmissionLimits(config.num_pages, config.page_bytes, config.max_runs, max_queued)
+            limits = AdmissionLimits(
+                budget_pages=config.num_pages,
+                page_bytes=config.page_bytes,
+                max_running=config.max_runs,
+                max_queued=options.max_queued,
+                deadline_s=options.queue_deadline_s,
+            )
             queue = AdmissionQueue(limits, [KVGeometry.of(model.spec, model.dtype) for model in hosted])
             pool = _Pool(config.name, worker, role.device, queue)
             self._pools.append(pool)
@@ -119,8 +126,9 @@ class HostedSystem:
         problem = self._problem_with(request)
         if not problem:
             pool = self._pool_of_model[request.model]
-            total_tokens = len(request.prompt) + request.max_new_tokens
-            problem = pool.queue.offer(request.request_id, request.model, total_tokens)
+            problem = pool.queue.offer(
+                request.request_id, request.model, len(request.prompt), request.max_new_tokens, time.monotonic()
+            )
         if problem:
             self._emit(request.request_id, EventKind.REJECTED, time.monotonic_ns(), reason=problem)
             return
@@ -136,8 +144,12 @@ class HostedSystem:
                     ended |= self._take_tokens(message)
                 else:
                     self._take_sample(device, message)
-        if ended:
-            for pool in self._pools:
+        for pool in self._pools:
+            for request_id in pool.queue.expire(time.monotonic()):
+                del self._live[request_id]
+                reason = f"waited longer than {pool.queue.limits.deadline_s} s for KV"
+                self._emit(request_id, EventKind.REJECTED, time.monotonic_ns(), reason=reason)
+            if ended:
                 self._admit(pool)
         events, self._events = self._events, []
         if not events:

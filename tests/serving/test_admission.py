@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.admission import AdmissionLimits, AdmissionQueue
+from serving.admission import AdmissionLimits, AdmissionQueue, safe
+from serving.errors import UserError
 from serving.memory.kv_pool import KVGeometry
 
 pytestmark = pytest.mark.cpu
@@ -12,18 +13,18 @@ pytestmark = pytest.mark.cpu
 GEOMETRIES = (KVGeometry("a", 2, 100, 400), KVGeometry("b", 3, 700, 1000))
 
 
-def queue_of(budget_pages=30, max_running=3, max_queued=5):
-    return AdmissionQueue(AdmissionLimits(budget_pages, 4096, max_running, max_queued), GEOMETRIES)
+def queue_of(budget_pages=30, max_running=3, max_queued=5, **rule):
+    return AdmissionQueue(AdmissionLimits(budget_pages, 4096, max_running, max_queued, **rule), GEOMETRIES)
 
 
-@given(st.lists(st.one_of(st.tuples(st.sampled_from("ab"), st.integers(1, 1200)), st.integers(0, 9)), max_size=80))
+@given(st.lists(st.one_of(st.tuples(st.sampled_from("ab"), st.integers(2, 1200)), st.integers(0, 9)), max_size=80))
 def test_promises_stay_within_budget_and_admission_is_first_come_first_served(actions):
     queue = queue_of()
     offered, running, order = [], {}, []
     for number, action in enumerate(actions):
         if isinstance(action, tuple):
             model, tokens = action
-            if not queue.offer(number, model, tokens):
+            if not queue.offer(number, model, tokens - 1, 1):
                 offered.append(number)
         elif running:
             finished = list(running)[action % len(running)]
@@ -46,11 +47,50 @@ def test_promises_stay_within_budget_and_admission_is_first_come_first_served(ac
 
 
 def test_a_request_that_can_never_fit_is_rejected_at_once_with_the_reason():
-    assert "context of a (400)" in queue_of().offer(1, "a", 401)
-    assert "exceed the pool of 2" in queue_of(budget_pages=2).offer(1, "b", 10)
+    assert "context of a (400)" in queue_of().offer(1, "a", 400, 1)
+    assert "exceed the pool of 2" in queue_of(budget_pages=2).offer(1, "b", 9, 1)
 
 
 def test_a_full_queue_rejects():
     queue = queue_of(max_queued=1)
-    assert queue.offer(1, "a", 5) == ""
-    assert "holds 1 requests already" in queue.offer(2, "a", 5)
+    assert queue.offer(1, "a", 4, 1) == ""
+    assert "holds 1 requests already" in queue.offer(2, "a", 4, 1)
+
+
+def test_the_quantile_rule_promises_less_and_admits_more():
+    sizes = [(0, "b", 100, 800)] * 2
+    by_cap, by_quantile = (
+        queue_of(budget_pages=600),
+        queue_of(budget_pages=600, rule="quantile", promised_output_tokens={"b": 200}),
+    )
+    for queue, expected in ((by_cap, 1), (by_quantile, 2)):
+        for number, (_, model, prompt, output) in enumerate(sizes):
+            assert queue.offer(number, model, prompt, output) == ""
+        assert len(queue.admit()) == expected
+
+
+def test_a_request_past_its_deadline_leaves_the_queue():
+    queue = queue_of(max_running=1, deadline_s=2.0)
+    for number, now_s in enumerate((0.0, 0.5, 1.5)):
+        queue.offer(number, "a", 4, 1, now_s)
+    assert queue.admit() == [0]
+    assert queue.expire(2.4) == []
+    assert queue.expire(2.6) == [1]
+    queue.finish(0)
+    assert queue.admit() == [2]
+
+
+def test_an_unknown_rule_lists_the_known_ones():
+    with pytest.raises(UserError, match="known: cap, quantile"):
+        queue_of(rule="hope")
+
+
+@given(st.integers(0, 20), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 12)), max_size=6))
+def test_safe_is_true_exactly_when_some_order_lets_all_finish(free, claims):
+    def some_order(free, claims):
+        return not claims or any(
+            needed <= free and some_order(free + held, claims[:i] + claims[i + 1 :])
+            for i, (held, needed) in enumerate(claims)
+        )
+
+    assert safe(free, claims) == some_order(free, claims)
