@@ -1,0 +1,244 @@
+"""Absorbed MLA over latent pages on CUDA: a tile of latents is loaded once and serves as keys and, transposed, as values.
+
+Rows are (token, head) pairs, so a tile of rows shares what it reads among heads: one token's heads in decode, several
+tokens' in prefill.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels import tuning
+from kernels.attention.split import SplitPlan, block_slots, find_work, scale_log2, write_chunk
+from kernels.attention.triton import query_tiles
+from kernels.launch import ceil_div, launch, next_power_of_2
+from kernels.paged_kv import PagedKV
+from kernels.tile import dot
+
+
+@triton.jit
+def _latent_tile(
+    q_latent,
+    q_rope,
+    cache_ptr,
+    table_ptr,
+    start,
+    end,
+    last_seen,
+    scale,
+    top,
+    mass,
+    acc,
+    MASKED: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One step of online softmax over the latents of tokens `start`.. below `end`."""
+    entry = cache_ptr + block_slots(table_ptr, start, end, BLOCK_TOKENS, BLOCK_N)[:, None] * (DIM + ROPE)
+    token = start + tl.arange(0, BLOCK_N)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    turned = tl.arange(0, BLOCK_R)[None, :]
+    inside = (token < end)[:, None]
+    latents = tl.load(entry + channel, mask=inside & (channel < DIM), other=0.0)  # [N, D]
+    keys = tl.load(entry + DIM + turned, mask=inside & (turned < ROPE), other=0.0)  # [N, R]
+    scores = dot(q_latent, tl.trans(latents), tl.zeros((q_latent.shape[0], BLOCK_N), tl.float32))
+    scores = dot(q_rope, tl.trans(keys), scores) * scale
+    if MASKED:
+        scores = tl.where(token[None, :] <= last_seen[:, None], scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_top[:, None])
+    fade = tl.exp2(top - new_top)
+    mass = mass * fade + tl.sum(weights, axis=1)
+    acc = dot(weights.to(latents.dtype), latents, acc * fade[:, None])
+    return new_top, mass, acc
+
+
+@triton.jit
+def _decode_kernel(
+    q_latent_ptr,
+    q_rope_ptr,
+    cache_ptr,
+    table_ptr,
+    lens_ptr,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    batch,
+    heads,
+    readers,
+    table_stride,
+    programs,
+    scale,
+    BLOCK_H: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+):
+    work = tl.program_id(1)
+    sequence, length, first, end, whole = find_work(
+        lens_ptr, batch, work, readers, programs, BLOCK_B, BLOCK_N, MIN_CHUNK
+    )
+    if sequence >= batch:
+        return
+    head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    turned = tl.arange(0, BLOCK_R)[None, :]
+    row = sequence * heads + head
+    mask = (head < heads)[:, None]
+    wide_row = row.to(tl.int64)[:, None]
+    q_latent = tl.load(q_latent_ptr + wide_row * DIM + channel, mask=mask & (channel < DIM), other=0.0)
+    q_rope = tl.load(q_rope_ptr + wide_row * ROPE + turned, mask=mask & (turned < ROPE), other=0.0)
+    table = table_ptr + sequence.to(tl.int64) * table_stride
+    top = tl.full((BLOCK_H,), -float("inf"), tl.float32)
+    mass = tl.zeros((BLOCK_H,), tl.float32)
+    acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+    last_seen = tl.zeros((BLOCK_H,), tl.int32) + (end - 1)
+    for start in range(first, end, BLOCK_N):
+        top, mass, acc = _latent_tile(
+            q_latent, q_rope, cache_ptr, table, start, end, last_seen, scale, top, mass, acc,
+            True, DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
+        )  # fmt: skip
+    write_chunk(
+        acc, top, mass, whole, row, work, head, heads, head < heads, out_ptr, partial_ptr, lse_ptr, DIM, BLOCK_D
+    )
+
+
+@triton.jit
+def _prefill_kernel(
+    q_latent_ptr,
+    q_rope_ptr,
+    cache_ptr,
+    table_ptr,
+    lens_ptr,
+    tiles_ptr,
+    out_ptr,
+    table_stride,
+    scale,
+    HEADS: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tile = tiles_ptr + tl.program_id(1) * 4
+    sequence = tl.load(tile)
+    first_token = tl.load(tile + 1)
+    tokens = tl.load(tile + 2)
+    position = tl.load(lens_ptr + sequence) - tl.load(tile + 3)
+    pair = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if tl.program_id(0) * BLOCK_M >= tokens * HEADS:
+        return
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    turned = tl.arange(0, BLOCK_R)[None, :]
+    mask = (pair < tokens * HEADS)[:, None]
+    row = first_token.to(tl.int64) * HEADS + pair[:, None]
+    q_latent = tl.load(q_latent_ptr + row * DIM + channel, mask=mask & (channel < DIM), other=0.0)
+    q_rope = tl.load(q_rope_ptr + row * ROPE + turned, mask=mask & (turned < ROPE), other=0.0)
+    table = table_ptr + sequence.to(tl.int64) * table_stride
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    last_seen = position + pair // HEADS
+    last_pair = tl.minimum((tl.program_id(0) + 1) * BLOCK_M, tokens * HEADS) - 1
+    end = position + last_pair // HEADS + 1
+    for start in range(0, end, BLOCK_N):
+        top, mass, acc = _latent_tile(
+            q_latent, q_rope, cache_ptr, table, start, end, last_seen, scale, top, mass, acc,
+            True, DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
+        )  # fmt: skip
+    out = out_ptr + row * DIM + channel
+    tl.store(out, (acc / mass[:, None]).to(out_ptr.dtype.element_ty), mask=mask & (channel < DIM))
+
+
+def decode_mla(q_latent: torch.Tensor, q_rope: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
+    """See :func:`kernels.mla.decode_mla`; the cache is read through `kv.block_table`."""
+    q_latent, q_rope = q_latent.contiguous(), q_rope.contiguous()
+    batch, heads, rank = q_latent.shape
+    wide = q_latent.element_size() == 4
+    default = {
+        "BLOCK_H": max(16, min(16 if wide else 64, next_power_of_2(heads))),
+        "BLOCK_N": 16 if wide else 32,
+        "num_warps": 4 if heads <= 16 else 8,
+        "num_stages": 2,
+        "waves": 2,
+    }
+    chosen = tuning.config("decode_mla", f"r{rank}_h{heads}_b{next_power_of_2(batch)}", q_latent.device, default)
+    readers = ceil_div(heads, chosen["BLOCK_H"])
+    plan = SplitPlan(q_latent, kv, readers, chosen["BLOCK_N"], rank, chosen["waves"])
+    out = torch.empty_like(q_latent)
+    launch(
+        _decode_kernel,
+        (readers, plan.work),
+        q_latent,
+        q_rope,
+        kv.cache,
+        kv.block_table,
+        kv.kv_lens,
+        out,
+        plan.partial,
+        plan.lse,
+        batch,
+        heads,
+        readers,
+        kv.block_table.stride(0),
+        plan.programs,
+        scale_log2(scale),
+        BLOCK_H=chosen["BLOCK_H"],
+        ROPE=q_rope.shape[2],
+        BLOCK_R=max(16, next_power_of_2(q_rope.shape[2])),
+        BLOCK_TOKENS=kv.block_tokens,
+        **plan.constants,
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
+    )
+    plan.combine(out)
+    return out
+
+
+def prefill_mla(
+    q_latent: torch.Tensor, q_rope: torch.Tensor, kv: PagedKV, query_lens: tuple[int, ...], scale: float
+) -> torch.Tensor:
+    """See :func:`kernels.mla.prefill_mla`; the cache is read through `kv.block_table`."""
+    q_latent, q_rope = q_latent.contiguous(), q_rope.contiguous()
+    _, heads, rank = q_latent.shape
+    wide = q_latent.element_size() == 4
+    default = {"BLOCK_M": 16 if wide else 64, "BLOCK_N": 16 if wide else 32, "num_warps": 8, "num_stages": 2}
+    chosen = tuning.config("prefill_mla", f"r{rank}_h{heads}", q_latent.device, default)
+    tile_tokens = 16  # a tile of 16 tokens is 16 x heads rows: whole programs for any number of heads
+    tiles = query_tiles(tuple(query_lens), tile_tokens, q_latent.device)
+    out = torch.empty_like(q_latent)
+    launch(
+        _prefill_kernel,
+        (ceil_div(tile_tokens * heads, chosen["BLOCK_M"]), len(tiles)),
+        q_latent,
+        q_rope,
+        kv.cache,
+        kv.block_table,
+        kv.kv_lens,
+        tiles,
+        out,
+        kv.block_table.stride(0),
+        scale_log2(scale),
+        HEADS=heads,
+        ROPE=q_rope.shape[2],
+        BLOCK_R=max(16, next_power_of_2(q_rope.shape[2])),
+        BLOCK_TOKENS=kv.block_tokens,
+        DIM=rank,
+        BLOCK_D=next_power_of_2(rank),
+        **chosen,
+    )
+    return out

@@ -1,0 +1,104 @@
+"""Decode and prefill attention over pages, GQA and MLA, against their references: ragged lengths, page edges, odd heads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.attention import reference as gqa_reference
+from kernels.mla import reference as mla_reference
+from kernels.paged_kv import PagedKV
+
+pytestmark = pytest.mark.cpu
+
+RAGGED = {"one_token": (1,), "page_edges": (64, 63, 65), "ragged": (3, 500, 1, 130)}
+SHAPES = [(4, 2, 16), (6, 2, 24), (5, 1, 32)]
+GLM_HEADS = 20  # query heads of GLM-4.7-Flash: no power of two
+
+
+def paged(lengths, entry: tuple[int, ...], block_tokens: int, dtype, device) -> PagedKV:
+    """A cache of random entries whose sequences lie in shuffled blocks; what no sequence owns is NaN."""
+    blocks = [-(-length // block_tokens) for length in lengths]
+    order = (torch.randperm(sum(blocks)) + 1).tolist()
+    table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
+    cache = torch.full(((sum(blocks) + 2) * block_tokens, *entry), float("nan"))
+    for sequence, (length, count) in enumerate(zip(lengths, blocks, strict=True)):
+        mine = [order.pop() for _ in range(count)]
+        table[sequence, :count] = torch.tensor(mine)
+        token = torch.arange(length)
+        slots = torch.tensor(mine)[token // block_tokens] * block_tokens + token % block_tokens
+        cache[slots] = torch.randn(length, *entry)
+    lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return PagedKV(cache.to(device, dtype), block_tokens, table.to(device), lens)
+
+
+@pytest.mark.parametrize("block_tokens", [64, 48], ids=["page64", "page48"])
+@pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+def test_decode_gqa(heads, kv_heads, dim, lengths, block_tokens, dtype, device, check):
+    from kernels.attention import triton as form
+
+    kv = paged(lengths, (2, kv_heads, dim), block_tokens, dtype, device)
+    q = torch.randn(len(lengths), heads, dim, dtype=dtype, device=device)
+    check("out", form.decode_gqa(q, kv, dim**-0.5), gqa_reference.decode_gqa(q, kv, dim**-0.5))
+
+
+@pytest.mark.parametrize("lengths", [(1100,), (64, 2)], ids=["split", "whole"])
+def test_decode_mha_of_20_heads(lengths, device, check):
+    from kernels.attention import triton as form
+
+    kv = paged(lengths, (2, GLM_HEADS, 8), 64, torch.float32, device)
+    q = torch.randn(len(lengths), GLM_HEADS, 8, device=device)
+    check("out", form.decode_gqa(q, kv, 0.3), gqa_reference.decode_gqa(q, kv, 0.3))
+
+
+@pytest.mark.parametrize("block_tokens", [64, 48], ids=["page64", "page48"])
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [((1,), (1,)), ((70, 64, 9), (70, 3, 1)), ((130, 20), (40, 1))],
+    ids=["one_token", "whole_and_chunks", "second_chunk"],
+)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES[:2])
+def test_prefill_gqa(heads, kv_heads, dim, lengths, rows, block_tokens, dtype, device, check):
+    from kernels.attention import triton as form
+
+    kv = paged(lengths, (2, kv_heads, dim), block_tokens, dtype, device)
+    q = torch.randn(sum(rows), heads, dim, dtype=dtype, device=device)
+    check("out", form.prefill_gqa(q, kv, rows, dim**-0.5), gqa_reference.prefill_gqa(q, kv, rows, dim**-0.5))
+
+
+def test_a_row_without_tokens_gives_zeros(device):
+    """Rows that pad a batch to a graph's size have length 0: their output must be finite."""
+    from kernels.attention import triton as form
+
+    kv = paged((5, 1), (2, 1, 16), 64, torch.float32, device)
+    kv = PagedKV(kv.cache, 64, kv.block_table, torch.tensor([5, 0], dtype=torch.int32, device=device))
+    assert not form.decode_gqa(torch.randn(2, 2, 16, device=device), kv, 0.25)[1].any()
+
+
+@pytest.mark.parametrize("block_tokens", [64, 48], ids=["page64", "page48"])
+@pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize(("heads", "rank", "rope_dim"), [(4, 32, 8), (GLM_HEADS, 24, 4)])
+def test_decode_mla(heads, rank, rope_dim, lengths, block_tokens, dtype, device, check):
+    from kernels.mla import triton as form
+
+    kv = paged(lengths, (rank + rope_dim,), block_tokens, dtype, device)
+    q_latent = torch.randn(len(lengths), heads, rank, dtype=dtype, device=device)
+    q_rope = torch.randn(len(lengths), heads, rope_dim, dtype=dtype, device=device)
+    expected = mla_reference.decode_mla(q_latent, q_rope, kv, 0.2)
+    check("o_latent", form.decode_mla(q_latent, q_rope, kv, 0.2), expected)
+
+
+@pytest.mark.parametrize("block_tokens", [64, 48], ids=["page64", "page48"])
+@pytest.mark.parametrize(
+    ("lengths", "rows"), [((1,), (1,)), ((70, 64, 9), (11, 3, 1)), ((66,), (66,))], ids=["one", "chunks", "whole"]
+)
+@pytest.mark.parametrize(("heads", "rank", "rope_dim"), [(4, 32, 8), (GLM_HEADS, 24, 4)])
+def test_prefill_mla(heads, rank, rope_dim, lengths, rows, block_tokens, dtype, device, check):
+    from kernels.mla import triton as form
+
+    kv = paged(lengths, (rank + rope_dim,), block_tokens, dtype, device)
+    q_latent = torch.randn(sum(rows), heads, rank, dtype=dtype, device=device)
+    q_rope = torch.randn(sum(rows), heads, rope_dim, dtype=dtype, device=device)
+    expected = mla_reference.prefill_mla(q_latent, q_rope, kv, rows, 0.2)
+    check("o_latent", form.prefill_mla(q_latent, q_rope, kv, rows, 0.2), expected)
