@@ -43,9 +43,7 @@ class Work:
         )
 
     def times(self, count: float) -> Work:
-        return Work(
-            self.flops * count, self.weight_bytes * count, self.kv_bytes * count, self.activation_bytes * count
-        )
+        return Work(self.flops * count, self.weight_bytes * count, self.kv_bytes * count, self.activation_bytes * count)
 
 
 def total(works: Iterable[Work]) -> Work:
@@ -196,9 +194,7 @@ def projection_work(spec: ModelSpec, rows: int, dtype: str = "bfloat16", tp: int
     return total(_matmul(rows, i, o, size) for i, o in projection_shapes(spec, tp, absorbed))
 
 
-def decode_core_work(
-    spec: ModelSpec, batch: int, context_tokens: float, dtype: str = "bfloat16", tp: int = 1
-) -> Work:
+def decode_core_work(spec: ModelSpec, batch: int, context_tokens: float, dtype: str = "bfloat16", tp: int = 1) -> Work:
     """The attention core of one layer at decode: one query a sequence over `context_tokens` tokens, all sequences' sum."""
     _check_tp(spec, tp)
     size, attention = element_bytes(dtype), spec.attention
@@ -242,9 +238,7 @@ def router_work(spec: ModelSpec, tokens: int, dtype: str = "bfloat16") -> Work:
     return _matmul(tokens, spec.hidden_size, spec.moe.num_experts, element_bytes(dtype))
 
 
-def moe_work(
-    spec: ModelSpec, tokens: int, dtype: str = "bfloat16", tp: int = 1, distinct: float | None = None
-) -> Work:
+def moe_work(spec: ModelSpec, tokens: int, dtype: str = "bfloat16", tp: int = 1, distinct: float | None = None) -> Work:
     """The routed experts of one layer. `distinct` experts are read; by default the expected number (uniform routing)."""
     moe, size = spec.moe, element_bytes(dtype)
     hit = moe.distinct_experts(tokens) if distinct is None else distinct

@@ -114,8 +114,9 @@ def check_figures() -> dict[str, float]:
     weights = [weight_bytes(spec) for spec in specs]
     qwen = specs[0]
     ffn_gb = sum(part.ffn for part in weights) / 1e9
-    figures = {f"kv_kib_per_token/{name}": published_spec(name).kv_bytes_per_token("bfloat16") / 1024
-               for name in PAPER_KV_KIB}
+    figures = {
+        f"kv_kib_per_token/{name}": published_spec(name).kv_bytes_per_token("bfloat16") / 1024 for name in PAPER_KV_KIB
+    }
     return figures | {
         "weights_gb": sum(part.total for part in weights) / 1e9,
         "ffn_gb": ffn_gb,
@@ -123,8 +124,10 @@ def check_figures() -> dict[str, float]:
         "kv_side_gb": sum(part.kv_side for part in weights) / 1e9,
         "crossing_kib_per_token/qwen3-30b-a3b": crossing_bytes(qwen, 1) / 1024,
         "crossings_per_token/qwen3-30b-a3b": float(crossings_per_token(qwen)),
-        **{f"kv_share_of_one_request/{heads}_kv_heads": attention_plan(heads, 4).kv_share_of_one_request
-           for heads in (4, 2, 1)},
+        **{
+            f"kv_share_of_one_request/{heads}_kv_heads": attention_plan(heads, 4).kv_share_of_one_request
+            for heads in (4, 2, 1)
+        },
     }
 
 
