@@ -11,19 +11,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from serving.batching import StepLimits, compose_step, least_recently_served
+from serving.batching import StepLimits
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
 from serving.memory.kv_pool import KVPool, ModelKV
+from serving.scheduler import StepPlan, StepScheduler
+from serving.sequence import Sequence
 from serving.shm.ring import Ring
 from serving.workers.counters import Counters
 from serving.workers.messages import PoolUse, Stop, Submit, Tokens, decode, encode
 from serving.workers.ports import FFNPort
-from serving.workers.sequence import Sequence
 from serving.workers.timeline import ATTENTION, FINISH, Recorder
 
 _MAP_AHEAD_TOKENS = 16  # keep this many tokens mapped beyond the last one where there is idle time to do it
@@ -31,7 +32,7 @@ _SPINS_BEFORE_SLEEP = 2000
 _IDLE_SLEEP_S = 0.0003
 
 
-@dataclass
+@dataclass(frozen=True)
 class HostedModel:
     """A model as its worker holds it. `ffn_index` is the number its FFN port knows it by."""
 
@@ -41,22 +42,16 @@ class HostedModel:
     port: FFNPort
     ffn_index: int
     num_layers: int
-    sequences: list[Sequence] = field(default_factory=list)  # in order of admission
-    in_flight: int = 0
-
-    @property
-    def ready(self) -> bool:
-        return len(self.sequences) > self.in_flight
 
 
 @dataclass(slots=True)
-class Step:
-    """One in-flight batch: the sequences and rows it computes, and how far it has come."""
+class InFlight:
+    """One in-flight batch: its step, and how far it has come."""
 
     model: HostedModel
-    items: list[tuple[Sequence, int]]
+    plan: StepPlan
     layout: BatchLayout
-    hidden: torch.Tensor
+    hidden: torch.Tensor  # [T, D]
     layer: int = 0
 
 
@@ -77,16 +72,14 @@ class ModelWorker:
     ) -> None:
         self._models = list(models)
         self._pools = list(pools)
-        self._limits = limits
-        self._lanes: list[Step | None] = [None] * lanes
+        self._scheduler = StepScheduler(len(self._models), limits)
+        self._lanes: list[InFlight | None] = [None] * lanes
         self._control, self._tokens, self._counters = control, tokens, counters
+        self._recorder = recorder
         self._sample_interval_ns = int(sample_interval_ms * 1e6)
         self._next_sample_ns = 0
-        self._served_at: dict[int, int] = {}
-        self._steps_begun = 0
         self._map_ahead: deque[tuple[HostedModel, Sequence]] = deque()
         self._stopping = False
-        self._recorder = recorder
 
     def run(self) -> None:
         """Serve until a Stop message. Every iteration does what can be done now and waits for nothing."""
@@ -129,58 +122,38 @@ class ModelWorker:
         return True
 
     def _accept(self, request: Submit) -> None:
-        model = self._models[request.model]
-        sequence = Sequence(
-            request_id=request.request_id,
-            tokens=list(request.prompt),
-            prompt_tokens=len(request.prompt),
-            max_new_tokens=request.max_new_tokens,
-            stop_ids=request.stop_ids,
-            run=model.kv.open_run(),
+        self._scheduler.add(
+            Sequence(
+                request_id=request.request_id,
+                model=request.model,
+                tokens=list(request.prompt),
+                prompt_tokens=len(request.prompt),
+                max_new_tokens=request.max_new_tokens,
+                stop_ids=request.stop_ids,
+                run=self._models[request.model].kv.open_run(),
+            )
         )
-        model.sequences.append(sequence)
 
     # -- the life of a step --------------------------------------------------------------------------------------------
     def _begin(self, lane: int) -> bool:
-        ready = [model.index for model in self._models if model.ready]
-        if not ready:
-            return False
         started_ns = time.monotonic_ns()
-        model = self._models[least_recently_served(ready, self._served_at)]
-        self._steps_begun += 1
-        self._served_at[model.index] = self._steps_begun
-        waiting = [sequence for sequence in model.sequences if not sequence.in_flight]
-        chosen = compose_step([sequence.pending for sequence in waiting], self._limits)
-        items = [(waiting[index], rows) for index, rows in chosen]
-        token_ids, layout = self._lay_out(model, items)
-        hidden = model.half.embed(torch.tensor(token_ids))
+        plan = self._scheduler.next_step()
+        if plan is None:
+            return False
+        model = self._models[plan.model]
+        for sequence, rows in plan.items:
+            if sequence.cached + rows > sequence.run.mapped_tokens:
+                self._grow(model, sequence, sequence.cached + rows)
+        run_starts = tuple(sequence.run.start_slot for sequence, _ in plan.items)
+        layout = BatchLayout(plan.query_lens, plan.kv_lens, run_starts, plan.logit_rows)
+        hidden = model.half.embed(torch.tensor(plan.token_ids))
         hidden, ffn_in = model.half.attend(0, hidden, None, model.kv.layers[0], layout)
         model.port.send(lane, model.ffn_index, 0, ffn_in)
-        model.in_flight += len(items)
-        self._lanes[lane] = step = Step(model, items, layout, hidden)
+        self._lanes[lane] = step = InFlight(model, plan, layout, hidden)
         self._account(started_ns, ATTENTION, lane, step)
         return True
 
-    def _lay_out(self, model: HostedModel, items: list[tuple[Sequence, int]]) -> tuple[list[int], BatchLayout]:
-        token_ids: list[int] = []
-        logit_rows = []
-        for sequence, rows in items:
-            end = sequence.cached + rows
-            if end > sequence.run.mapped_tokens:
-                self._grow(model, sequence, end)
-            token_ids += sequence.tokens[sequence.cached : end]
-            if rows == sequence.pending:
-                logit_rows.append(len(token_ids) - 1)
-            sequence.in_flight = True
-        layout = BatchLayout(
-            query_lens=tuple(rows for _, rows in items),
-            kv_lens=tuple(sequence.cached + rows for sequence, rows in items),
-            run_starts=tuple(sequence.run.start_slot for sequence, _ in items),
-            logit_rows=tuple(logit_rows),
-        )
-        return token_ids, layout
-
-    def _advance(self, lane: int, step: Step) -> None:
+    def _advance(self, lane: int, step: InFlight) -> None:
         started_ns = time.monotonic_ns()
         model = step.model
         ffn_out = model.port.result(lane)
@@ -195,44 +168,38 @@ class ModelWorker:
             self._lanes[lane] = None
             self._account(started_ns, FINISH, lane, step)
 
-    def _account(self, started_ns: int, stage: int, lane: int, step: Step) -> None:
+    def _account(self, started_ns: int, stage: int, lane: int, step: InFlight) -> None:
         ended_ns = time.monotonic_ns()
         self._counters.add("busy_ns", ended_ns - started_ns)
         if self._recorder is not None:
             rows = step.hidden.shape[0]
             self._recorder.add(started_ns, ended_ns, stage, lane, step.model.index, step.layer, rows)
 
-    def _finish(self, step: Step, ffn_out: torch.Tensor) -> None:
+    def _finish(self, step: InFlight, ffn_out: torch.Tensor) -> None:
         model = step.model
-        sampled = iter(())
+        sampled: list[int] = []
         if step.layout.logit_rows:
-            sampled = iter(model.half.logits(step.hidden, ffn_out, step.layout).argmax(dim=-1).tolist())
-        events, ended = [], False
-        for sequence, rows in step.items:
-            sequence.in_flight = False
-            complete = rows == sequence.pending
-            sequence.cached += rows
-            if complete:
-                token = next(sampled)
-                last = sequence.append(token)
-                events.append((sequence.request_id, token, last))
-                if last:
-                    model.sequences.remove(sequence)
-                    model.kv.close_run(sequence.run)
-                    ended = True
-                    continue
-            if sequence.run.mapped_tokens < min(len(sequence.tokens) + _MAP_AHEAD_TOKENS, sequence.most_cached):
-                self._map_ahead.append((model, sequence))
-        model.in_flight -= len(step.items)
+            sampled = model.half.logits(step.hidden, ffn_out, step.layout).argmax(dim=-1).tolist()
+        produced = self._scheduler.complete(step.plan, iter(sampled))
+        ended = [sequence for sequence, _, last in produced if last]
+        for sequence in ended:
+            model.kv.close_run(sequence.run)
+        self._plan_mapping(step)
         now_ns = time.monotonic_ns()
-        if events:
-            self._report(Tokens(now_ns, tuple(events)))
+        if produced:
+            self._report(Tokens(now_ns, tuple((s.request_id, token, last) for s, token, last in produced)))
         if ended or now_ns >= self._next_sample_ns:
             self._sample(now_ns)
         self._counters.add("steps", 1)
         self._counters.set("bytes_crossed", sum({id(m.port): m.port.bytes_crossed for m in self._models}.values()))
 
     # -- pages ---------------------------------------------------------------------------------------------------------
+    def _plan_mapping(self, step: InFlight) -> None:
+        for sequence, _ in step.plan.items:
+            wanted = min(len(sequence.tokens) + _MAP_AHEAD_TOKENS, sequence.most_cached)
+            if sequence.run.mapped_tokens < wanted:
+                self._map_ahead.append((step.model, sequence))
+
     def _grow(self, model: HostedModel, sequence: Sequence, tokens: int) -> None:
         started_ns, before = time.monotonic_ns(), len(sequence.run.pages)
         model.kv.grow(sequence.run, tokens)
@@ -244,7 +211,7 @@ class ModelWorker:
         if not self._map_ahead:
             return False
         model, sequence = self._map_ahead.popleft()
-        if sequence in model.sequences:
+        if self._scheduler.holds(sequence):
             before = len(sequence.run.pages)
             self._grow(model, sequence, min(len(sequence.tokens) + _MAP_AHEAD_TOKENS, sequence.most_cached))
             self._counters.add("mapped_ahead", len(sequence.run.pages) - before)

@@ -1,4 +1,4 @@
-"""A live request inside a worker: its tokens, how many of them are in the KV cache, and the run they lie in."""
+"""A live request on its device: its tokens, how many of them are in the KV cache, and the run they lie in."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from serving.memory.kv_pool import Run
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """`tokens` is the prompt followed by what was generated; the first `cached` of them are in the KV cache."""
 
     request_id: int
+    model: int  # index within its device
     tokens: list[int]
     prompt_tokens: int
     max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    run: Run
+    stop_ids: tuple[int, ...] = ()
+    run: Run | None = None  # None on the simulated backend, which counts pages and holds none
     cached: int = 0
     in_flight: bool = False
 
