@@ -68,6 +68,11 @@ def soft_max(q: float, *terms):
     return safe * sum((term / safe) ** q for term in terms) ** (1.0 / q)
 
 
+def peak(hw: Hardware, kernel: Kernel) -> float:
+    """FLOP/s of the card in the kernel's element width."""
+    return hw.fp32_flops if kernel.cast_bytes == 4 else hw.bf16_flops
+
+
 def serial_scale(hw: Hardware) -> float:
     """How much slower than the imagined multiprocessor one of `hw` streams: its share of the memory bandwidth."""
     return SM_BANDWIDTH * hw.num_sms / hw.memory_bandwidth
@@ -103,7 +108,7 @@ def gemm(p: Coefficients, x: Columns, hw: Hardware, kernel: Kernel):
     memory = moved / (p["eta_b"] * hw.memory_bandwidth)
     serial = p["k_ns"] * NS * serial_scale(hw) * k / (1.0 + k / (1000.0 * p["k_split"]))
     tiles = np.ceil(m / TILE) * np.ceil(n / TILE)
-    compute = 2.0 * m * n * k / (p["eta_f"] * hw.bf16_flops) * _tail(tiles, hw.num_sms, p["tail"])
+    compute = 2.0 * m * n * k / (p["eta_f"] * peak(hw, kernel)) * _tail(tiles, hw.num_sms, p["tail"])
     return p["t0_us"] * US + soft_max(p["q"], memory, serial, compute)
 
 
@@ -116,7 +121,7 @@ def moe(p: Coefficients, x: Columns, hw: Hardware, kernel: Kernel):
     )
     memory = moved / (p["eta_b"] * hw.memory_bandwidth)
     serial = p["k_ns"] * NS * serial_scale(hw) * (hidden + width)
-    compute = 6.0 * hidden * width * (pairs + p["pad_rows"] * hit) / (p["eta_f"] * hw.bf16_flops)
+    compute = 6.0 * hidden * width * (pairs + p["pad_rows"] * hit) / (p["eta_f"] * peak(hw, kernel))
     compute = compute * (1.0 + p["half_width"] / width)  # short inner loops of the second product
     routing = p["route_ns"] * NS * pairs
     return p["t0_us"] * US + routing + soft_max(p["q"], memory, serial, compute)
@@ -144,7 +149,7 @@ def _decode_core(p: Coefficients, x: Columns, hw: Hardware, kernel: Kernel, grou
     rounds = waves(groups * splits, hw.num_sms, kernel.whole_waves)
     serial = block * np.maximum(1.0, rounds * p["share"])
     memory = (_cached_bytes(moved, p, x, hw) + io) / (p["eta_b"] * hw.memory_bandwidth)
-    compute = flops / (p["eta_f"] * hw.bf16_flops)
+    compute = flops / (p["eta_f"] * peak(hw, kernel))
     merge = np.where(splits > 1, p["merge_us"] + p["merge_part_us"] * splits, 0.0) * US
     ramp = p["ramp_ns"] * NS * np.minimum(context, 512)
     return p["t0_us"] * US + merge + ramp + soft_max(p["q"], serial, memory, compute)
@@ -188,7 +193,7 @@ def _prefill_core(p: Coefficients, x: Columns, hw: Hardware, kernel: Kernel, dim
     tiles = batch * heads * np.ceil(tokens / TILE)
     pairs = batch * heads * tokens * (tokens + TILE) / 2.0
     flops = 2.0 * pairs * (dim_in + dim_out)
-    compute = flops / (p["eta_f"] * hw.bf16_flops) * _tail(tiles, hw.num_sms, p["tail"])
+    compute = flops / (p["eta_f"] * peak(hw, kernel)) * _tail(tiles, hw.num_sms, p["tail"])
     moved = kernel.cast_bytes * batch * tokens * (heads * (dim_in + dim_out) + kv_width)
     memory = moved / (p["eta_b"] * hw.memory_bandwidth)
     serial = p["block_us"] * US + p["token_ns"] * NS * serial_scale(hw) * tokens
@@ -218,6 +223,12 @@ def collective(p: Coefficients, x: Columns, hw: Hardware, kernel: Kernel):
     if kernel.host_floor and not x.get("graph", False):
         return np.maximum(device, p["host_us"] * US)
     return device
+
+
+def elementwise(p: Coefficients, x: Columns, hw: Hardware, kernel: Kernel):
+    """Norms, gathers, sampling: `rows` rows of `width` elements read and written `passes` times in all."""
+    moved = kernel.cast_bytes * x["rows"] * x["width"] * x.get("passes", 2.0)
+    return p["t0_us"] * US + moved / (p["eta_b"] * hw.memory_bandwidth)
 
 
 EFFICIENCY = (0.02, 1.0)
@@ -263,5 +274,6 @@ FORMS = {
             {"t0_us": 4.0, "hop_us": 0.1, "eta_b": 0.6, "q": 2.0, "step_us": 1.0, "host_us": 20.0}, COMMON_BOUNDS,
             split=("num_gpus", "message_size"),
         ),
+        Form("elementwise", elementwise, ("width",), ("rows",), {"t0_us": 2.4, "eta_b": 0.8}, COMMON_BOUNDS),
     )
 }  # fmt: skip

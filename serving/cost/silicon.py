@@ -107,7 +107,7 @@ def read_rows(directory: Path, prefix: str, card: str, operator: str) -> Rows:
 
 
 def _read_parquet(path: Path) -> dict[str, np.ndarray]:
-    import pyarrow.parquet as parquet  # only commands that read measured rows need it
+    from pyarrow import parquet  # only commands that read measured rows need it
 
     if not path.exists():
         raise UserError(f"{path}: no such file; measured rows are named CARD_OPERATOR.parquet")
@@ -187,4 +187,4 @@ _ADAPTERS = {
     "prefill_mla": _prefill_mla,
     "collective": _collective,
 }
-assert set(_ADAPTERS) == set(FORMS) == set(SOURCES)
+assert set(_ADAPTERS) == set(SOURCES) <= set(FORMS)

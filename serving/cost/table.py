@@ -9,6 +9,7 @@ built from rows at hand (a calibration of this machine, or the silicon data wher
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -52,6 +53,13 @@ class MeasuredTable:
                 near[key] = self._nearest(*key)
             corrections[index] = sum(weight * _interpolate(tree, size) for tree, weight in near[key])
         return predict(self.fitted, rows, self.hardware) * np.exp(corrections)
+
+    def correction(self, variant: str, columns: Mapping[str, float]) -> float:
+        """The interpolated ratio of measured over predicted at one point; 1 where the variant was never measured."""
+        shape, size = (
+            [math.log2(1e-3 + columns[name]) for name in names] for names in (self.form.shape, self.form.size)
+        )
+        return math.exp(sum(weight * _interpolate(tree, size) for tree, weight in self._nearest(variant, tuple(shape))))
 
     def _nearest(self, variant: str, shape: tuple[float, ...]) -> list[tuple[object, float]]:
         """(tree, weight) of the measured shapes to interpolate between: the shape itself where it was measured."""
