@@ -36,7 +36,7 @@ def find_work(
     BLOCK_N: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
 ):
-    """(sequence, or at least `batch` where there is no such work; its length; first token; end; is it the only chunk)."""
+    """(sequence, or at least `batch` where there is no such work; its first token; end; is it the only chunk)."""
     index = tl.arange(0, BLOCK_B)
     lengths = tl.load(lens_ptr + index, mask=index < batch, other=0)
     chunk = chunk_tokens(lengths, readers, programs, BLOCK_N, MIN_CHUNK)
@@ -45,7 +45,7 @@ def find_work(
     before = tl.sum(tl.where(index < sequence, splits, 0))
     length = tl.sum(tl.where(index == sequence, lengths, 0))
     first = (work - before) * chunk
-    return sequence, length, first, tl.minimum(first + chunk, length), length <= chunk
+    return sequence, first, tl.minimum(first + chunk, length), length <= chunk
 
 
 @triton.jit

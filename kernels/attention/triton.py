@@ -83,9 +83,7 @@ def _decode_kernel(
 ):
     kv_head = tl.program_id(0)
     work = tl.program_id(1)
-    sequence, length, first, end, whole = find_work(
-        lens_ptr, batch, work, KV_HEADS, programs, BLOCK_B, BLOCK_N, MIN_CHUNK
-    )
+    sequence, first, end, whole = find_work(lens_ptr, batch, work, KV_HEADS, programs, BLOCK_B, BLOCK_N, MIN_CHUNK)
     if sequence >= batch:
         return
     member = tl.arange(0, BLOCK_H)
@@ -166,7 +164,7 @@ def decode_gqa(q: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
     kv_heads = kv.cache.shape[2]
     wide = q.element_size() == 4
     block_h = max(16, next_power_of_2(num_heads // kv_heads))
-    default = {"BLOCK_N": 32 if wide else 64, "num_warps": 4, "num_stages": 2 if wide else 3, "waves": 2}
+    default = {"BLOCK_N": 32 if wide else 64, "num_warps": 4, "num_stages": 4 if wide else 5, "waves": 2}
     chosen = tuning.config("decode_gqa", f"d{dim}_kh{kv_heads}_b{next_power_of_2(batch)}", q.device, default)
     plan = SplitPlan(q, kv, kv_heads, chosen["BLOCK_N"], dim, chosen["waves"])
     out = torch.empty_like(q)

@@ -86,9 +86,7 @@ def _decode_kernel(
     MIN_CHUNK: tl.constexpr,
 ):
     work = tl.program_id(1)
-    sequence, length, first, end, whole = find_work(
-        lens_ptr, batch, work, readers, programs, BLOCK_B, BLOCK_N, MIN_CHUNK
-    )
+    sequence, first, end, whole = find_work(lens_ptr, batch, work, readers, programs, BLOCK_B, BLOCK_N, MIN_CHUNK)
     if sequence >= batch:
         return
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -170,10 +168,10 @@ def decode_mla(q_latent: torch.Tensor, q_rope: torch.Tensor, kv: PagedKV, scale:
     batch, heads, rank = q_latent.shape
     wide = q_latent.element_size() == 4
     default = {
-        "BLOCK_H": max(16, min(16 if wide else 64, next_power_of_2(heads))),
+        "BLOCK_H": max(16, min(16 if wide else 32, next_power_of_2(heads))),
         "BLOCK_N": 16 if wide else 32,
         "num_warps": 4 if heads <= 16 else 8,
-        "num_stages": 2,
+        "num_stages": 3 if wide else 5,  # the block table's look-up takes two of them
         "waves": 2,
     }
     chosen = tuning.config("decode_mla", f"r{rank}_h{heads}_b{next_power_of_2(batch)}", q_latent.device, default)
