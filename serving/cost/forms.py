@@ -123,7 +123,7 @@ def moe(p: Coefficients, x: Columns, hw: Hardware, kernel: Kernel):
     serial = p["k_ns"] * NS * serial_scale(hw) * (hidden + width)
     compute = 6.0 * hidden * width * (pairs + p["pad_rows"] * hit) / (p["eta_f"] * peak(hw, kernel))
     compute = compute * (1.0 + p["half_width"] / width)  # short inner loops of the second product
-    routing = p["route_ns"] * NS * pairs
+    routing = p["route_ns"] * NS * pairs + p["expert_us"] * US * hit
     return p["t0_us"] * US + routing + soft_max(p["q"], memory, serial, compute)
 
 
@@ -226,11 +226,12 @@ def collective(p: Coefficients, x: Columns, hw: Hardware, kernel: Kernel):
 
 
 def elementwise(p: Coefficients, x: Columns, hw: Hardware, kernel: Kernel):
-    """Norms, gathers, sampling: `rows` rows of `width` elements read and written `passes` times in all."""
+    """What is neither product nor attention: `rows` rows of `width` elements, `passes` reads and writes of them in all."""
     moved = kernel.cast_bytes * x["rows"] * x["width"] * x.get("passes", 2.0)
     return p["t0_us"] * US + moved / (p["eta_b"] * hw.memory_bandwidth)
 
 
+ELEMENTWISE = ("embed", "norm", "rope", "route", "activation", "sample")
 EFFICIENCY = (0.02, 1.0)
 COMMON_BOUNDS = {"eta_b": EFFICIENCY, "eta_f": EFFICIENCY, "q": (1.0, 8.0), "tail": (0.01, 1.0), "share": (0.1, 2.0)}
 CACHE_BOUNDS = {"cache_share": (0.3, 1.5), "cache_cost": (0.1, 1.0)}
@@ -253,6 +254,7 @@ FORMS = {
         Form(
             "moe", moe, ("hidden_size", "width", "topk", "num_experts"), ("num_tokens",),
             {"t0_us": 12.0, "eta_b": 0.85, "eta_f": 0.5, "q": 2.0, "k_ns": 2.0, "pad_rows": 8.0, "half_width": 50.0,
+                "expert_us": 0.01,
              "route_ns": 0.1},
             COMMON_BOUNDS | {"half_width": (1.0, 150.0)},
         ),
@@ -274,6 +276,9 @@ FORMS = {
             {"t0_us": 4.0, "hop_us": 0.1, "eta_b": 0.6, "q": 2.0, "step_us": 1.0, "host_us": 20.0}, COMMON_BOUNDS,
             split=("num_gpus", "message_size"),
         ),
-        Form("elementwise", elementwise, ("width",), ("rows",), {"t0_us": 2.4, "eta_b": 0.8}, COMMON_BOUNDS),
+        *(
+            Form(name, elementwise, ("width",), ("rows",), {"t0_us": 2.4, "eta_b": 0.8}, {"eta_b": (1e-3, 1.0)})
+            for name in ELEMENTWISE
+        ),
     )
 }  # fmt: skip

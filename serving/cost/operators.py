@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping
 
 from serving.cost.fitted_set import FittedSet, shipped
-from serving.cost.forms import FORMS, Kernel
+from serving.cost.forms import ELEMENTWISE, FORMS, Kernel
 from serving.cost.hardware import Hardware
 from serving.cost.routing import distinct_experts
 from serving.cost.silicon import gemm_regime, kernel_of, moe_regime
@@ -42,9 +42,16 @@ KERNEL_CHOICE = {
     },
 }
 OWN_KERNELS = "own"  # a calibration of this machine runs this project's kernels
-ASSUMED = {  # [assumption] for cards without rows: the smallest measured GEMM's fixed cost, 80 % of the bandwidth
-    "elementwise": {"t0_us": 2.4, "eta_b": 0.8},
-}
+# [assumption] elementwise kernels on cards without rows of them: the smallest measured GEMM's fixed cost, 80 % of the bandwidth.
+ASSUMED = {name: {"t0_us": 2.4, "eta_b": 0.8} for name in ELEMENTWISE}
+PASSES = {
+    "embed": 2.0,
+    "norm": 4.0,
+    "rope": 2.0,
+    "route": 1.0,
+    "activation": 3.0,
+    "sample": 1.0,
+}  # norm: with residual add
 
 
 class CostModel:
@@ -146,17 +153,9 @@ class CostModel:
             return 0.0
         return self._seconds("collective", "", (("num_gpus", gpus), ("message_size", max(1, message_bytes))))
 
-    def elementwise_s(self, rows: int, width: int, passes: float = 2.0) -> float:
-        """A norm (4 passes with its residual), an embedding look-up (2), greedy sampling (1)."""
-        return self._seconds("elementwise", "", (("width", width), ("rows", rows), ("passes", passes)))
-
-    def norm_s(self, rows: int, hidden: int) -> float:
-        """RMS norm fused with the residual add."""
-        return self.elementwise_s(rows, hidden, 4.0)
-
-    def sampling_s(self, rows: int, vocabulary: int) -> float:
-        """Greedy sampling: the logits once."""
-        return self.elementwise_s(rows, vocabulary, 1.0)
+    def elementwise_s(self, name: str, rows: int, width: int) -> float:
+        """One of :data:`~serving.cost.forms.ELEMENTWISE` over `rows` rows of `width` elements."""
+        return self._seconds(name, "", (("width", width), ("rows", rows), ("passes", PASSES[name])))
 
     # -- how -----------------------------------------------------------------------------------------------------------
     def variant(self, operator: str, regime: str) -> str:

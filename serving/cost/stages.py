@@ -78,10 +78,11 @@ class StageCosts:
         else:
             moe = spec.moe
             seconds = self.cost.gemm_s(tokens, moe.num_experts, hidden)
+            seconds += self.cost.elementwise_s("route", tokens, moe.num_experts)
             seconds += self.cost.moe_s(
                 tokens, hidden, moe.expert_width / self.tp, moe.top_k, moe.num_experts, self.distribution
             )
-            kernels = 4
+            kernels = 5
             if moe.shared_width:
                 seconds, kernels = seconds + self._gated(tokens, moe.shared_width), kernels + 3
         return self._reduced(Stage(seconds, work, kernels), tokens)
@@ -90,15 +91,17 @@ class StageCosts:
         """Last norm, LM head and greedy sampling of `rows` positions."""
         spec = self.spec
         width = -(-spec.vocab_size // self.tp)
-        seconds = self.cost.norm_s(rows, spec.hidden_size) + self.cost.gemm_s(rows, width, spec.hidden_size)
-        seconds += self.cost.sampling_s(rows, width)
+        seconds = self.cost.elementwise_s("norm", rows, spec.hidden_size) + self.cost.gemm_s(
+            rows, width, spec.hidden_size
+        )
+        seconds += self.cost.elementwise_s("sample", rows, width)
         work = facts.head_work(spec, rows, self.dtype, self.tp) + facts.sampling_work(spec, rows, self.dtype)
         return Stage(seconds, work, 3)
 
     def embedding(self, tokens: int) -> Stage:
         """Look-up of `tokens` rows."""
         work = facts.embedding_work(self.spec, tokens, self.dtype)
-        return Stage(self.cost.elementwise_s(tokens, self.spec.hidden_size), work, 1)
+        return Stage(self.cost.elementwise_s("embed", tokens, self.spec.hidden_size), work, 1)
 
     def _decode_step(self, batch: int, context_tokens: int) -> Stage:
         attention = self.attention(batch, context_tokens).times(self.spec.num_layers)
@@ -133,7 +136,7 @@ class StageCosts:
     def _attention_layer(self, rows: int, core: Stage, absorbed: bool) -> Stage:
         shapes = facts.projection_shapes(self.spec, self.tp, absorbed)
         seconds = sum(self.cost.gemm_s(rows, outputs, inputs) for inputs, outputs in shapes)
-        seconds += self.cost.norm_s(rows, self.spec.hidden_size) + self._rope_s(rows)
+        seconds += self.cost.elementwise_s("norm", rows, self.spec.hidden_size) + self._rope_s(rows)
         work = facts.projection_work(self.spec, rows, self.dtype, self.tp, absorbed)
         work += facts.norm_work(rows, self.spec.hidden_size, self.dtype)
         return self._reduced(Stage(seconds, work, len(shapes) + 2) + core, rows)
@@ -142,7 +145,7 @@ class StageCosts:
         """Rotation, KV write and (where there is one) q/k norm, fused into one pass over the new queries and keys."""
         attention = self.spec.attention
         width = self.heads * (attention.head_dim if isinstance(attention, GQASpec) else attention.rope_dim)
-        return self.cost.elementwise_s(rows, width + attention.kv_elements_per_token)
+        return self.cost.elementwise_s("rope", rows, width + attention.kv_elements_per_token)
 
     def _decode_core(self, batch: int, context_tokens: float) -> Stage:
         attention, mean = self.spec.attention, context_tokens / batch
@@ -172,7 +175,7 @@ class StageCosts:
         """A gated FFN as two products (gate and up joined) and the activation between them."""
         own, hidden = -(-width // self.tp), self.spec.hidden_size
         gate_up, down = self.cost.gemm_s(tokens, 2 * own, hidden), self.cost.gemm_s(tokens, hidden, own)
-        return gate_up + down + self.cost.elementwise_s(tokens, own, 3.0)
+        return gate_up + down + self.cost.elementwise_s("activation", tokens, own)
 
     def _distinct(self, tokens: int) -> float:
         return distinct_experts(tokens, self.spec.moe.num_experts, self.spec.moe.top_k, self.distribution)

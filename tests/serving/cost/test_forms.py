@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.cost.fit import fit_form, fitting_half, predict, shape_keys
-from serving.cost.forms import FORMS, Kernel, soft_max, waves
+from serving.cost.forms import ELEMENTWISE, FORMS, Kernel, soft_max, waves
 from serving.cost.hardware import load_hardware
 from serving.cost.routing import distinct_experts
 from serving.cost.silicon import Rows
@@ -81,7 +81,7 @@ SHAPED = {
     ),
     "prefill_mla": ({"batch_size": 1, "isl": 1024, "num_heads": 16}, "isl"),
     "collective": ({"num_gpus": 4, "message_size": 1 << 20}, "message_size"),
-    "elementwise": ({"rows": 8, "width": 2048}, "rows"),
+    **{name: ({"rows": 8, "width": 2048}, "rows") for name in ELEMENTWISE},
 }
 
 
