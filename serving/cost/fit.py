@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from serving.cost.forms import FORMS, Form, Kernel
+from serving.cost.form import Form, Kernel
+from serving.cost.forms import FORMS
 from serving.cost.hardware import Hardware
 from serving.cost.silicon import Rows, kernel_of
 

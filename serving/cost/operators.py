@@ -11,7 +11,8 @@ import functools
 from collections.abc import Mapping
 
 from serving.cost.fitted_set import FittedSet, shipped
-from serving.cost.forms import ELEMENTWISE, FORMS, Kernel
+from serving.cost.form import Kernel
+from serving.cost.forms import ELEMENTWISE, FORMS
 from serving.cost.hardware import Hardware
 from serving.cost.routing import distinct_experts
 from serving.cost.silicon import gemm_regime, kernel_of, moe_regime

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.cost.forms import FORMS, Kernel
+from serving.cost.form import Kernel
+from serving.cost.forms import FORMS
 from serving.cost.routing import distinct_experts
 from serving.errors import UserError
 

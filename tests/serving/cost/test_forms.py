@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.cost.fit import fit_form, fitting_half, predict, shape_keys
-from serving.cost.forms import ELEMENTWISE, FORMS, Kernel, soft_max, waves
+from serving.cost.form import Kernel, soft_max, waves
+from serving.cost.forms import ELEMENTWISE, FORMS
 from serving.cost.hardware import load_hardware
 from serving.cost.routing import distinct_experts
 from serving.cost.silicon import Rows
@@ -81,6 +82,10 @@ SHAPED = {
     ),
     "prefill_mla": ({"batch_size": 1, "isl": 1024, "num_heads": 16}, "isl"),
     "collective": ({"num_gpus": 4, "message_size": 1 << 20}, "message_size"),
+    "stage_decode": ({"batch_size": 2, "context": 100}, "context"),
+    "stage_prefill": ({"isl": 64, "past": 64}, "past"),
+    "stage_routed": ({"num_tokens": 4, "distinct": 6}, "num_tokens"),
+    **{f"stage_{name}": ({"rows": 8}, "rows") for name in ("dense", "head", "embed")},
     **{name: ({"rows": 8, "width": 2048}, "rows") for name in ELEMENTWISE},
 }
 
