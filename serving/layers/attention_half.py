@@ -1,0 +1,68 @@
+"""The attention half of a model: embeddings, norms, attention over the KV cache, LM head. It lives beside the KV.
+
+A layer is one call, `attend`: it takes the rows that came back from the FFN of the layer before and returns the rows for
+the FFN of this one. Weights are packed once at load; each stored tensor is read once and dropped.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.linear import linear, pack
+from serving.checkpoints.weights import Weights
+from serving.layers.batch import BatchLayout
+from serving.layers.gqa import GQALayer
+from serving.layers.mla import MLALayer
+from serving.layers.norm import rms_norm
+from serving.layers.rope import RotaryTable
+from serving.layers.sizes import weight_bytes_attention
+from serving.spec import MLASpec, ModelSpec
+
+
+class AttentionHalf:
+    """Attention side of `spec` in `dtype`. `weight_bytes` is what it holds."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, dtype: torch.dtype) -> None:
+        self.spec, self.dtype = spec, dtype
+        self.weight_bytes = weight_bytes_attention(spec, str(dtype).removeprefix("torch."))
+        self._rotary = RotaryTable(spec.rope, spec.max_context_tokens)
+        layer_class = MLALayer if isinstance(spec.attention, MLASpec) else GQALayer
+        self._layers = []
+        self._norms: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for index in range(spec.num_layers):
+            tensors = weights.attention(index)
+            self._norms.append((tensors["input_norm"].to(dtype, copy=True), tensors["post_norm"].to(dtype, copy=True)))
+            self._layers.append(layer_class(spec, tensors, dtype))
+        self._final_norm = weights.final_norm().to(dtype, copy=True)
+        self._embedding = weights.embedding().to(dtype, copy=True)  # [V, D]
+        self._head = pack(weights.head().to(dtype))  # [V, D]
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden rows [T, D] of `token_ids` [T] int64."""
+        return self._embedding.index_select(0, token_ids)
+
+    def attend(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        ffn_out: torch.Tensor | None,
+        cache: torch.Tensor,
+        layout: BatchLayout,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer: residual of the FFN before (`ffn_out` [T, D], None for layer 0), norm, attention with its KV written
+        into `cache` (this layer's slots), residual, norm. Returns (hidden [T, D], rows for this layer's FFN [T, D])."""
+        if ffn_out is not None:
+            hidden = hidden + ffn_out
+        if layout.rope is None:
+            layout.rope = self._rotary.rows(layout.positions, max(layout.kv_lens) - 1)
+        input_norm, post_norm = self._norms[layer]
+        normed = rms_norm(hidden, input_norm, self.spec.norm_eps)
+        hidden = hidden + self._layers[layer].forward(normed, cache, layout)
+        return hidden, rms_norm(hidden, post_norm, self.spec.norm_eps)
+
+    def logits(self, hidden: torch.Tensor, ffn_out: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        """Logits [len(logit_rows), V] float32 after the last layer's residual."""
+        if len(layout.logit_rows) < layout.rows:
+            rows = torch.tensor(layout.logit_rows)
+            hidden, ffn_out = hidden.index_select(0, rows), ffn_out.index_select(0, rows)
+        return linear(rms_norm(hidden + ffn_out, self._final_norm, self.spec.norm_eps), self._head).float()
