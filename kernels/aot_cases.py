@@ -109,6 +109,31 @@ def _lm_head() -> None:
     greedy(_empty(8, 151936, dtype=torch.float32))
 
 
+def _mailbox() -> None:
+    from kernels.mailbox import Mailbox
+    from kernels.mailbox.triton import put, wait
+
+    mailbox = Mailbox.allocate(2, 64, 2048, torch.bfloat16, META)
+    put(mailbox, 1, _empty(8, 2048))
+    wait(mailbox, 1, 8, 2048, 1000)
+
+
+def _resident(dtype: torch.dtype) -> None:
+    from kernels.moe_ffn import ExpertWeights
+    from kernels.resident_ffn import FFNLayer
+    from kernels.resident_ffn.executor import ResidentFFN
+
+    def layer(depth: int, width: int, num_experts: int, top_k: int) -> FFNLayer:
+        gate_up = _empty(num_experts, 2 * width, depth, dtype=dtype)
+        experts = ExpertWeights(gate_up, _empty(num_experts, depth, width, dtype=dtype))
+        return FFNLayer(_empty(num_experts, depth, dtype=dtype), experts, top_k=top_k, rule="softmax_renorm")
+
+    executor = ResidentFFN([[layer(*QWEN3)], [layer(*MIXTRAL)]], dtype, META, num_slots=4, max_rows=64)
+    executor.launch_worker(132, 1000)
+    executor.submit(0, 0, 1, _empty(8, 2048, dtype=dtype))
+    executor.collect(1, 8, 2048)
+
+
 QWEN3 = (2048, 768, 128, 8)
 MIXTRAL = (4096, 14336, 8, 2)
 
@@ -144,4 +169,7 @@ CASES: dict[str, Callable[[], None]] = {
     "decode_dense_ffn": functools.partial(_dense, 4, 2048, 2816),
     "dense_ffn_2048": functools.partial(_dense, 2048, 2048, 10944),
     "lm_head": _lm_head,
+    "mailbox": _mailbox,
+    "resident_ffn": functools.partial(_resident, torch.bfloat16),
+    "resident_ffn_fp32": functools.partial(_resident, torch.float32),
 }

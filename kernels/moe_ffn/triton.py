@@ -57,7 +57,7 @@ def gate_up_tile(
     lane = tl.arange(0, BLOCK_K)[None, :]
     inside = (out < width)[:, None]
     gate_row = weight_ptr + out.to(tl.int64)[:, None] * depth
-    up_row = gate_row + width.to(tl.int64) * depth
+    up_row = gate_row + tl.cast(width, tl.int64) * depth
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, depth, BLOCK_K):

@@ -55,9 +55,9 @@ def choose_experts(
     expert = tl.arange(0, logits.shape[1])[None, :]
     slot = tl.arange(0, TOP_K)[None, :]
     # rule 3 is sigmoid_bias, 1 the only one that keeps the weights as they are
-    top = tl.max(logits, axis=1)[:, None]
+    top = tl.maximum(tl.max(logits, axis=1), -1e30)[:, None]  # finite even where there is no expert at all
     exponent = tl.exp(logits - top)
-    scores = exponent / tl.sum(exponent, axis=1)[:, None]
+    scores = exponent / tl.maximum(tl.sum(exponent, axis=1), 1e-30)[:, None]
     if rule == 3:
         scores = 1.0 / (1.0 + tl.exp(-logits))
     choice = tl.where(expert < num_experts, scores + bias, NEVER)

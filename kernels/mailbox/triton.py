@@ -1,0 +1,108 @@
+"""Put and wait on CUDA: release after the rows, acquire before reading them, system scope, growing sequence numbers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.launch import launch
+from kernels.mailbox.state import TIMED_OUT, Mailbox
+
+PROGRAMS = 16  # of a put; a constant, so that their arrivals can be counted without ever resetting the count
+BLOCK = 2048
+
+
+@triton.jit
+def spin_until(flag_ptr, target, max_spins):
+    """Poll until the flag reaches `target`; whether it did within `max_spins` looks. Acquires at system scope."""
+    spins = 0
+    seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys")
+    while (seen < target) & (spins < max_spins):
+        seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys")
+        spins += 1
+    tl.debug_barrier()
+    return seen >= target
+
+
+@triton.jit
+def copy_share(source_ptr, target_ptr, rows, width, source_stride, BLOCK: tl.constexpr):
+    """This program's share of rows [rows, width] copied to a packed target."""
+    lane = tl.arange(0, BLOCK)
+    total = rows * width
+    for start in range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK):
+        place = start + lane
+        inside = place < total
+        source = (place // width).to(tl.int64) * source_stride + place % width
+        tl.store(target_ptr + place, tl.load(source_ptr + source, mask=inside, cache_modifier=".cg"), mask=inside)
+
+
+@triton.jit
+def _put_kernel(
+    x_ptr,
+    rows_ptr,
+    published_ptr,
+    sent_ptr,
+    arrivals_ptr,
+    slot,
+    slot_elements,
+    rows,
+    width,
+    stride,
+    BLOCK: tl.constexpr,
+):
+    copy_share(x_ptr, rows_ptr + tl.cast(slot, tl.int64) * slot_elements, rows, width, stride, BLOCK)
+    # All threads' stores come before the arrival; without the barrier other threads' may trail it.
+    tl.debug_barrier()
+    programs = tl.num_programs(0)
+    arrived = tl.atomic_add(arrivals_ptr + slot, 1, sem="acq_rel", scope="sys")
+    if arrived % programs == programs - 1:
+        sequence = tl.load(sent_ptr + slot) + 1
+        tl.store(sent_ptr + slot, sequence)
+        tl.debug_barrier()
+        tl.atomic_xchg(published_ptr + slot, sequence, sem="release", scope="sys")
+
+
+@triton.jit
+def _wait_kernel(published_ptr, taken_ptr, error_ptr, slot, max_spins, CODE: tl.constexpr):
+    target = tl.load(taken_ptr + slot) + 1
+    if not spin_until(published_ptr + slot, target, max_spins):
+        tl.store(error_ptr, CODE)
+    tl.store(taken_ptr + slot, target)
+
+
+def put(mailbox: Mailbox, slot: int, x: torch.Tensor) -> None:
+    """See :func:`kernels.mailbox.put`."""
+    rows, width = x.shape
+    launch(
+        _put_kernel,
+        (PROGRAMS,),
+        x,
+        mailbox.rows,
+        mailbox.published,
+        mailbox.sent,
+        mailbox.arrivals,
+        slot,
+        mailbox.rows.stride(0),
+        rows,
+        width,
+        x.stride(0),
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+
+
+def wait(mailbox: Mailbox, slot: int, num_rows: int, width: int, max_spins: int) -> torch.Tensor:
+    """See :func:`kernels.mailbox.wait`."""
+    launch(
+        _wait_kernel,
+        (1,),
+        mailbox.published,
+        mailbox.taken,
+        mailbox.error,
+        slot,
+        max_spins,
+        CODE=TIMED_OUT,
+        num_warps=1,
+    )
+    return mailbox.filled(slot, num_rows, width)

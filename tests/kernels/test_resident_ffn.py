@@ -1,0 +1,125 @@
+"""The resident executor: models of different sizes, rules and kinds of layer in one queue, against the plain layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.moe_ffn import ExpertWeights
+from kernels.resident_ffn import FFNLayer, ffn_layer
+
+pytestmark = pytest.mark.cpu
+
+
+def routed(num_experts, top_k, depth, width, shared_width, rule, dtype, device, groups=(1, 1)) -> FFNLayer:
+    def matrix(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, device=device) * shape[-1] ** -0.5).to(dtype)
+
+    shared = (matrix(2 * shared_width, depth), matrix(depth, shared_width)) if shared_width else (None, None)
+    return FFNLayer(
+        matrix(num_experts, depth) * 4,
+        ExpertWeights(matrix(num_experts, 2 * width, depth), matrix(num_experts, depth, width)),
+        *shared,
+        torch.randn(num_experts, device=device) if rule == "sigmoid_bias" else None,
+        top_k,
+        rule,
+        1.5,
+        *groups,
+    )
+
+
+def dense(depth, width, dtype, device) -> FFNLayer:
+    gate_up = (torch.randn(2 * width, depth, device=device) * depth**-0.5).to(dtype)
+    down = (torch.randn(depth, width, device=device) * width**-0.5).to(dtype)
+    return FFNLayer(shared_gate_up=gate_up, shared_down=down)
+
+
+def models(dtype, device) -> list[list[FFNLayer]]:
+    unit = 16 if device.type == "cuda" else 8  # odd sizes where the interpreter runs
+    first = [
+        dense(5 * unit, 9 * unit, dtype, device),
+        routed(6, 2, 5 * unit, 3 * unit, 0, "softmax_topk_renorm", dtype, device),
+    ]
+    second = [
+        routed(20, 3, 3 * unit, 2 * unit, 5 * unit, "sigmoid_bias", dtype, device, (4, 2)),
+        routed(9, 4, 3 * unit, unit, unit, "softmax", dtype, device),
+    ]
+    return [first, second]
+
+
+class Driver:
+    """An executor that computes on demand: resident beside us on CUDA, run in between under the interpreter."""
+
+    def __init__(self, models, dtype, device, **options) -> None:
+        from kernels.resident_ffn import ResidentFFN
+
+        self.executor = ResidentFFN(models, dtype, device, **options)
+        self.resident = device.type == "cuda"
+        if self.resident:  # a first run loads every module before a kernel that never returns is on the card
+            self.executor.submit(0, 0, 0, torch.zeros(1, models[0][0].depth, dtype=dtype, device=device))
+            self.executor.run_pending()
+            self.executor.collect(0, 1, models[0][0].depth)
+            torch.cuda.synchronize(device)
+            self.executor.start()
+
+    def settle(self) -> None:
+        if not self.resident:
+            self.executor.run_pending()
+
+
+def test_any_layer_of_any_model(dtype, device, check):
+    served = models(dtype, device)
+    driver = Driver(served, dtype, device, num_slots=3, max_rows=20)
+    tasks = [(0, 1, 2, 1), (1, 0, 0, 3), (0, 0, 1, 5), (1, 1, 2, 20), (0, 1, 0, 17)]  # model, layer, slot, rows
+    for model, layer, slot, rows in tasks:
+        weights = served[model][layer]
+        x = torch.randn(rows, weights.depth, device=device).to(dtype)
+        driver.executor.submit(model, layer, slot, x)
+        driver.settle()
+        actual = driver.executor.collect(slot, rows, weights.depth)
+        check(f"model {model} layer {layer} rows {rows}", actual, ffn_layer(weights, x))
+    driver.executor.stop()
+
+
+def test_several_in_flight_and_the_ring_wraps(device, check):
+    served = models(torch.float32, device)
+    driver = Driver(served, torch.float32, device, num_slots=2, max_rows=4, capacity=3)
+    for _ in range(3):
+        inputs = [torch.randn(2, served[slot][1].depth, device=device) for slot in range(2)]
+        for slot, x in enumerate(inputs):
+            driver.executor.submit(slot, 1, slot, x)
+        driver.settle()
+        for slot, x in enumerate(inputs):
+            check(f"slot {slot}", driver.executor.collect(slot, *x.shape), ffn_layer(served[slot][1], x))
+    driver.executor.stop()
+
+
+def test_waiting_for_what_never_comes_is_reported(device):
+    from kernels.resident_ffn import ResidentFFN
+
+    served = [[dense(16, 16, torch.float32, device)]]
+    executor = ResidentFFN(served, torch.float32, device, num_slots=1, max_rows=1, max_spins=20)
+    executor.submit(0, 0, 0, torch.ones(1, 16, device=device))
+    executor.collect(0, 1, 16)
+    with pytest.raises(RuntimeError, match="a result did not come in time"):
+        executor.check()
+
+
+def test_an_overfull_ring_is_reported(device):
+    from kernels.resident_ffn import ResidentFFN
+
+    served = [[dense(16, 16, torch.float32, device)]]
+    executor = ResidentFFN(served, torch.float32, device, num_slots=3, max_rows=1, capacity=2, max_spins=20)
+    for slot in range(3):
+        executor.submit(0, 0, slot, torch.ones(1, 16, device=device))
+    with pytest.raises(RuntimeError, match="the ring stayed full"):
+        executor.check()
+
+
+def test_a_layer_without_weights_is_refused():
+    with pytest.raises(ValueError, match="needs experts, a shared FFN, or both"):
+        FFNLayer()
+    with pytest.raises(ValueError, match="a router needs experts"):
+        FFNLayer(router=torch.zeros(2, 2), shared_down=torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="shared_down: .* must be contiguous"):
+        FFNLayer(shared_gate_up=torch.zeros(4, 2), shared_down=torch.zeros(3, 2).T)
