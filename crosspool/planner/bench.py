@@ -35,11 +35,13 @@ class BenchResult:
         return fast and known and self.requests >= _REQUESTS
 
     def __str__(self) -> str:
+        verdict = "PASS" if self.passed else "FAIL"
         return (
             f"{_MODELS} models, {self.requests} live requests at {self.observations} observation times: "
-            f"{self.seconds:.2f} s (limit {_SECONDS:.0f}), peak {self.memory_bytes / 1e6:.0f} MB (limit {_MEMORY_BYTES / 1e6:.0f})\n"
+            f"{self.seconds:.2f} s (limit {_SECONDS:.0f}), "
+            f"peak {self.memory_bytes / 1e6:.0f} MB (limit {_MEMORY_BYTES / 1e6:.0f})\n"
             f"P99 {self.budget_pages} pages, 95 % half width {self.half_width:.2%} (limit {_HALF_WIDTH:.0%}); "
-            f"mean {self.mean_error:+.2%} from M/G/infinity (limit {_MEAN_ERROR:.0%}): {'PASS' if self.passed else 'FAIL'}"
+            f"mean {self.mean_error:+.2%} from M/G/infinity (limit {_MEAN_ERROR:.0%}): {verdict}"
         )
 
 

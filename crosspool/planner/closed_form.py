@@ -1,8 +1,7 @@
 """Exact mean and variance of a KV pool's demand, where arrivals are Poisson: what the Monte Carlo must agree with.
 
-M/G/infinity is a shot-noise process: by Campbell's theorem a shot h over ages [0, T) at rate L gives mean L * E[int h] and
-variance L * E[int h^2]. A mixed rate (factors G of mean 1) adds Var(G) * mean^2.
-"""
+M/G/infinity is a shot-noise process: by Campbell's theorem a shot h over ages [0, T) at rate L gives mean L * E[int
+h] and variance L * E[int h^2]. A mixed rate (factors G of mean 1) adds Var(G) * mean^2."""
 
 from __future__ import annotations
 
@@ -29,7 +28,8 @@ class Moments:
 
 
 def kv_bytes_moments(models: Sequence[ModelDemand]) -> Moments:
-    """Moments of the demand in bytes, before any rounding: per request k * T * (p + o/2) and k^2 * T * (p^2 + po + o^2/3)."""
+    """Moments of the demand in bytes, before any rounding: per request k * T * (p + o/2) and k^2 * T * (p^2 + po +
+    o^2/3)."""
     mean = variance = 0.0
     for model in models:
         prompt, output = model.prompt_tokens.astype(float), model.output_tokens.astype(float)

@@ -20,8 +20,8 @@ from serving.spec import element_bytes
 
 @dataclass(frozen=True)
 class LengthsConfig:
-    """Joint (prompt, output) samples: those of a `trace` (see :func:`crosspool.planner.traces.find_trace`), or lognormal
-    ones of the given means and coefficients of variation, cut at `max_tokens` each."""
+    """Joint (prompt, output) samples: those of a `trace` (see :func:`crosspool.planner.traces.find_trace`), or
+    lognormal ones of the given means and coefficients of variation, cut at `max_tokens` each."""
 
     trace: str = ""
     samples: int = 4096
@@ -40,7 +40,8 @@ class LengthsConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model: its shape (`architecture`: the keys of a `config.json`, or the directory of a `checkpoint`) and its load.
+    """One model: its shape (`architecture`: the keys of a `config.json`, or the directory of a `checkpoint`) and its
+    load.
 
     `rate_rps` null takes the trace's. `request_tokens` is the longest request, prompt and output, that must fit.
     """
@@ -83,8 +84,8 @@ class PoolsConfig:
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Check of the plan on parts of `model`'s trace that it was not fitted on, in blocks of `block_s`; `history_s` is what
-    a rolling plan looks back on."""
+    """Check of the plan on parts of `model`'s trace that it was not fitted on, in blocks of `block_s`; `history_s` is
+    what a rolling plan looks back on."""
 
     model: str
     block_s: float = 60.0
@@ -97,7 +98,10 @@ class CheckConfig:
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """All of one plan. The pool's budget is the demand at the last of `quantiles`."""
+    """All of one plan. The pool's budget is the demand at the last of `quantiles`.
+
+    `layers_per_run`: layers of a model whose KV shares pages, side by side in one contiguous run of a request. The
+    engine gives each layer a run of its own (1); large pages waste less with more. The last group counts as full."""
 
     name: str
     page_bytes: int
@@ -106,6 +110,7 @@ class PlannerConfig:
     pools: PoolsConfig = field(default_factory=PoolsConfig)
     sampling: SamplingRule = field(default_factory=SamplingRule)
     quantiles: tuple[float, ...] = (0.95, 0.99)
+    layers_per_run: int = 1
     seed: int = 0
     check: CheckConfig | None = None
 
@@ -114,6 +119,8 @@ class PlannerConfig:
         names = [model.name for model in self.models]
         if not names or len(set(names)) != len(names):
             raise UserError(f"models need names that differ, one at least: {names}")
+        if self.page_bytes < 1 or self.layers_per_run < 1 or self.seed < 0:
+            raise UserError("page_bytes and layers_per_run are at least 1, seed at least 0")
         if not self.quantiles or not 0 < self.quantiles[0] <= self.quantiles[-1] < 1:
             raise UserError(f"quantiles {list(self.quantiles)} must lie in (0, 1); 0.95 and 0.99 are usual")
         if self.check and self.check.model not in names:

@@ -1,11 +1,10 @@
 """The page budget of a KV pool: Monte Carlo of what all models hold at a random observation time (paper, "Planner").
 
-A request of age u in [0, T) holds prompt + output * u/T tokens. With Poisson arrivals of rate L the number of live requests
-at a random time is Poisson with mean L * E[T], and a live request is a joint sample (prompt, output, T) drawn with weight T
-(a long service is seen more often) at an age uniform in [0, T): the stationary M/G/infinity queue. Sampling prompt, output
-and T jointly keeps their correlation. Where arrivals are burstier than Poisson, `rate_factors` mix the rate (see
-:mod:`crosspool.planner.dispersion`).
-"""
+A request of age u in [0, T) holds prompt + output * u/T tokens. With Poisson arrivals of rate L the number of live
+requests at a random time is Poisson with mean L * E[T], and a live request is a joint sample (prompt, output, T)
+drawn with weight T (a long service is seen more often) at an age uniform in [0, T): the stationary M/G/infinity
+queue. Sampling prompt, output and T jointly keeps their correlation. Where arrivals are burstier than Poisson,
+`rate_factors` mix the rate (see :mod:`crosspool.planner.dispersion`)."""
 
 from __future__ import annotations
 
@@ -28,10 +27,10 @@ _SPLIT_OBSERVATIONS = 2048  # kept by model, for the models' own quantiles
 class ModelDemand:
     """One model's load, as joint samples [S] of prompt tokens, output tokens and service time in seconds.
 
-    A request's KV is `num_runs` contiguous runs of `run_token_bytes` a token: one run a layer (times tensor-parallel ranks,
-    each with its share of the heads), or one run a group of layers that share pages. `rate_factors` [F], of mean 1, are
-    equally likely multiples of the rate; (1,) is a plain Poisson process. Raises UserError for numbers that make no load.
-    """
+    A request's KV is `num_runs` contiguous runs of `run_token_bytes` a token: one run a layer (times tensor-parallel
+    ranks, each with its share of the heads), or one run a group of layers that share pages. `rate_factors` [F], of
+    mean 1, are equally likely multiples of the rate; (1,) is a plain Poisson process. Raises UserError for numbers
+    that make no load."""
 
     name: str
     rate_rps: float
@@ -77,19 +76,20 @@ class ModelDemand:
         return self.num_runs * self.run_token_bytes
 
     def pages(self, tokens: np.ndarray, page_bytes: int) -> np.ndarray:
-        """Pages that requests of `tokens` whole tokens occupy; rounding is the virtualizer's, up to a page in every run."""
+        """Pages that requests of `tokens` whole tokens occupy; rounding is the virtualizer's, up to a page in every
+        run."""
         return self.num_runs * -(-np.asarray(tokens) * self.run_token_bytes // page_bytes)
 
 
 @dataclass(frozen=True)
 class SamplingRule:
-    """When to stop: once the 95 % interval of the quantile is within `relative_half_width` of it (or within one page) and
-    at least `least_requests` live requests were drawn; `most_requests` ends a search that does not get there.
+    """When to stop: once the 95 % interval of the quantile is within `relative_half_width` of it (or within one page)
+    and at least `least_requests` live requests were drawn; `most_requests` ends a search that does not get there.
 
-    `holding` says what a live request counts for: `grown` what it holds at its age (the paper), `declared` its final length
-    from the start, which is what admission by declared cap reserves. `bursts` says whether models with rate factors burst
-    `apart` (independently) or `together` (all at their same rank of factors: the worst case of a shared cause).
-    """
+    `holding` says what a live request counts for: `grown` what it holds at its age (the paper), `declared` its final
+    length from the start, which is what admission by declared cap reserves. `bursts` says whether models with rate
+    factors burst `apart` (independently) or `together` (all at their same rank of factors: the worst case of a shared
+    cause)."""
 
     relative_half_width: float = 0.02
     confidence: float = 0.95
@@ -199,7 +199,8 @@ class _Sampler:
 
 
 class DemandSimulation:
-    """Draws of a pool's demand that can be added to; :func:`kv_budget_pages` asks for more until the quantile is known."""
+    """Draws of a pool's demand that can be added to; :func:`kv_budget_pages` asks for more until the quantile is
+    known."""
 
     def __init__(self, models: Sequence[ModelDemand], page_bytes: int, seed: int, rule: SamplingRule) -> None:
         if not models:

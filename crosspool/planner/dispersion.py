@@ -1,10 +1,9 @@
 """How much burstier than Poisson a load is, and rate factors that carry it into the Monte Carlo.
 
-Real arrivals come in waves of minutes (and lengths change with them), so counts over windows vary more than Poisson counts
-do. The index of dispersion for work (Fendick and Whitt, 1989) measures it: work is what a request adds to the pool's
-demand, token-seconds, so that correlation between rate and lengths counts too. Window by window, the part of the variance
-that Poisson arrivals would show anyway is removed; what is left is the spread of the rate itself.
-"""
+Real arrivals come in waves of minutes (and lengths change with them), so counts over windows vary more than Poisson
+counts do. The index of dispersion for work (Fendick and Whitt, 1989) measures it: work is what a request adds to the
+pool's demand, token-seconds, so that correlation between rate and lengths counts too. Window by window, the part of
+the variance that Poisson arrivals would show anyway is removed; what is left is the spread of the rate itself."""
 
 from __future__ import annotations
 
@@ -32,8 +31,8 @@ class RateSpread:
 def rate_spread(arrivals_s: np.ndarray, work: np.ndarray, spans: Sequence[Span], window_s: float) -> RateSpread:
     """Spread of the rate over windows of about `window_s` that tile `spans`; `work` [requests] in token-seconds.
 
-    The windows' relative deviations are shrunk by sqrt(excess / total variance), so that the Poisson noise in them is not
-    counted twice when the Monte Carlo draws Poisson numbers again. No excess gives factors of 1: plain Poisson.
+    The windows' relative deviations are shrunk by sqrt(excess / total variance), so that the Poisson noise in them is
+    not counted twice when the Monte Carlo draws Poisson numbers again. No excess gives factors of 1: plain Poisson.
     """
     if window_s <= 0:
         raise UserError(f"window of {window_s} s; a window is longer than 0")

@@ -1,4 +1,5 @@
-"""A plan in pictures: demand with its quantiles and budget, overflow against quantile, bars of the layout; with their data.
+"""A plan in pictures: demand with its quantiles and budget, overflow against quantile, bars of the layout; with their
+data.
 
 Each figure is written as PNG, PDF and the CSV that it was drawn from.
 """
@@ -38,7 +39,8 @@ def _save(plan: Plan, stem: Path, drawing) -> Iterator[Path]:
 
 
 def _demand(plan: Plan, axes) -> tuple[Sequence[str], list[tuple]]:
-    """Histogram of the drawn demand. The budget is its last quantile; the pool's memory is drawn where it is in reach."""
+    """Histogram of the drawn demand. The budget is its last quantile; the pool's memory is drawn where it is in
+    reach."""
     estimate, page_bytes = plan.estimate, plan.config.page_bytes
     counts, edges = np.histogram(estimate.samples_pages, bins=80)
     axes.stairs(counts / estimate.observations, edges * page_bytes / _GIB, fill=True, color="0.75")
@@ -60,17 +62,30 @@ def _demand(plan: Plan, axes) -> tuple[Sequence[str], list[tuple]]:
 
 
 def _overflow(plan: Plan, axes) -> tuple[Sequence[str], list[tuple]]:
-    """Overflow against quantile: what a budget promises, and what time that was not fitted on showed."""
+    """Overflow against quantile: what a budget promises, what a normal approximation of it would give, and what time
+    that was not fitted on showed."""
     estimate = plan.estimate
     rows = [
         ("drawn", "plan", q, estimate.pages_at(q), 1 - q, estimate.overflow_probability(estimate.pages_at(q)))
         for q in _QUANTILES.tolist()
     ]
-    axes.plot([row[4] for row in rows], [row[5] for row in rows], color="black", label="drawn (the plan itself)")
+    axes.plot(1 - _QUANTILES, [row[5] for row in rows], color="black", label="drawn (the plan itself)")
+    normal = [plan.moments.normal_quantile(q) for q in _QUANTILES.tolist()]
+    rows += [
+        ("drawn", "normal", q, pages, 1 - q, estimate.overflow_probability(pages))
+        for q, pages in zip(_QUANTILES.tolist(), normal, strict=True)
+    ]
+    axes.plot(
+        1 - _QUANTILES,
+        [row[5] for row in rows[len(normal) :]],
+        color="tab:red",
+        linestyle="--",
+        label="drawn, budget by closed-form normal",
+    )
     axes.fill_between([1e-3, 0.5], [5e-4, 0.25], [2e-3, 1.0], color="0.9", label="within a factor of two")
     observed = [(c.how, c.fit, c.quantile, c.budget_pages, c.promise, c.observed) for c in plan.checks]
     kinds = dict.fromkeys((how, fit) for how, fit, *_ in observed if fit == "dispersed" or how == "shuffled")
-    for (how, fit), color in zip(kinds, _colors(len(kinds)), strict=True):
+    for (how, fit), color in zip(kinds, colormaps["tab10"].colors, strict=False):
         points = [row for row in observed if row[:2] == (how, fit)]
         axes.plot([p[4] for p in points], [p[5] for p in points], "o", color=color, label=f"observed: {how}, {fit}")
     axes.set(xscale="log", yscale="log", xlabel="promised overflow, 1 - quantile", ylabel="overflow probability")
@@ -85,7 +100,7 @@ def _layout(plan: Plan, axes) -> tuple[Sequence[str], list[tuple]]:
     bottoms, rows = np.zeros(len(loads)), []
     parts = [(f"weights of {n}", [load.weights_bytes.get(n, 0) for load in loads]) for n in names]
     parts += [("workspace", [load.workspace_bytes for load in loads]), ("KV", [load.kv_bytes for load in loads])]
-    labels = [f"{load.device.name}\n{load.role}" for load in loads]
+    labels = [f"{load.device.name}\n{load.role.removesuffix('-pool')}" for load in loads]
     for (part, sizes), color in zip(parts, [*_colors(len(names)), "0.6", "0.85"], strict=True):
         axes.bar(labels, np.array(sizes) / _GIB, bottom=bottoms / _GIB, color=color, label=part)
         bottoms += sizes

@@ -1,10 +1,10 @@
 """Demand from a trace: fitted on some spans of it, checked by exact sweep on spans it was not fitted on.
 
-The plan promises that a pool of the P99 budget overflows 1 % of a *random* time. A trace tests that in three ways, from
-mild to hard: `interleaved` and `shuffled` halves (blocks of both lie all over the trace, so that the observation time is
-random over it, as the promise has it), `rolling` (each block planned from what came just before it: the online planner) and
-the two halves in order (`first`, `second`: the load may have moved for good, which no offline plan can know).
-"""
+The plan promises that a pool of the P99 budget overflows 1 % of a *random* time. A trace tests that in three ways,
+from mild to hard: `interleaved` and `shuffled` halves (blocks of both lie all over the trace, so that the observation
+time is random over it, as the promise has it), `rolling` (each block planned from what came just before it: the
+online planner) and the two halves in order (`first`, `second`: the load may have moved for good, which no offline
+plan can know)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ FITS = ("poisson", "dispersed", "empirical")
 
 @dataclass(frozen=True)
 class ServiceModel:
-    """Service time of a request, where a trace has lengths only: `base_s` + prompt and output tokens times their cost."""
+    """Service time of a request, where a trace has lengths only: `base_s` + prompt and output tokens times their
+    cost."""
 
     base_s: float = 0.2
     prompt_token_s: float = 2e-4
@@ -42,8 +43,8 @@ class ServiceModel:
 
 @dataclass(frozen=True, eq=False)
 class TraceDemand:
-    """A trace of one model: `arrivals_s` [S], ascending, and the joint samples of `model` in the same order (its rate is
-    not read)."""
+    """A trace of one model: `arrivals_s` [S], ascending, and the joint samples of `model` in the same order (its rate
+    is not read)."""
 
     arrivals_s: np.ndarray
     model: ModelDemand
@@ -58,7 +59,8 @@ class TraceDemand:
 
     @property
     def span(self) -> Span:
-        """The time in which the pool is in its steady state: past the ramp from an empty start (P99 of service time)."""
+        """The time in which the pool is in its steady state: past the ramp from an empty start (P99 of service
+        time)."""
         ramp_s = float(np.quantile(self.model.service_s, 0.99))
         start, end = float(self.arrivals_s[0]) + ramp_s, float(self.arrivals_s[-1])
         if start >= end:
@@ -79,9 +81,8 @@ Fold = tuple[list[Span], list[Span]]  # fit, check
 def folds(span: Span, how: str, block_s: float, repeats: int = 10, seed: int = 0) -> list[Fold]:
     """Halves of `span`, in blocks of about `block_s`, each once fitted on and once checked.
 
-    `interleaved`: alternating blocks; `shuffled`: `repeats` random halves of the blocks; `first` and `second`: fitted on
-    that half in order, checked on the other (one fold each).
-    """
+    `interleaved`: alternating blocks; `shuffled`: `repeats` random halves of the blocks; `first` and `second`: fitted
+    on that half in order, checked on the other (one fold each)."""
     start, end = span
     count = max(2, int((end - start) / block_s))
     edges = np.linspace(start, end, count + 1).tolist()
@@ -127,9 +128,8 @@ def fit(trace: TraceDemand, spans: Sequence[Span]) -> FittedDemand:
 class OverflowCheck:
     """Budgets of one kind against what the time they were not fitted on really held.
 
-    `observed` is the overflow over all checked time; `low`, `high` its 95 % block bootstrap (rolling) or the range of single
-    folds (splits), which is what one half of one trace may show by chance.
-    """
+    `observed` is the overflow over all checked time; `low`, `high` its 95 % block bootstrap (rolling) or the range of
+    single folds (splits), which is what one half of one trace may show by chance."""
 
     how: str
     fit: str
@@ -157,7 +157,8 @@ class OverflowCheck:
 def check_split(
     trace: TraceDemand, how: str, block_s: float, quantiles: Sequence[float], page_bytes: int, seed: int
 ) -> list[OverflowCheck]:
-    """Budgets fitted on one part by each of :data:`FITS`, against the overflow of the other part, over :func:`folds`."""
+    """Budgets fitted on one part by each of :data:`FITS`, against the overflow of the other part, over
+    :func:`folds`."""
     curve, seen = trace.curve(page_bytes), folds(trace.span, how, block_s, seed=seed)
     budgets = np.array([_fold_budgets(trace, curve, fold[0], quantiles, page_bytes, seed) for fold in seen])
     checks = []
@@ -187,7 +188,8 @@ def _fold_budgets(
 def check_rolling(
     trace: TraceDemand, block_s: float, history_s: float, quantiles: Sequence[float], page_bytes: int, seed: int
 ) -> list[OverflowCheck]:
-    """Each block of the trace against a budget planned from the `history_s` before it: what re-planning online gives."""
+    """Each block of the trace against a budget planned from the `history_s` before it: what re-planning online
+    gives."""
     start, end = trace.span
     curve, edges = trace.curve(page_bytes), np.arange(start + history_s, end - block_s / 2, block_s)
     if not edges.size:

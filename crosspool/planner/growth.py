@@ -11,8 +11,8 @@ from crosspool.planner.demand import ModelDemand
 
 @dataclass(frozen=True, eq=False)
 class Staircase:
-    """Steps of all S joint samples, grouped by sample and in order of age. Step i of sample `sample[i]` starts at the share
-    `start[i]` of its service time, lasts until `end[i]`, and holds `pages[i]` pages (all runs)."""
+    """Steps of all S joint samples, grouped by sample and in order of age. Step i of sample `sample[i]` starts at the
+    share `start[i]` of its service time, lasts until `end[i]`, and holds `pages[i]` pages (all runs)."""
 
     sample: np.ndarray
     start: np.ndarray

@@ -44,9 +44,8 @@ class ModelBytes:
 class LayoutOptions:
     """`kv_devices`: how many of the devices, the first ones, form the KV pool.
 
-    `ffn_split` over the weights pool: `whole` a model on one device, `layers` each layer on one device, `even` each layer
-    over all (expert or tensor parallel). Workspaces are kept free on each device of a pool.
-    """
+    `ffn_split` over the weights pool: `whole` a model on one device, `layers` each layer on one device, `even` each
+    layer over all (expert or tensor parallel). Workspaces are kept free on each device of a pool."""
 
     kv_devices: int = 1
     ffn_split: str = "layers"
@@ -62,7 +61,8 @@ class LayoutOptions:
 
 @dataclass
 class DeviceLoad:
-    """What one device holds. `weights_bytes` by model; `kv_bytes` is all that the device can give to KV (KV pool only)."""
+    """What one device holds. `weights_bytes` by model; `kv_bytes` is all that the device can give to KV (KV pool
+    only)."""
 
     device: PoolDevice
     role: str  # kv-pool | weights-pool
@@ -93,8 +93,8 @@ class Shortfall:
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """The two pools. `parallel` by model; `shortfalls` is empty when all fits; `ffn_of` by model: device index in the weights
-    pool of each layer, or -1 where the layer is split over all."""
+    """The two pools. `parallel` by model; `shortfalls` is empty when all fits; `ffn_of` by model: device index in the
+    weights pool of each layer, or -1 where the layer is split over all."""
 
     kv: tuple[DeviceLoad, ...]
     weights: tuple[DeviceLoad, ...]
@@ -193,11 +193,13 @@ def _overcommitted(loads: Sequence[DeviceLoad], what: str) -> list[Shortfall]:
 def _kv_shortfalls(plan: PoolPlan, models: Sequence[ModelBytes]) -> list[Shortfall]:
     found = []
     if plan.kv_bytes < plan.kv_budget_bytes:
-        what = f"KV pool has {format_bytes(plan.kv_bytes)} for KV, the demand's budget is {format_bytes(plan.kv_budget_bytes)}"
+        has, budget = format_bytes(plan.kv_bytes), format_bytes(plan.kv_budget_bytes)
+        what = f"KV pool has {has} for KV, the demand's budget is {budget}"
         found.append(Shortfall("kv-pool", what, plan.kv_budget_bytes - plan.kv_bytes))
     for model in models:
         missing_bytes = model.request_kv_bytes - plan.request_bytes(model.name)
         if missing_bytes > 0:
-            what = f"one request of {model.name} needs {format_bytes(model.request_kv_bytes)} and sees {plan.parallel[model.name].request_share} of the KV"
+            share, needs = plan.parallel[model.name].request_share, format_bytes(model.request_kv_bytes)
+            what = f"one request of {model.name} needs {needs} and sees {share} of the KV"
             found.append(Shortfall("kv-pool", what, missing_bytes))
     return found

@@ -1,10 +1,9 @@
 """A parallelism plan per model that exposes KV: how much of a pool's KV capacity one request can use (paper, Fig. 2).
 
-Tensor parallelism splits KV by heads. With more ranks than KV heads each head's KV is stored several times, data parallelism
-instead gives each replica its own requests; either way a request sees less than the whole pool. What differs is the total:
-copies of KV waste it, data parallelism does not, so the plan is tensor parallel as far as KV heads go and data parallel
-beyond.
-"""
+Tensor parallelism splits KV by heads. With more ranks than KV heads each head's KV is stored several times, data
+parallelism instead gives each replica its own requests; either way a request sees less than the whole pool. What
+differs is the total: copies of KV waste it, data parallelism does not, so the plan is tensor parallel as far as KV
+heads go and data parallel beyond."""
 
 from __future__ import annotations
 
@@ -18,7 +17,8 @@ from serving.spec import MLASpec, ModelSpec
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """Attention of one model over `tensor * data` devices; `copies` is how often each KV head is stored in a replica."""
+    """Attention of one model over `tensor * data` devices; `copies` is how often each KV head is stored in a
+    replica."""
 
     tensor: int
     data: int

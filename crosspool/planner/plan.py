@@ -46,7 +46,8 @@ class Plan:
 
 
 def make_plan(config: PlannerConfig) -> Plan:
-    """Plan for `config`. What does not fit stands in `layout.shortfalls`. Raises UserError for a config that makes no plan."""
+    """Plan for `config`. What does not fit stands in `layout.shortfalls`. Raises UserError for a config that makes no
+    plan."""
     specs = [_spec(model) for model in config.models]
     lengths = [_lengths(model.lengths, config.seed, index) for index, model in enumerate(config.models)]
     wanted = config.pools.kv_devices
@@ -56,7 +57,7 @@ def make_plan(config: PlannerConfig) -> Plan:
     tried = []
     for kv_devices in candidates:
         rows = zip(config.models, specs, lengths, strict=True)
-        models = tuple(_planned(*row, kv_devices) for row in rows)
+        models = tuple(_planned(*row, kv_devices, config.layers_per_run) for row in rows)
         estimate = _budget(models, config)
         tried.append((models, estimate, _layout(config, models, estimate, kv_devices)))
         if not tried[-1][2].shortfalls:
@@ -96,18 +97,22 @@ def _lognormal(random: np.random.Generator, mean: float, cv: float, config: Leng
     return np.clip(np.rint(drawn), 1, config.max_tokens).astype(np.int64)
 
 
-def _planned(config: ModelConfig, spec: ModelSpec, lengths: LengthTrace, kv_devices: int) -> PlannedModel:
-    """`config`'s load on a KV pool of `kv_devices`: tensor parallel ranks each hold a run of their heads a layer."""
+def _planned(
+    config: ModelConfig, spec: ModelSpec, lengths: LengthTrace, kv_devices: int, layers_per_run: int
+) -> PlannedModel:
+    """`config`'s load on a KV pool of `kv_devices`: each tensor parallel rank holds its heads in a run a group of
+    layers."""
     tensor = best_plan(kv_heads(spec), kv_devices).tensor
     service_s = config.service.service_s(lengths.prompt_tokens, lengths.output_tokens)
+    layers = min(layers_per_run, spec.num_layers)
     demand = ModelDemand(
         name=config.name,
         rate_rps=config.rate_rps or 0.0,
         prompt_tokens=lengths.prompt_tokens,
         output_tokens=lengths.output_tokens,
         service_s=service_s,
-        num_runs=spec.num_layers * tensor,
-        run_token_bytes=spec.kv_bytes_per_token_layer(config.dtype) // tensor,
+        num_runs=-(-spec.num_layers // layers) * tensor,
+        run_token_bytes=layers * spec.kv_bytes_per_token_layer(config.dtype) // tensor,
     )
     if lengths.arrivals_s is None:
         if config.rate_rps is None:

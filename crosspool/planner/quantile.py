@@ -22,7 +22,8 @@ def order_statistic_interval(ascending: np.ndarray, quantile: float, confidence:
 def block_bootstrap_interval(
     values: np.ndarray, weights: np.ndarray, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of the weighted mean of `values` [blocks] when whole blocks are redrawn; keeps correlation within blocks."""
+    """Interval of the weighted mean of `values` [blocks] when whole blocks are redrawn; keeps correlation within
+    blocks."""
     random = np.random.default_rng(seed)
     pick = random.integers(0, values.size, size=(resamples, values.size))
     means = (values * weights)[pick].sum(axis=1) / weights[pick].sum(axis=1)

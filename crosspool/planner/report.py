@@ -47,7 +47,8 @@ def _demand(plan: Plan) -> Iterator[str]:
 
 def _budget(plan: Plan) -> Iterator[str]:
     estimate, config = plan.estimate, plan.config
-    yield f"Pool budget: {estimate.observations} observation times, {estimate.requests} live requests drawn, seed {config.seed}"
+    drawn = f"{estimate.observations} observation times, {estimate.requests} live requests drawn"
+    yield f"Pool budget: {drawn}, seed {config.seed}"
     rows = []
     for quantile in config.quantiles:
         pages = estimate.pages_at(quantile)
@@ -61,7 +62,8 @@ def _budget(plan: Plan) -> Iterator[str]:
     yield f"  mean {mean:.1f} pages; M/G/infinity closed form {exact:.1f} ({mean / exact - 1:+.2%})"
     yield f"  lost to rounding: {estimate.rounding_loss:.1%} of the pages in use"
     own = sum(estimate.own_pages().values())
-    yield f"  partitions with the same promise each would need {own} pages, {own / max(estimate.budget_pages, 1):.2f} times the pool's"
+    ratio = own / max(estimate.budget_pages, 1)
+    yield f"  partitions with the same promise each would need {own} pages, {ratio:.2f} times the pool's"
 
 
 def _parallel(plan: Plan) -> Iterator[str]:
@@ -73,7 +75,8 @@ def _parallel(plan: Plan) -> Iterator[str]:
         alone, pooled = plan.monolithic[model], plan.layout.parallel[model]
         request = plan.layout.request_bytes(model)
         run_pages = request // plan.config.page_bytes // demand.num_runs
-        longest = run_pages * plan.config.page_bytes // demand.run_token_bytes
+        fitting = run_pages * plan.config.page_bytes // demand.run_token_bytes
+        longest = min(fitting, planned.spec.max_context_tokens)
         rows.append((model, alone, alone.request_share, pooled, pooled.request_share, format_bytes(request), longest))
     header = ("model", f"on {devices}", "share", f"on {pool}", "share", "one request", "longest request, tokens")
     yield from table(header, rows)
@@ -81,7 +84,8 @@ def _parallel(plan: Plan) -> Iterator[str]:
 
 def _layout(plan: Plan) -> Iterator[str]:
     layout = plan.layout
-    yield f"Layout: FFN split {plan.config.pools.ffn_split}, KV budget {format_bytes(layout.kv_budget_bytes)} of {format_bytes(layout.kv_bytes)}"
+    budget, pool = format_bytes(layout.kv_budget_bytes), format_bytes(layout.kv_bytes)
+    yield f"Layout: FFN split {plan.config.pools.ffn_split}, KV budget {budget} of {pool}"
     header = ("device", "role", "memory", "weights", "workspace", "KV", "free")
     yield from table(header, [_device_row(load) for load in (*layout.kv, *layout.weights)])
     for shortfall in layout.shortfalls:
@@ -96,7 +100,7 @@ def _device_row(load: DeviceLoad) -> tuple[str, ...]:
 
 def _checks(plan: Plan) -> Iterator[str]:
     check = plan.config.check
-    yield f"Overflow on time that was not fitted: {check.model}, blocks of {check.block_s:g} s (kept: within a factor of two)"
+    yield f"Overflow on time that was not fitted: {check.model}, blocks of {check.block_s:g} s"
     rows = []
     for c in plan.checks:
         seen, span = f"{c.observed:.2%}", f"{c.low:.2%}..{c.high:.2%}"
@@ -107,4 +111,5 @@ def _checks(plan: Plan) -> Iterator[str]:
         rows[-1] += (span, c.plans, verdict)
     header = ("check", "fit", "quantile", "mean pages", "promise", "observed", "ratio", "range", "plans", "")
     yield from table(header, rows)
+    yield "  kept: within a factor of two of the promise"
     yield "  range: single folds of a split, or 95 % by redrawn blocks (rolling)"

@@ -24,7 +24,8 @@ class LengthTrace:
 
 
 def find_trace(name: str) -> Path:
-    """`name` as a path, or in the directory WORKLOAD_TRACES, or in ../shared/traces. Raises UserError that lists them."""
+    """`name` as a path, or in the directory WORKLOAD_TRACES, or in ../shared/traces. Raises UserError that lists
+    them."""
     places = [Path(name)]
     if directory := os.environ.get("WORKLOAD_TRACES"):
         places.append(Path(directory) / name)

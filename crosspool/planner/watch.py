@@ -1,8 +1,7 @@
 """The planner online: what was expected against what is observed, and when to plan again. Pure functions over samples.
 
-Demand is what admitted requests hold *and* what queued ones wait for: a pool that never preempts holds at most its budget,
-so pages in use alone can never show an overflow.
-"""
+Demand is what admitted requests hold *and* what queued ones wait for: a pool that never preempts holds at most its
+budget, so pages in use alone can never show an overflow."""
 
 from __future__ import annotations
 
@@ -100,7 +99,8 @@ def overflow_curve(
 
 @dataclass(frozen=True)
 class Replan:
-    """What the watch advises. `action`: keep | grow | shrink | wait (too little seen); `budget_pages` is the advised one."""
+    """What the watch advises. `action`: keep | grow | shrink | wait (too little seen); `budget_pages` is the advised
+    one."""
 
     action: str
     budget_pages: int
@@ -128,11 +128,10 @@ class WatchReport:
 def watch(
     plan: BudgetEstimate, observed: ObservedDemand, block_s: float, factor: float = 2.0, slack: float = 0.2
 ) -> WatchReport:
-    """Compare and advise. Grow once the observed overflow is above `factor` times the promise beyond doubt (its interval
-    excludes that); shrink when overflow is below promise / `factor` beyond doubt and the mean demand is more than `slack`
-    below the expected; wait when too few blocks were seen. The advised budget scales the plan by the load ratio and
-    is at least (when growing) what was observed at the plan's quantile.
-    """
+    """Compare and advise. Grow once the observed overflow is above `factor` times the promise beyond doubt (its
+    interval excludes that); shrink when overflow is below promise / `factor` beyond doubt and the mean demand is more
+    than `slack` below the expected; wait when too few blocks were seen. The advised budget scales the plan by the
+    load ratio and is at least (when growing) what was observed at the plan's quantile."""
     if factor < 1 or not 0 <= slack < 1 or block_s <= 0:
         raise UserError("watch needs factor of at least 1, slack in [0, 1) and blocks longer than 0 s")
     promised, budget = 1 - plan.quantile, plan.budget_pages
