@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from serving.cost.fitted_set import FITTED_DIRECTORY
 from serving.cost.hardware import NUMBERS, known_hardware, load_hardware
 from serving.cost.silicon import CARDS, require_silicon
 from serving.cost.table1 import check_figures, format_table, table1
-from serving.errors import command
+from serving.errors import UserError, command
+from serving.interface import ServedModel
+from serving.spec import element_bytes, load_spec
 
 
 @command
@@ -46,6 +49,18 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--refit", action="store_true", help="fit anew instead of judging the shipped coefficients")
     judge.add_argument("--kernels", action="store_true", help="a line for each measured kernel too")
     judge.add_argument("--json", metavar="FILE", help="write the cells as JSON as well")
+    measure = add("calibrate", _calibrate, "measure this machine and the stages of models on it")
+    measure.add_argument("--out", metavar="FILE", required=True, help="the JSON file to write")
+    measure.add_argument(
+        "--model", metavar="DIR", action="append", default=[], help="a checkpoint directory; repeatable"
+    )
+    measure.add_argument("--dtype", default="float32", help="what models compute in")
+    measure.add_argument("--dummy", action="store_true", help="seeded weights: only config.json is read")
+    measure.add_argument("--core", type=int, help="pin to this core (default: the first allowed one)")
+    measure.add_argument("--rounds", type=int, default=3, help="interleaved rounds; the median counts")
+    measure.add_argument("--point-ms", type=float, default=40.0, help="time for one point in one round")
+    stream = add("stream", _stream, "stream rate of one core, in bytes a second (calibrate runs it)")
+    stream.add_argument("--core", type=int, required=True)
     return parser
 
 
@@ -90,6 +105,54 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         Path(options.json).write_text(json.dumps([cell.record() for cell in cells], indent=1) + "\n")
     return 0 if all(cell.roofline.within_target for cell in cells if cell.has_target) else 1
+
+
+def _stream(options: argparse.Namespace) -> int:
+    from serving.cost.calibrate import stream_rate
+
+    _pin(options.core)
+    print(stream_rate())
+    return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from serving.cost.calibrate import machine_name, measure, product_rates, stage_points, stream_rates
+    from serving.cost.calibrated import calibration, rows_by_operator, write_calibration
+
+    served = [_served(Path(model), options.dtype, options.dummy) for model in options.model]
+    provenance = {
+        "machine": machine_name(),
+        "date": datetime.date.today().isoformat(),
+        "command": "python -m serving.cost calibrate",
+    }
+    rates = stream_rates()
+    _pin(min(os.sched_getaffinity(0)) if options.core is None else options.core)
+    rates |= product_rates()
+    rows = []
+    for model in served:
+        rows += measure(list(stage_points(model)), options.rounds, options.point_ms / 1e3)
+        print(f"{model.name}: {sum(row.variant == model.name for row in rows)} points")
+    found = calibration(rates, options.dtype, rows_by_operator(rows), provenance)
+    write_calibration(Path(options.out), found, rates)
+    for name, rate in rates.items():
+        print(f"{name:<26} {rate / 1e9:8.1f} G/s")
+    print(f"wrote {options.out}")
+    return 0
+
+
+def _served(directory: Path, dtype: str, dummy: bool) -> ServedModel:
+    element_bytes(dtype)
+    return ServedModel(load_spec(directory), directory, dtype, dummy)
+
+
+def _pin(core: int) -> None:
+    """One compute thread on one core, as a worker has."""
+    import torch
+
+    if core not in os.sched_getaffinity(0):
+        raise UserError(f"core {core} is not one of this process's: {sorted(os.sched_getaffinity(0))}")
+    os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serving.cost import facts
 from serving.cost.contention import Load
 from serving.cost.facts import Work
+from serving.cost.hardware import Hardware
 from serving.cost.operators import CostModel, rounded
 from serving.cost.routing import distinct_experts
 from serving.cost.transfers import launched_s
@@ -42,22 +44,60 @@ class Stage:
 NOTHING = Stage(0.0, Work(), 0)
 
 
-class StageCosts:
-    """Stages of one model on one card. `distribution` is how its router spreads tokens over experts."""
+class ModelStages:
+    """What every source of stage costs shares: rounding, remembering, and summing layers up to steps.
 
-    def __init__(self, spec: ModelSpec, cost: CostModel, tp: int = 1, distribution: str = "uniform"):
-        self.spec, self.cost, self.tp, self.distribution = spec, cost, tp, distribution
-        self.dtype = cost.dtype
-        self.heads = spec.attention.num_heads // tp
-        facts.projection_shapes(spec, tp)  # raises UserError when heads cannot be cut into tp parts
+    A subclass says what one attention layer, one FFN layer, the head and the embedding cost. `context_tokens` is always
+    the sum over the batch, and is rounded to 1 %.
+    """
+
+    def __init__(self, spec: ModelSpec, dtype: str, hardware: Hardware):
+        self.spec, self.dtype, self.hardware = spec, dtype, hardware
         self._attention = functools.lru_cache(maxsize=None)(self._decode_attention_layer)
+        self._prefill = functools.lru_cache(maxsize=None)(self._prefill_attention_layer)
         self._ffn = functools.lru_cache(maxsize=None)(self._ffn_layer)
         self._step = functools.lru_cache(maxsize=None)(self._decode_step)
 
-    # -- decode --------------------------------------------------------------------------------------------------------
+    # -- what a subclass provides --------------------------------------------------------------------------------------
+    def head(self, rows: int) -> Stage:
+        """Last norm, LM head and greedy sampling of `rows` positions."""
+        raise NotImplementedError
+
+    def embedding(self, tokens: int) -> Stage:
+        """Look-up of `tokens` rows."""
+        raise NotImplementedError
+
+    def launched_s(self, stage: Stage) -> float:
+        """Seconds of a stage with its launches."""
+        raise NotImplementedError
+
+    def _decode_attention_layer(self, batch: int, context_tokens: int) -> Stage:
+        raise NotImplementedError
+
+    def _prefill_attention_layer(self, new_tokens: int, past_tokens: int) -> Stage:
+        raise NotImplementedError
+
+    def _ffn_layer(self, layer: int, tokens: int) -> Stage:
+        raise NotImplementedError
+
+    # -- what follows --------------------------------------------------------------------------------------------------
     def attention(self, batch: int, context_tokens: float) -> Stage:
-        """One attention layer at decode: norm, projections, core, output. `context_tokens` is the batch's sum, to 1 %."""
+        """One attention layer at decode: norm, projections, core, output."""
         return self._attention(batch, rounded(context_tokens))
+
+    def prefill_attention(self, new_tokens: int, past_tokens: int = 0) -> Stage:
+        """One attention layer for a chunk of one sequence."""
+        return self._prefill(new_tokens, rounded(past_tokens) if past_tokens else 0)
+
+    def mixed_attention(self, batch: int, context_tokens: float, chunks: Sequence[tuple[int, int]]) -> Stage:
+        """One attention layer of a step that decodes `batch` sequences and prefills `chunks` of (new, past) tokens.
+
+        Its parts' sum, with what each of them would do once (weights, launches: a step of one short sequence) done once.
+        """
+        parts = [self.prefill_attention(new, past) for new, past in chunks]
+        if batch:
+            parts.append(self.attention(batch, context_tokens))
+        return sum(parts, NOTHING) + self.attention(1, 1).times(1 - len(parts)) if parts else NOTHING
 
     def ffn(self, layer: int, tokens: int) -> Stage:
         """One FFN layer: dense, or router, routed experts and shared expert."""
@@ -67,8 +107,41 @@ class StageCosts:
         """A whole decode step on one device (or `tp` of them): the baselines' step, and the sum of CrossPool's stages."""
         return self._step(batch, rounded(context_tokens))
 
+    def prefill_step(self, new_tokens: int, past_tokens: int = 0) -> Stage:
+        """A whole chunk of one sequence through all layers; the head for its last position."""
+        attention = self.prefill_attention(new_tokens, past_tokens).times(self.spec.num_layers)
+        return self.embedding(new_tokens) + attention + self._all_ffns(new_tokens) + self.head(1)
+
+    def _decode_step(self, batch: int, context_tokens: int) -> Stage:
+        attention = self.attention(batch, context_tokens).times(self.spec.num_layers)
+        return self.embedding(batch) + attention + self._all_ffns(batch) + self.head(batch)
+
+    def _alike(self, layer: int) -> int:
+        """The first layer whose FFN has the same shape as `layer`'s, so that alike layers are costed once."""
+        kind = self.spec.is_dense(layer)
+        return next(i for i in range(self.spec.num_layers) if self.spec.is_dense(i) == kind)
+
+    def _all_ffns(self, tokens: int) -> Stage:
+        """The FFNs of all layers."""
+        counts = Counter(self._alike(layer) for layer in range(self.spec.num_layers))
+        return sum((self.ffn(layer, tokens).times(count) for layer, count in counts.items()), NOTHING)
+
+
+class StageCosts(ModelStages):
+    """Stages of one model on one card, from operator costs. `distribution` is how its router spreads tokens over experts."""
+
+    def __init__(self, spec: ModelSpec, cost: CostModel, tp: int = 1, distribution: str = "uniform"):
+        super().__init__(spec, cost.dtype, cost.hardware)
+        self.cost, self.tp, self.distribution = cost, tp, distribution
+        self.heads = spec.attention.num_heads // tp
+        facts.projection_shapes(spec, tp)  # raises UserError when heads cannot be cut into tp parts
+
+    # -- decode --------------------------------------------------------------------------------------------------------
     def _decode_attention_layer(self, batch: int, context_tokens: int) -> Stage:
         return self._attention_layer(batch, self._decode_core(batch, context_tokens), absorbed=True)
+
+    def _prefill_attention_layer(self, new_tokens: int, past_tokens: int) -> Stage:
+        return self._attention_layer(new_tokens, self._prefill_core(new_tokens, past_tokens), absorbed=False)
 
     def _ffn_layer(self, layer: int, tokens: int) -> Stage:
         spec, hidden = self.spec, self.spec.hidden_size
@@ -91,10 +164,8 @@ class StageCosts:
         """Last norm, LM head and greedy sampling of `rows` positions."""
         spec = self.spec
         width = -(-spec.vocab_size // self.tp)
-        seconds = self.cost.elementwise_s("norm", rows, spec.hidden_size) + self.cost.gemm_s(
-            rows, width, spec.hidden_size
-        )
-        seconds += self.cost.elementwise_s("sample", rows, width)
+        seconds = self.cost.elementwise_s("norm", rows, spec.hidden_size)
+        seconds += self.cost.gemm_s(rows, width, spec.hidden_size) + self.cost.elementwise_s("sample", rows, width)
         work = facts.head_work(spec, rows, self.dtype, self.tp) + facts.sampling_work(spec, rows, self.dtype)
         return Stage(seconds, work, 3)
 
@@ -103,43 +174,18 @@ class StageCosts:
         work = facts.embedding_work(self.spec, tokens, self.dtype)
         return Stage(self.cost.elementwise_s("embed", tokens, self.spec.hidden_size), work, 1)
 
-    def _decode_step(self, batch: int, context_tokens: int) -> Stage:
-        attention = self.attention(batch, context_tokens).times(self.spec.num_layers)
-        return self.embedding(batch) + attention + self._all_ffns(batch) + self.head(batch)
-
-    # -- prefill -------------------------------------------------------------------------------------------------------
-    def prefill_attention(self, new_tokens: int, past_tokens: int = 0) -> Stage:
-        """One attention layer for a chunk of one sequence."""
-        return self._attention_layer(new_tokens, self._prefill_core(new_tokens, past_tokens), absorbed=False)
-
-    def prefill_step(self, new_tokens: int, past_tokens: int = 0) -> Stage:
-        """A whole chunk of one sequence through all layers; the head for its last position."""
-        attention = self.prefill_attention(new_tokens, past_tokens).times(self.spec.num_layers)
-        return self.embedding(new_tokens) + attention + self._all_ffns(new_tokens) + self.head(1)
-
     # -- shared --------------------------------------------------------------------------------------------------------
-    def launched_s(self, stage: Stage, graph: bool | None = None) -> float:
-        """Seconds of a stage with its launches (captured in a graph as the cost model says, unless told)."""
-        captured = self.cost.graph if graph is None else graph
-        return launched_s(self.cost.hardware, stage.device_s, stage.kernels, captured)
-
-    def _alike(self, layer: int) -> int:
-        """The first layer whose FFN has the same shape as `layer`'s, so that alike layers are costed once."""
-        kind = self.spec.is_dense(layer)
-        return next(i for i in range(self.spec.num_layers) if self.spec.is_dense(i) == kind)
-
-    def _all_ffns(self, tokens: int) -> Stage:
-        """The FFNs of all layers."""
-        counts = Counter(self._alike(layer) for layer in range(self.spec.num_layers))
-        return sum((self.ffn(layer, tokens).times(count) for layer, count in counts.items()), NOTHING)
+    def launched_s(self, stage: Stage) -> float:
+        """Seconds of a stage with its launches, captured in a graph or not as the cost model says."""
+        return launched_s(self.hardware, stage.device_s, stage.kernels, self.cost.graph)
 
     def _attention_layer(self, rows: int, core: Stage, absorbed: bool) -> Stage:
         shapes = facts.projection_shapes(self.spec, self.tp, absorbed)
         seconds = sum(self.cost.gemm_s(rows, outputs, inputs) for inputs, outputs in shapes)
-        seconds += self.cost.elementwise_s("norm", rows, self.spec.hidden_size) + self._rope_s(rows)
+        seconds += 2 * self.cost.elementwise_s("norm", rows, self.spec.hidden_size) + self._rope_s(rows)
         work = facts.projection_work(self.spec, rows, self.dtype, self.tp, absorbed)
-        work += facts.norm_work(rows, self.spec.hidden_size, self.dtype)
-        return self._reduced(Stage(seconds, work, len(shapes) + 2) + core, rows)
+        work += facts.norm_work(rows, self.spec.hidden_size, self.dtype).times(2)
+        return self._reduced(Stage(seconds, work, len(shapes) + 3) + core, rows)
 
     def _rope_s(self, rows: int) -> float:
         """Rotation, KV write and (where there is one) q/k norm, fused into one pass over the new queries and keys."""

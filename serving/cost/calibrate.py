@@ -1,0 +1,221 @@
+"""Micro-benchmarks of this machine: its stream and arithmetic rates, and the stages of given models as the engine runs them.
+
+`python -m serving.cost calibrate --out FILE --model DIR` writes one JSON file: what the machine reached, every measured
+row, and coefficients fitted to the rows. A stage is timed by walking all layers of a model in order, so that weights and
+KV come from where they come from in a run (the last-level cache for small models, memory for large ones). Points are
+visited in several interleaved rounds and the median over rounds is kept, which rides out a neighbour's burst.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from kernels.linear import linear, pack
+from serving.checkpoints import open_weights
+from serving.cost.calibrated import MeasuredRow
+from serving.errors import UserError
+from serving.interface import ServedModel
+from serving.layers.attention_half import AttentionHalf
+from serving.layers.batch import BatchLayout
+from serving.layers.ffn_half import FFNHalf
+from serving.spec import GQASpec, element_bytes
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
+DECODE_BATCHES = (1, 2, 4, 8, 16)
+DECODE_CONTEXTS = (16, 64, 256, 1024, 4096)
+CHUNKS = ((16, 0), (64, 0), (256, 0), (16, 256), (64, 256), (256, 256), (64, 1024), (256, 1024))
+STREAM_BYTES = 256 * 2**20
+STREAM_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing to time: which row it becomes, and a call that does it `repeats` times over (layers, usually)."""
+
+    operator: str
+    variant: str
+    columns: dict[str, float]
+    run: Callable[[], None]
+    repeats: int
+
+
+def measure(points: list[Point], rounds: int, seconds_per_point: float) -> list[MeasuredRow]:
+    """Every point timed in each of `rounds` interleaved rounds; the median round counts."""
+    times: list[list[float]] = [[] for _ in points]
+    with torch.inference_mode():
+        for point in points:
+            point.run()
+        for _ in range(rounds):
+            for index, point in enumerate(points):
+                times[index].append(_time(point, seconds_per_point))
+    return [
+        MeasuredRow(point.operator, point.variant, point.columns, statistics.median(mine))
+        for point, mine in zip(points, times, strict=True)
+    ]
+
+
+def _time(point: Point, budget_s: float) -> float:
+    """Median seconds of one repeat over as many runs as fit into `budget_s`, at least one."""
+    samples, end = [], time.perf_counter() + budget_s
+    while not samples or (time.perf_counter() < end and len(samples) < 200):
+        started = time.perf_counter_ns()
+        point.run()
+        samples.append((time.perf_counter_ns() - started) * 1e-9 / point.repeats)
+    return statistics.median(samples)
+
+
+# -- stages of a model -------------------------------------------------------------------------------------------------
+def stage_points(model: ServedModel, kv_budget_bytes: int = 512 * 2**20, seed: int = 0) -> Iterator[Point]:
+    """All stages of `model`, loaded here. Contexts that overflow the budget of KV are left out."""
+    dtype = getattr(torch, model.dtype)
+    with open_weights(model) as weights:
+        attention, ffn = AttentionHalf(model.spec, weights, dtype), FFNHalf(model.spec, weights, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    slots = min(
+        model.spec.max_context_tokens * max(DECODE_BATCHES),
+        kv_budget_bytes // model.spec.kv_bytes_per_token(model.dtype),
+    )
+    yield from _attention_points(model, attention, slots, generator)
+    yield from _ffn_points(model, ffn, generator)
+    yield from _end_points(model, attention, generator)
+
+
+def _attention_points(
+    model: ServedModel, half: AttentionHalf, slots: int, generator: torch.Generator
+) -> Iterator[Point]:
+    spec, dtype = model.spec, getattr(torch, model.dtype)
+    shape = spec.attention
+    tail = (2, shape.num_kv_heads, shape.head_dim) if isinstance(shape, GQASpec) else (shape.kv_elements_per_token,)
+    caches = [torch.randn(slots, *tail, generator=generator).to(dtype) for _ in range(spec.num_layers)]
+
+    def walk(query_lens: tuple[int, ...], kv_len: int) -> Callable[[], None]:
+        starts = tuple(range(0, kv_len * len(query_lens), kv_len))
+        rows = sum(query_lens)
+        hidden = torch.randn(rows, spec.hidden_size, generator=generator).to(dtype)
+        back = torch.zeros_like(hidden)
+
+        def run() -> None:
+            layout = BatchLayout(query_lens, (kv_len,) * len(query_lens), starts, (rows - 1,))
+            for layer, cache in enumerate(caches):
+                half.attend(layer, hidden, back, cache, layout)
+
+        return run
+
+    common = {"hidden_size": float(spec.hidden_size)}
+    for batch in DECODE_BATCHES:
+        for context in DECODE_CONTEXTS:
+            if batch * context <= slots and context <= spec.max_context_tokens:
+                columns = {**common, "batch_size": float(batch), "context": float(context)}
+                yield Point("stage_decode", spec.name, columns, walk((1,) * batch, context), spec.num_layers)
+    for new, past in CHUNKS:
+        if new + past <= min(slots, spec.max_context_tokens):
+            columns = {**common, "isl": float(new), "past": float(past)}
+            yield Point("stage_prefill", spec.name, columns, walk((new,), new + past), spec.num_layers)
+
+
+def _ffn_points(model: ServedModel, half: FFNHalf, generator: torch.Generator) -> Iterator[Point]:
+    spec, dtype = model.spec, getattr(torch, model.dtype)
+    kinds = {
+        "stage_dense": [i for i in range(spec.num_layers) if spec.is_dense(i)],
+        "stage_routed": [i for i in range(spec.num_layers) if not spec.is_dense(i)],
+    }
+
+    def walk(layers: list[int], rows: int) -> Callable[[], None]:
+        # Fresh rows for each layer: the same ones would meet the same few experts' weights, warm.
+        inputs = torch.randn(len(layers), rows, spec.hidden_size, generator=generator).to(dtype)
+
+        def run() -> None:
+            for index, layer in enumerate(layers):
+                half.forward(layer, inputs[index])
+
+        return run
+
+    for operator, layers in kinds.items():
+        for rows in ROWS if layers else ():
+            columns = {"hidden_size": float(spec.hidden_size), "rows": float(rows)}
+            if operator == "stage_routed":
+                columns = {
+                    "hidden_size": float(spec.hidden_size),
+                    "num_tokens": float(rows),
+                    "distinct": spec.moe.distinct_experts(rows),
+                }
+            yield Point(operator, spec.name, columns, walk(layers, rows), len(layers))
+
+
+def _end_points(model: ServedModel, half: AttentionHalf, generator: torch.Generator) -> Iterator[Point]:
+    spec, dtype = model.spec, getattr(torch, model.dtype)
+
+    def head(rows: int) -> Callable[[], None]:
+        hidden = torch.randn(rows, spec.hidden_size, generator=generator).to(dtype)
+        layout = BatchLayout((1,) * rows, (1,) * rows, tuple(range(rows)), tuple(range(rows)))
+        return lambda: half.logits(hidden, hidden, layout).argmax(-1).tolist()
+
+    def embed(rows: int) -> Callable[[], None]:
+        ids = torch.randint(spec.vocab_size, (rows,), generator=generator)
+        return lambda: half.embed(ids)
+
+    for rows in (1, 2, 4, 8, 16):
+        columns = {"hidden_size": float(spec.hidden_size), "rows": float(rows)}
+        yield Point("stage_head", spec.name, columns, head(rows), 1)
+        yield Point("stage_embed", spec.name, columns, embed(rows), 1)
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+def stream_rate() -> float:
+    """Bytes a second that one core reads: a sum over more than any cache holds."""
+    block = torch.ones(STREAM_BYTES // element_bytes("float32"))
+    rates, end = [], time.perf_counter() + STREAM_SECONDS
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        block.sum()
+        rates.append(STREAM_BYTES / (time.perf_counter() - started))
+    return statistics.median(rates)
+
+
+def stream_rates() -> dict[str, float]:
+    """Bytes a second that one core reads alone, and that two cores read together, a pinned process each.
+
+    Raises :class:`UserError` when one of them fails.
+    """
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    return {"memory_bandwidth": _streamed(cores[:1]), "shared_memory_bandwidth": _streamed(cores)}
+
+
+def _streamed(cores: list[int]) -> float:
+    command = [sys.executable, "-m", "serving.cost", "stream"]
+    running = [subprocess.Popen([*command, "--core", str(c)], stdout=subprocess.PIPE, text=True) for c in cores]
+    outputs = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise UserError("a stream process failed; are the cores in this process's affinity mask?")
+    return sum(float(output) for output in outputs)
+
+
+def product_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.5) -> float:
+    """FLOP/s of a packed product of `size` rows, the engine's own linear layer."""
+    weight, x = pack(torch.randn(2 * size, 2 * size).to(dtype)), torch.randn(size, 2 * size).to(dtype)
+    flops, rates, end = 2.0 * size * (2 * size) ** 2, [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        linear(x, weight)
+        rates.append(flops / (time.perf_counter() - started))
+    return statistics.median(rates)
+
+
+def product_rates() -> dict[str, float]:
+    """FLOP/s of one core, in both element types."""
+    return {"fp32_flops": product_rate(torch.float32), "bf16_flops": product_rate(torch.bfloat16)}
+
+
+def machine_name() -> str:
+    """The CPU's model name as the kernel reports it."""
+    with open("/proc/cpuinfo") as lines:
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown CPU'}, {len(os.sched_getaffinity(0))} cores"

@@ -1,0 +1,176 @@
+"""A calibration of this machine, read back: its hardware description and stage costs of the models it measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from serving.cost import facts
+from serving.cost.facts import Work
+from serving.cost.fit import Fitted, fit_rows
+from serving.cost.fitted_set import FittedSet, fitted_set
+from serving.cost.form import Kernel
+from serving.cost.forms import FORMS
+from serving.cost.hardware import Hardware, load_hardware
+from serving.cost.silicon import Rows
+from serving.cost.stages import ModelStages, Stage
+from serving.cost.table import MeasuredTable
+from serving.errors import UserError
+from serving.spec import ModelSpec
+
+CPU = "cpu2"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredRow:
+    """One measured point, ready for the table."""
+
+    operator: str
+    variant: str
+    columns: dict[str, float]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What one calibration file holds."""
+
+    hardware: Hardware
+    dtype: str
+    fitted: FittedSet
+    rows: Mapping[str, Rows]  # by operator
+
+    def models(self) -> tuple[str, ...]:
+        """Names of the models whose stages were measured."""
+        return tuple(sorted({str(v) for rows in self.rows.values() for v in rows.variant}))
+
+    def tables(self) -> dict[str, MeasuredTable]:
+        """A table for every measured operator."""
+        return {
+            name: MeasuredTable(rows, self.hardware, self.fitted.coefficients(name)) for name, rows in self.rows.items()
+        }
+
+
+def rows_by_operator(measured: Iterable[MeasuredRow]) -> dict[str, Rows]:
+    """Measured points as columns, one table an operator."""
+    grouped: dict[str, list[MeasuredRow]] = {}
+    for row in measured:
+        grouped.setdefault(row.operator, []).append(row)
+    return {operator: _joined(operator, rows) for operator, rows in grouped.items()}
+
+
+def _joined(operator: str, rows: list[MeasuredRow]) -> Rows:
+    columns = {name: np.array([row.columns[name] for row in rows]) for name in rows[0].columns}
+    variants, seconds = np.array([row.variant for row in rows]), np.array([row.seconds for row in rows])
+    return Rows(CPU, operator, columns, variants, seconds, ())
+
+
+def calibration(
+    rates: Mapping[str, float], dtype: str, rows: Mapping[str, Rows], provenance: Mapping[str, object]
+) -> Calibration:
+    """A calibration from measured rates and rows: coefficients are fitted to all rows."""
+    hardware = _measured_hardware(rates, provenance)
+    fits = [fit for mine in rows.values() for fit in fit_rows(mine, hardware)]
+    return Calibration(hardware, dtype, fitted_set(CPU, fits, provenance), dict(rows))
+
+
+def _measured_hardware(rates: Mapping[str, float], provenance: Mapping[str, object]) -> Hardware:
+    card = load_hardware(CPU)
+    note = f"measured by calibrate on {provenance.get('machine', 'this machine')}, {provenance.get('date', '')}"
+    return dataclasses.replace(card, **rates, sources={**card.sources, **dict.fromkeys(rates, note)})
+
+
+def write_calibration(path: Path, found: Calibration, rates: Mapping[str, float]) -> None:
+    """Write to `path`, whole or not at all."""
+    content = {
+        "card": CPU,
+        "dtype": found.dtype,
+        "provenance": found.fitted.provenance,
+        "machine": dict(rates),
+        "fits": [dataclasses.asdict(fit) for fit in found.fitted.variants.values()],
+        "rows": {
+            name: {
+                "columns": {column: values.tolist() for column, values in rows.columns.items()},
+                "variant": rows.variant.tolist(),
+                "seconds": rows.seconds.tolist(),
+            }
+            for name, rows in found.rows.items()
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def read_calibration(path: str | Path) -> Calibration:
+    """The calibration in `path`. Raises :class:`UserError` when there is none, or it cannot be read."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+        hardware = _measured_hardware(content["machine"], content["provenance"])
+        fitted = fitted_set(CPU, [Fitted(**entry) for entry in content["fits"]], content["provenance"])
+        rows = {name: _rows(name, table) for name, table in content["rows"].items()}
+        return Calibration(hardware, content["dtype"], fitted, rows)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `python -m serving.cost calibrate --out {path}` writes it") from None
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a calibration ({error!r})") from None
+
+
+def _rows(operator: str, table: Mapping[str, Mapping]) -> Rows:
+    columns = {name: np.array(values, dtype=float) for name, values in table["columns"].items()}
+    return Rows(CPU, operator, columns, np.array(table["variant"]), np.array(table["seconds"]), ())
+
+
+class CalibratedStages(ModelStages):
+    """Stages of one model as they were measured on this machine, interpolated between the measured sizes."""
+
+    def __init__(self, spec: ModelSpec, found: Calibration):
+        if spec.name not in found.models():
+            raise UserError(
+                f"model {spec.name!r} was not calibrated; known: {', '.join(found.models()) or 'none'} "
+                "(python -m serving.cost calibrate --model DIR)"
+            )
+        super().__init__(spec, found.dtype, found.hardware)
+        self._found, self._tables = found, found.tables()
+
+    def head(self, rows: int) -> Stage:
+        return Stage(self._seconds("stage_head", rows=rows), facts.head_work(self.spec, rows, self.dtype), 1)
+
+    def embedding(self, tokens: int) -> Stage:
+        return Stage(self._seconds("stage_embed", rows=tokens), facts.embedding_work(self.spec, tokens, self.dtype), 1)
+
+    def launched_s(self, stage: Stage) -> float:
+        """Measured stages hold their operators' dispatch already."""
+        return stage.device_s
+
+    def _decode_attention_layer(self, batch: int, context_tokens: int) -> Stage:
+        seconds = self._seconds("stage_decode", batch_size=batch, context=context_tokens / batch)
+        core = facts.decode_core_work(self.spec, batch, context_tokens, self.dtype)
+        return Stage(seconds, core + self._projections(batch, absorbed=True), 1)
+
+    def _prefill_attention_layer(self, new_tokens: int, past_tokens: int) -> Stage:
+        seconds = self._seconds("stage_prefill", isl=new_tokens, past=past_tokens)
+        core = facts.prefill_core_work(self.spec, new_tokens, past_tokens, self.dtype)
+        return Stage(seconds, core + self._projections(new_tokens, absorbed=True), 1)
+
+    def _ffn_layer(self, layer: int, tokens: int) -> Stage:
+        work = facts.ffn_work(self.spec, layer, tokens, self.dtype)
+        if self.spec.is_dense(layer):
+            return Stage(self._seconds("stage_dense", rows=tokens), work, 1)
+        hit = self.spec.moe.distinct_experts(tokens)
+        return Stage(self._seconds("stage_routed", num_tokens=tokens, distinct=hit), work, 1)
+
+    def _projections(self, rows: int, absorbed: bool) -> Work:
+        return facts.projection_work(self.spec, rows, self.dtype, absorbed=absorbed)
+
+    def _seconds(self, operator: str, **columns: float) -> float:
+        values = {"hidden_size": float(self.spec.hidden_size), **columns}
+        coefficients = self._found.fitted.variants[operator, self.spec.name].coefficients
+        line = float(FORMS[operator].cost(coefficients, values, self.hardware, Kernel()))
+        return line * self._tables[operator].correction(self.spec.name, values)

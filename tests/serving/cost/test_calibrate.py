@@ -1,0 +1,180 @@
+"""Calibration: stage costs from measured rows, and the micro-benchmarks themselves on a model of a few kilobytes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from serving.cost.__main__ import main
+from serving.cost.calibrated import (
+    CalibratedStages,
+    MeasuredRow,
+    calibration,
+    read_calibration,
+    rows_by_operator,
+    write_calibration,
+)
+from serving.cost.table1 import published_spec
+from serving.errors import UserError
+
+pytestmark = pytest.mark.cpu
+
+RATES = {"memory_bandwidth": 12e9, "shared_memory_bandwidth": 20e9, "fp32_flops": 90e9, "bf16_flops": 150e9}
+TINY = {
+    "model_type": "deepseek_v2",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "max_position_embeddings": 512,
+    "vocab_size": 128,
+    "torch_dtype": "float32",
+}
+
+
+def made_rows(name: str, hidden: float, scale: float = 1.0) -> list[MeasuredRow]:
+    """Rows of stages that follow lines: decode 100 + 10 B + 0.1 B L, FFN 20 + 5 T + 50 D, in microseconds."""
+    rows = []
+
+    def add(operator: str, us: float, **columns: float) -> None:
+        rows.append(MeasuredRow(operator, name, {"hidden_size": hidden, **columns}, scale * us * 1e-6))
+
+    for batch in (1, 2, 4, 8):
+        for context in (16, 256, 1024):
+            add("stage_decode", 100 + 10 * batch + 0.1 * batch * context, batch_size=batch, context=context)
+    for new in (16, 64, 256):
+        for past in (0, 256):
+            add("stage_prefill", 100 + 20 * new + 0.01 * (past + new), isl=new, past=past)
+    for tokens, hit in ((1, 2.0), (2, 3.5), (8, 7.2), (64, 8.0)):
+        add("stage_routed", 20 + 5 * tokens + 50 * hit, num_tokens=tokens, distinct=hit)
+    for count in (1, 4, 16):
+        add("stage_dense", 30 + 5 * count, rows=count)
+        add("stage_head", 200 + 40 * count, rows=count)
+        add("stage_embed", 5 + 0.1 * count, rows=count)
+    return rows
+
+
+@pytest.fixture
+def made():
+    spec = published_spec("mixtral-8x7b")
+    return spec, calibration(RATES, "float32", rows_by_operator(made_rows(spec.name, 4096.0)), {"machine": "made"})
+
+
+def test_measured_points_come_back(made):
+    spec, found = made
+    stages = CalibratedStages(spec, found)
+    assert stages.attention(4, 4 * 256).device_s == pytest.approx(242.4e-6, rel=1e-3)
+    assert stages.ffn(0, 8).device_s == pytest.approx(420e-6, rel=1e-3)
+    assert stages.head(4).device_s == pytest.approx(360e-6, rel=1e-3)
+    assert stages.prefill_attention(64, 256).device_s == pytest.approx((100 + 1280 + 3.2) * 1e-6, rel=1e-3)
+
+
+def test_unmeasured_sizes_are_interpolated_and_extrapolated_along_the_line(made):
+    stages = CalibratedStages(*made)
+    assert stages.attention(3, 3 * 500).device_s == pytest.approx((100 + 30 + 150) * 1e-6, rel=0.05)
+    assert stages.attention(16, 16 * 4096).device_s == pytest.approx((100 + 160 + 6553.6) * 1e-6, rel=0.05)
+
+
+def test_a_step_sums_its_stages_and_needs_no_launches(made):
+    spec, found = made
+    stages = CalibratedStages(spec, found)
+    step = stages.decode_step(2, 512)
+    layers = spec.num_layers * (stages.attention(2, 512).device_s + stages.ffn(0, 2).device_s)
+    assert step.device_s == pytest.approx(layers + stages.head(2).device_s + stages.embedding(2).device_s)
+    assert stages.launched_s(step) == step.device_s
+    assert step.work.bytes > 0 < step.load().bytes
+
+
+def test_a_mixed_step_pays_once_for_what_is_done_once(made):
+    stages = CalibratedStages(*made)
+    decode, chunk = stages.attention(4, 1024), stages.prefill_attention(64, 0)
+    mixed = stages.mixed_attention(4, 1024, [(64, 0)])
+    assert mixed.device_s == pytest.approx(decode.device_s + chunk.device_s - stages.attention(1, 1).device_s)
+    assert stages.mixed_attention(4, 1024, []) == decode
+    assert stages.mixed_attention(0, 0, [(64, 0)]) == chunk
+    assert stages.mixed_attention(0, 0, []).device_s == 0
+
+
+def test_the_machine_it_measured_describes_the_hardware(made):
+    _, found = made
+    assert found.hardware.memory_bandwidth == 12e9
+    assert "measured by calibrate on made" in found.hardware.sources["memory_bandwidth"]
+
+
+def test_a_model_that_was_not_measured_lists_those_that_were(made):
+    _, found = made
+    with pytest.raises(UserError, match="'qwen3-30b-a3b' was not calibrated; known: mixtral-8x7b"):
+        CalibratedStages(published_spec("qwen3-30b-a3b"), found)
+
+
+def test_a_calibration_survives_its_file(made, tmp_path):
+    spec, found = made
+    write_calibration(tmp_path / "cal.json", found, RATES)
+    again = read_calibration(tmp_path / "cal.json")
+    assert again.hardware == found.hardware
+    steps = [CalibratedStages(spec, each).decode_step(3, 1000).device_s for each in (found, again)]
+    assert steps[0] == steps[1]
+    (tmp_path / "broken.json").write_text("[]")
+    with pytest.raises(UserError, match="broken.json: not a calibration"):
+        read_calibration(tmp_path / "broken.json")
+    with pytest.raises(UserError, match="none.json: no such file; `python -m serving.cost calibrate"):
+        read_calibration(tmp_path / "none.json")
+
+
+def test_the_stages_of_a_small_model_can_be_measured(tmp_path):
+    from serving.cost.calibrate import measure, stage_points
+    from serving.interface import ServedModel
+    from serving.spec import spec_from_config
+
+    spec = spec_from_config(TINY, "tiny")
+    points = list(stage_points(ServedModel(spec, tmp_path, "float32", dummy=True), kv_budget_bytes=2**20))
+    operators = {point.operator for point in points}
+    assert operators == {f"stage_{name}" for name in ("decode", "prefill", "routed", "dense", "head", "embed")}
+    assert max(point.columns.get("context", 0) for point in points) <= 512
+    rows = measure(points, rounds=1, seconds_per_point=0.0)
+    assert all(row.seconds > 0 for row in rows)
+    found = calibration(RATES, "float32", rows_by_operator(rows), {})
+    seconds = CalibratedStages(spec, found).decode_step(2, 64).device_s
+    assert np.isfinite(seconds) and 0 < seconds < 1
+
+
+def test_calibrate_writes_a_file(tmp_path, capsys, monkeypatch):
+    import os
+
+    import torch
+
+    from serving.cost import calibrate
+
+    monkeypatch.setattr(calibrate, "stream_rates", lambda: {"memory_bandwidth": 1e9, "shared_memory_bandwidth": 2e9})
+    monkeypatch.setattr(calibrate, "product_rates", lambda: {"fp32_flops": 1e9, "bf16_flops": 2e9})
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY))
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    arguments = ["calibrate", "--out", str(tmp_path / "cal.json"), "--model", str(tmp_path / "tiny"), "--dummy"]
+    try:
+        assert main([*arguments, "--rounds", "1", "--point-ms", "0"]) == 0
+    finally:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
+    assert read_calibration(tmp_path / "cal.json").models() == ("tiny",)
+    assert "tiny: " in capsys.readouterr().out
+
+
+def test_calibrate_refuses_what_it_cannot_do(tmp_path, capsys):
+    out = ["calibrate", "--out", str(tmp_path / "cal.json")]
+    assert main([*out, "--model", str(tmp_path)]) == 2
+    assert "config.json: no such file" in capsys.readouterr().err
+    assert main(["stream", "--core", "4096"]) == 2
+    assert "core 4096 is not one of this process's" in capsys.readouterr().err
