@@ -262,12 +262,7 @@ def gated_ffn_work(hidden: int, width: float, tokens: int, dtype: str = "bfloat1
 
 
 def ffn_work(
-    spec: ModelSpec,
-    layer: int,
-    tokens: int,
-    dtype: str = "bfloat16",
-    tp: int = 1,
-    distinct: float | None = None,
+    spec: ModelSpec, layer: int, tokens: int, dtype: str = "bfloat16", tp: int = 1, distinct: float | None = None
 ) -> Work:
     """The whole FFN of `layer`: dense, or router, routed and shared experts."""
     if spec.is_dense(layer):

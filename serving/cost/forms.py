@@ -201,7 +201,7 @@ FORMS = {
             {"t0_us": 12.0, "eta_b": 0.85, "eta_f": 0.5, "q": 2.0, "k_ns": 2.0, "pad_rows": 8.0, "half_width": 50.0,
                 "expert_us": 0.01,
              "route_ns": 0.1},
-            COMMON_BOUNDS | {"half_width": (1.0, 150.0)},
+            COMMON_BOUNDS | {"half_width": (1.0, 150.0), "route_ns": (1e-4, 0.5)},
         ),
         Form(
             "decode_attention", decode_attention, ("num_heads", "num_key_value_heads", "head_dim", "window_size"),

@@ -128,13 +128,16 @@ class ModelStages:
 
 
 class StageCosts(ModelStages):
-    """Stages of one model on one card, from operator costs. `distribution` is how its router spreads tokens over experts."""
+    """Stages of one model on one card, from operator costs. `distribution` is how its router spreads tokens over experts.
+
+    Pools may be cut differently: take attention from one of these and FFNs from another with its own `tp`. Attention
+    raises :class:`UserError` when the heads cannot be cut into `tp` parts.
+    """
 
     def __init__(self, spec: ModelSpec, cost: CostModel, tp: int = 1, distribution: str = "uniform"):
         super().__init__(spec, cost.dtype, cost.hardware)
         self.cost, self.tp, self.distribution = cost, tp, distribution
         self.heads = spec.attention.num_heads // tp
-        facts.projection_shapes(spec, tp)  # raises UserError when heads cannot be cut into tp parts
 
     # -- decode --------------------------------------------------------------------------------------------------------
     def _decode_attention_layer(self, batch: int, context_tokens: int) -> Stage:

@@ -79,9 +79,11 @@ def test_a_chunked_prompt_costs_at_least_the_whole(costs):
     assert chunks > 0.95 * stages.prefill_attention(4096).device_s
 
 
-def test_heads_that_cannot_be_cut_are_refused(costs):
-    with pytest.raises(UserError, match="20 attention heads cannot be cut into 3 parts"):
-        StageCosts(published_spec("glm-4.7-flash"), costs["h200"], tp=3)
+def test_heads_that_cannot_be_cut_are_refused_where_attention_is_asked_for(costs):
+    stages = StageCosts(published_spec("glm-4.7-flash"), costs["h200"], tp=8)
+    assert stages.ffn(2, 4).device_s > 0
+    with pytest.raises(UserError, match="20 attention heads cannot be cut into 8 parts"):
+        stages.attention(1, 1000)
 
 
 def test_one_card_needs_no_all_reduce(costs):
