@@ -22,4 +22,6 @@ class TraceRequest:
 
     def __post_init__(self) -> None:
         if self.prompt and len(self.prompt) != self.prompt_tokens:
-            raise ValueError(f"request {self.request_id}: {len(self.prompt)} ids for {self.prompt_tokens} prompt tokens")
+            raise ValueError(
+                f"request {self.request_id}: {len(self.prompt)} ids for {self.prompt_tokens} prompt tokens"
+            )

@@ -1,0 +1,144 @@
+"""What one run is, as frozen dataclasses: everything past `bench.py` sees these and no Hydra object."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serving.errors import UserError
+
+BACKENDS = ("real",)
+TRACKING_MODES = ("offline", "online", "disabled")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model to serve. A missing `checkpoint` is made from `make` (architecture, size, seed) where that is given."""
+
+    name: str
+    checkpoint: str = ""
+    dtype: str = "float32"
+    dummy: bool = False
+    make: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DeviceEntry:
+    name: str
+    memory_mib: int
+    kind: str = "cpu"
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class SLO:
+    """A request meets it when its TTFT and its TPOT both do."""
+
+    ttft_ms: float
+    tpot_ms: float
+
+
+@dataclass(frozen=True)
+class Tracking:
+    mode: str = "offline"
+    project: str = "crosspool"
+    group: str = ""
+    entity: str = ""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """One run. `workload` is handed to the workloads package as it is; `experiment` names the folder of its record."""
+
+    experiment: str
+    system: SystemConfig
+    models: tuple[ModelEntry, ...]
+    devices: tuple[DeviceEntry, ...]
+    workload: Mapping[str, Any]
+    slo: SLO
+    backend: str = "real"
+    results_dir: str = "results/local"
+    drain_timeout_s: float = 300.0
+    poll_interval_ms: float = 2.0
+    force: bool = False
+    tracking: Tracking = field(default_factory=Tracking)
+
+    def identity(self) -> dict[str, Any]:
+        """What the run computes: the resolved configuration without where it is kept, tracked or forced."""
+        content = dataclasses.asdict(self)
+        for key in ("results_dir", "tracking", "force", "experiment"):
+            content.pop(key)
+        return content
+
+
+def bench_from_dict(content: Mapping[str, Any]) -> BenchConfig:
+    """The configuration that a plain dict (a resolved Hydra config) describes. Raises UserError for a key that is unknown
+    or missing and for a value that makes no sense."""
+    content = {key: value for key, value in content.items() if key not in ("conf", "hydra")}
+    models = _entries(ModelEntry, content.pop("models", None), "models")
+    devices = _entries(DeviceEntry, content.pop("devices", None), "devices")
+    config = _build(
+        BenchConfig,
+        {
+            **content,
+            "models": models,
+            "devices": devices,
+            "system": _build(SystemConfig, content.get("system"), "system"),
+            "slo": _build(SLO, content.get("slo"), "slo"),
+            "tracking": _build(Tracking, content.get("tracking", {}), "tracking"),
+        },
+        "the configuration",
+    )
+    _validate(config)
+    return config
+
+
+def _entries(cls: type, entries: Any, where: str) -> tuple:
+    if not entries:
+        raise UserError(f"{where}: none given; name at least one")
+    return tuple(_build(cls, entry, f"{where}[{number}]") for number, entry in enumerate(entries))
+
+
+def _build(cls: type, content: Any, where: str) -> Any:
+    if not isinstance(content, Mapping):
+        raise UserError(f"{where}: a mapping is wanted, got {content!r}")
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in content:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(known)}")
+    try:
+        return cls(**content)
+    except TypeError as error:
+        raise UserError(f"{where}: {str(error).split('__init__() ')[-1]}") from None
+
+
+def _validate(config: BenchConfig) -> None:
+    if config.backend not in BACKENDS:
+        raise UserError(f"unknown backend {config.backend!r}; known: {', '.join(BACKENDS)}")
+    if config.tracking.mode not in TRACKING_MODES:
+        raise UserError(f"unknown tracking.mode {config.tracking.mode!r}; known: {', '.join(TRACKING_MODES)}")
+    names = [model.name for model in config.models]
+    if len(set(names)) < len(names):
+        raise UserError(f"models: names must differ, got {', '.join(names)}")
+    for name in ("drain_timeout_s", "poll_interval_ms"):
+        value = getattr(config, name)
+        if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
+            raise UserError(f"{name} is {value!r}; it must be a positive number")
+    for slo in ("ttft_ms", "tpot_ms"):
+        if not getattr(config.slo, slo) > 0:
+            raise UserError(f"slo.{slo} is {getattr(config.slo, slo)!r}; it must be a positive number of milliseconds")
+    for device in config.devices:
+        if device.memory_mib < 1:
+            raise UserError(f"device {device.name}: memory_mib is {device.memory_mib}; it must be at least 1")
+    if Path(config.experiment).name != config.experiment:
+        raise UserError(f"experiment {config.experiment!r} must be a plain folder name")

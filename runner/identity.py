@@ -1,0 +1,18 @@
+"""A run's identity: the hash of its resolved configuration. The same hash means the same run, done already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def config_hash(content: Any) -> str:
+    """First 16 hex digits of the SHA-256 of `content` as canonical JSON."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def run_id(system: str, content: Any) -> str:
+    """The name of the run's folder: the system, to be read by people, and the hash, which decides."""
+    return f"{system}-{config_hash(content)}"

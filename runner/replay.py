@@ -1,0 +1,121 @@
+"""Open-loop replay: requests go in when the trace says, whether or not the system keeps up, and every one ends once."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+from tqdm import tqdm
+
+from runner.observation import COMPLETED, FAILED, REJECTED, Observation, PoolRow, RequestRow
+from serving.errors import WorkerDied, one_line
+from serving.interface import Event, EventKind, Request, System
+from workloads.trace import TraceRequest
+
+_OUTCOMES = {EventKind.COMPLETED: COMPLETED, EventKind.REJECTED: REJECTED, EventKind.FAILED: FAILED}
+UNFINISHED = "unfinished when the drain timeout ended"
+
+
+class Replay:
+    """One replay of `trace` against a started `system`. After the last arrival it drains for `drain_timeout_s` at most."""
+
+    def __init__(
+        self, system: System, trace: Iterable[TraceRequest], drain_timeout_s: float, poll_interval_s: float
+    ) -> None:
+        self._system = system
+        self._trace = trace
+        self._drain_timeout_s = drain_timeout_s
+        self._poll_interval_s = poll_interval_s
+        self._rows: dict[int, RequestRow] = {}
+        self._open = 0
+        self._origin_ns = 0
+        self._bar: tqdm | None = None
+
+    def run(self, total: int, label: str) -> Observation:
+        """Replay to the end, to the timeout, to an interrupt or to a worker's death; what was seen is always returned."""
+        observation = Observation(requests=[])
+        self._origin_ns = time.monotonic_ns()
+        with tqdm(total=total, desc=label, unit="req", disable=not sys.stderr.isatty()) as self._bar:
+            try:
+                self._feed_and_drain(observation)
+            except WorkerDied as error:
+                observation.interrupted = one_line(error)
+            except KeyboardInterrupt:
+                observation.interrupted = "interrupted"
+        observation.duration_ns = time.monotonic_ns() - self._origin_ns
+        observation.requests = list(self._rows.values())
+        self._close_open_requests(observation.interrupted or UNFINISHED)
+        observation.devices = self._system.stats()
+        return observation
+
+    def _feed_and_drain(self, observation: Observation) -> None:
+        arrivals: Iterator[TraceRequest] = iter(self._trace)
+        upcoming = next(arrivals, None)
+        deadline_s: float | None = None
+        while True:
+            now_s = (time.monotonic_ns() - self._origin_ns) / 1e9
+            while upcoming is not None and upcoming.arrival_s <= now_s:
+                self._submit(upcoming)
+                upcoming = next(arrivals, None)
+            self._collect(observation)
+            if upcoming is None:
+                if not self._open:
+                    return
+                deadline_s = deadline_s or now_s + self._drain_timeout_s
+                if now_s > deadline_s:
+                    return
+            until_arrival_s = self._poll_interval_s if upcoming is None else max(upcoming.arrival_s - now_s, 0.0)
+            time.sleep(min(self._poll_interval_s, until_arrival_s))
+
+    def _submit(self, planned: TraceRequest) -> None:
+        row = RequestRow(
+            request_id=planned.request_id,
+            model=planned.model,
+            prompt_tokens=planned.prompt_tokens,
+            output_tokens=planned.output_tokens,
+            planned_ns=round(planned.arrival_s * 1e9),
+            submitted_ns=time.monotonic_ns() - self._origin_ns,
+        )
+        self._rows[planned.request_id] = row
+        self._open += 1
+        self._system.submit(Request(planned.request_id, planned.model, planned.prompt, planned.output_tokens))
+
+    def _collect(self, observation: Observation) -> None:
+        for event in self._system.poll():
+            self._take(event)
+        for sample in self._system.pool_samples():
+            for model, pages in sample.pages_in_use.items():
+                observation.pools.append(
+                    PoolRow(
+                        sample.time_ns - self._origin_ns,
+                        sample.device,
+                        model,
+                        pages,
+                        sample.page_budget,
+                        sample.page_bytes,
+                    )
+                )
+
+    def _take(self, event: Event) -> None:
+        row = self._rows[event.request_id]
+        if row.outcome:
+            raise RuntimeError(f"request {event.request_id} ended as {row.outcome} and then had {event.kind.value}")
+        time_ns = event.time_ns - self._origin_ns
+        if event.kind is EventKind.ADMITTED:
+            row.admitted_ns = time_ns
+        elif event.kind is EventKind.TOKENS:
+            row.token_times_ns.extend([time_ns] * len(event.tokens))
+            row.token_ids.extend(event.tokens)
+        elif event.kind is EventKind.PREEMPTED:
+            row.preemptions += 1
+        else:
+            row.outcome, row.reason, row.ended_ns = _OUTCOMES[event.kind], event.reason, time_ns
+            self._open -= 1
+            if self._bar is not None:
+                self._bar.update()
+
+    def _close_open_requests(self, reason: str) -> None:
+        for row in self._rows.values():
+            if not row.outcome:
+                row.outcome, row.reason = FAILED, reason
