@@ -14,7 +14,8 @@ from crosspool.planner.bench import run_bench
 from crosspool.planner.config import load_config
 from crosspool.planner.figures import draw
 from crosspool.planner.plan import make_plan
-from crosspool.planner.report import report
+from crosspool.planner.report import report, watch_report
+from crosspool.planner.traces import read_samples
 from serving.errors import UserError, command
 
 
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", nargs="?", help="a YAML file; examples lie in conf/planner")
     parser.add_argument("--out", type=Path, help="directory of figures and their CSV (outputs/planner/NAME)")
     parser.add_argument("--seed", type=int, help="instead of the configuration's")
+    parser.add_argument("--observed", type=Path, help="CSV of a running pool: time_s, pages[, waiting_pages]; re-plan?")
+    parser.add_argument("--block-s", type=float, default=60.0, help="observed time is judged in blocks of this (60)")
     parser.add_argument(
         "--bench", action="store_true", help="1,000 models, 1,000,000 requests: time, memory, precision"
     )
@@ -39,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(args.config)
     plan = make_plan(config if args.seed is None else replace(config, seed=args.seed))
     print(report(plan))
+    if args.observed:
+        print("\n" + watch_report(plan, read_samples(args.observed), args.block_s))
     directory = args.out or Path("outputs") / "planner" / config.name
     files = draw(plan, directory)
     print(f"\nDrawn into {directory}: {', '.join(path.name for path in files)}")

@@ -11,11 +11,12 @@ from crosspool.planner.closed_form import Moments, page_moments
 from crosspool.planner.config import LengthsConfig, ModelConfig, PlannerConfig
 from crosspool.planner.demand import BudgetEstimate, ModelDemand, kv_budget_pages
 from crosspool.planner.from_trace import OverflowCheck, TraceDemand, check_rolling, check_split, fit
-from crosspool.planner.layout import LayoutOptions, ModelBytes, PoolDevice, PoolPlan, lay_out
+from crosspool.planner.layout import LayoutOptions, PoolDevice, PoolPlan, lay_out
+from crosspool.planner.models import model_bytes, model_demand
 from crosspool.planner.parallelism import ParallelPlan, best_plan, kv_heads
 from crosspool.planner.traces import LengthTrace, find_trace, read_trace
 from serving.errors import UserError
-from serving.spec import ModelSpec, element_bytes, load_spec, spec_from_config
+from serving.spec import ModelSpec, load_spec, spec_from_config
 
 _SPLITS = ("shuffled", "interleaved", "first", "second")
 
@@ -100,19 +101,15 @@ def _lognormal(random: np.random.Generator, mean: float, cv: float, config: Leng
 def _planned(
     config: ModelConfig, spec: ModelSpec, lengths: LengthTrace, kv_devices: int, layers_per_run: int
 ) -> PlannedModel:
-    """`config`'s load on a KV pool of `kv_devices`: each tensor parallel rank holds its heads in a run a group of
-    layers."""
-    tensor = best_plan(kv_heads(spec), kv_devices).tensor
-    service_s = config.service.service_s(lengths.prompt_tokens, lengths.output_tokens)
-    layers = min(layers_per_run, spec.num_layers)
-    demand = ModelDemand(
-        name=config.name,
-        rate_rps=config.rate_rps or 0.0,
-        prompt_tokens=lengths.prompt_tokens,
-        output_tokens=lengths.output_tokens,
-        service_s=service_s,
-        num_runs=-(-spec.num_layers // layers) * tensor,
-        run_token_bytes=layers * spec.kv_bytes_per_token_layer(config.dtype) // tensor,
+    demand = model_demand(
+        spec,
+        config.dtype,
+        config.rate_rps or 0.0,
+        lengths.prompt_tokens,
+        lengths.output_tokens,
+        config.service,
+        kv_devices,
+        layers_per_run,
     )
     if lengths.arrivals_s is None:
         if config.rate_rps is None:
@@ -137,20 +134,12 @@ def _layout(
     ]
     pools = config.pools
     options = LayoutOptions(kv_devices, pools.ffn_split, pools.kv_workspace_bytes, pools.weights_workspace_bytes)
-    asked = [model_bytes(m.spec, m.config.dtype, m.demand, m.config.request_tokens, config.page_bytes) for m in models]
+    asked = [model_bytes(m.spec, m.config.dtype, _request_bytes(m, config.page_bytes)) for m in models]
     return lay_out(devices, asked, estimate.budget_bytes, config.page_bytes, options)
 
 
-def model_bytes(spec: ModelSpec, dtype: str, demand: ModelDemand, request_tokens: int, page_bytes: int) -> ModelBytes:
-    """`spec`'s bytes by part, derived from its shape (norm vectors, some parts in 100,000, are left out)."""
-    size = element_bytes(dtype)
-    return ModelBytes(
-        name=spec.name,
-        attention_bytes=(spec.attention_elements + spec.embedding_elements) * size,
-        ffn_layer_bytes=tuple(spec.ffn_layer_elements(layer) * size for layer in range(spec.num_layers)),
-        num_kv_heads=kv_heads(spec),
-        request_kv_bytes=int(demand.pages(np.int64(request_tokens), page_bytes)) * page_bytes,
-    )
+def _request_bytes(model: PlannedModel, page_bytes: int) -> int:
+    return int(model.demand.pages(np.int64(model.config.request_tokens), page_bytes)) * page_bytes
 
 
 def _checks(config: PlannerConfig, models: Sequence[PlannedModel]) -> list[OverflowCheck]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from crosspool.planner.layout import DeviceLoad
 from crosspool.planner.plan import Plan
 from crosspool.planner.quantile import order_statistic_interval
+from crosspool.planner.watch import ObservedDemand, overflow_curve, watch
 from serving.memory.budget import format_bytes
 
 
@@ -90,6 +91,20 @@ def _layout(plan: Plan) -> Iterator[str]:
     yield from table(header, [_device_row(load) for load in (*layout.kv, *layout.weights)])
     for shortfall in layout.shortfalls:
         yield f"  does not fit: {shortfall}"
+
+
+def watch_report(plan: Plan, observed: ObservedDemand, block_s: float) -> str:
+    """Expected against observed demand, overflow against quantile, and whether to plan again."""
+    look = watch(plan.estimate, observed, block_s)
+    lines = [f"Watch: {observed.duration_s:g} s observed, in blocks of {block_s:g} s"]
+    ratio = f"{look.load_ratio:.2f} times"
+    lines.append(f"  mean demand {look.observed_pages:.1f} pages, {ratio} the expected {look.expected_pages:.1f}")
+    points = overflow_curve(plan.estimate, observed)
+    rows = [(f"P{100 * p.quantile:g}", p.pages, f"{p.promised:.2%}", f"{p.observed:.2%}") for p in points]
+    lines += table(("quantile", "pages", "promised overflow", "observed"), rows)
+    advice = look.suggestion
+    lines.append(f"  {advice.action}: {advice.budget_pages} pages ({advice.reason})")
+    return "\n".join(lines)
 
 
 def _device_row(load: DeviceLoad) -> tuple[str, ...]:

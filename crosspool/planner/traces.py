@@ -1,4 +1,4 @@
-"""Reads traces of lengths, with or without arrival times, for the planner's command; knows the two public formats."""
+"""Reads what the planner's command is given: traces of lengths in two public formats, samples of a running pool."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from crosspool.planner.watch import ObservedDemand
 from serving.errors import UserError
 
 _SHARED = Path(__file__).parents[3] / "shared" / "traces"  # beside the repository
@@ -58,6 +59,22 @@ def read_trace(path: Path) -> LengthTrace:
     order = np.arange(len(prompt)) if arrivals is None else np.argsort(arrivals, kind="stable")
     ordered = None if arrivals is None else arrivals[order] - arrivals[order[0]]
     return LengthTrace(ordered, prompt.to_numpy(np.int64)[order], output.to_numpy(np.int64)[order])
+
+
+def read_samples(path: Path) -> ObservedDemand:
+    """Demand as sampled online: CSV with `time_s`, `pages` (in use) and, where requests queue, `waiting_pages`."""
+    try:
+        table = pd.read_csv(path)
+        waiting = table["waiting_pages"].to_numpy(float) if "waiting_pages" in table else None
+        return ObservedDemand.of(table["time_s"].to_numpy(float), table["pages"].to_numpy(float), waiting)
+    except KeyError as error:
+        raise UserError(
+            f"{path}: no column {error}; columns are time_s, pages and, optionally, waiting_pages"
+        ) from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file of samples") from None
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _azure(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:

@@ -95,6 +95,20 @@ def test_a_wrong_configuration_is_one_line(change, message, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_samples_of_a_running_pool_are_judged_against_the_plan(tmp_path, capsys):
+    samples = tmp_path / "samples.csv"
+    rows = [f"{time},{20},{30}" for time in range(2000)]
+    samples.write_text("\n".join(["time_s,pages,waiting_pages", *rows]))
+    config = str(ROOT / "conf" / "planner" / "cpu2.yaml")
+    assert main([config, "--out", str(tmp_path), "--observed", str(samples)]) == 0
+    printed = capsys.readouterr().out
+    assert "mean demand 50.0 pages" in printed
+    assert "grow: " in printed
+    samples.write_text("time,pages\n0,1\n")
+    assert main([config, "--out", str(tmp_path), "--observed", str(samples)]) == 2
+    assert "no column 'time_s'" in capsys.readouterr().err
+
+
 def test_a_missing_file_and_no_file_are_one_line(capsys):
     assert main(["no/such.yaml"]) == 2
     assert "no such file" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The page budget: agrees with closed forms, moves the right way, repeats itself, and says what is wrong with its input."""
+"""The page budget: agrees with closed forms, moves the right way, repeats itself, says what is wrong with its input."""
 
 import numpy as np
 import pytest
