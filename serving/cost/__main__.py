@@ -130,8 +130,10 @@ def _calibrate(options: argparse.Namespace) -> int:
     rates |= product_rates()
     rows = []
     for model in served:
-        rows += measure(list(stage_points(model)), options.rounds, options.point_ms / 1e3)
-        print(f"{model.name}: {sum(row.variant == model.name for row in rows)} points")
+        mine, lost = measure(list(stage_points(model)), options.rounds, options.point_ms / 1e3)
+        provenance[f"lost_share/{model.name}"] = round(lost, 3)
+        print(f"{model.name}: {len(mine)} points; other processes held the core {lost:.0%} of the time")
+        rows += mine
     found = calibration(rates, options.dtype, rows_by_operator(rows), provenance)
     write_calibration(Path(options.out), found, rates)
     for name, rate in rates.items():

@@ -47,28 +47,36 @@ class Point:
     repeats: int
 
 
-def measure(points: list[Point], rounds: int, seconds_per_point: float) -> list[MeasuredRow]:
-    """Every point timed in each of `rounds` interleaved rounds; the median round counts."""
+def measure(points: list[Point], rounds: int, seconds_per_point: float) -> tuple[list[MeasuredRow], float]:
+    """Every point timed in each of `rounds` interleaved rounds, the median round of each; and the share of wall time in
+    which this thread did not run, which says how far to trust them.
+
+    Times are of the thread's own clock: what other processes take of the core is not a cost of the model. What they take
+    of caches and memory still shows.
+    """
     times: list[list[float]] = [[] for _ in points]
+    wall_ns, own_ns = time.perf_counter_ns(), time.thread_time_ns()
     with torch.inference_mode():
         for point in points:
             point.run()
         for _ in range(rounds):
             for index, point in enumerate(points):
                 times[index].append(_time(point, seconds_per_point))
-    return [
+    wall_ns, own_ns = time.perf_counter_ns() - wall_ns, time.thread_time_ns() - own_ns
+    rows = [
         MeasuredRow(point.operator, point.variant, point.columns, statistics.median(mine))
         for point, mine in zip(points, times, strict=True)
     ]
+    return rows, max(0.0, 1.0 - own_ns / wall_ns)
 
 
 def _time(point: Point, budget_s: float) -> float:
     """Median seconds of one repeat over as many runs as fit into `budget_s`, at least one."""
     samples, end = [], time.perf_counter() + budget_s
     while not samples or (time.perf_counter() < end and len(samples) < 200):
-        started = time.perf_counter_ns()
+        started = time.thread_time_ns()
         point.run()
-        samples.append((time.perf_counter_ns() - started) * 1e-9 / point.repeats)
+        samples.append((time.thread_time_ns() - started) * 1e-9 / point.repeats)
     return statistics.median(samples)
 
 
