@@ -84,12 +84,16 @@ def _overflow(plan: Plan, axes) -> tuple[Sequence[str], list[tuple]]:
     )
     axes.fill_between([1e-3, 0.5], [5e-4, 0.25], [2e-3, 1.0], color="0.9", label="within a factor of two")
     observed = [(c.how, c.fit, c.quantile, c.budget_pages, c.promise, c.observed) for c in plan.checks]
-    kinds = dict.fromkeys((how, fit) for how, fit, *_ in observed if fit == "dispersed" or how == "shuffled")
-    for (how, fit), color in zip(kinds, colormaps["tab10"].colors, strict=False):
-        points = [row for row in observed if row[:2] == (how, fit)]
-        axes.plot([p[4] for p in points], [p[5] for p in points], "o", color=color, label=f"observed: {how}, {fit}")
+    shown = [c for c in plan.checks if c.fit == "dispersed" or c.how == "shuffled"]
+    kinds = list(dict.fromkeys((c.how, c.fit) for c in shown))
+    for index, kind in enumerate(kinds):
+        points = [c for c in shown if (c.how, c.fit) == kind]
+        beside = [c.promise * 1.1 ** (index - (len(kinds) - 1) / 2) for c in points]  # apart, to be told apart
+        color = colormaps["tab10"].colors[index % 10]
+        axes.vlines(beside, [max(c.low, 1e-4) for c in points], [c.high for c in points], color=color, linewidth=1)
+        axes.plot(beside, [c.observed for c in points], "o", color=color, label=f"observed: {kind[0]}, {kind[1]}")
     axes.set(xscale="log", yscale="log", xlabel="promised overflow, 1 - quantile", ylabel="overflow probability")
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return ("check", "fit", "quantile", "budget_pages", "promised", "observed"), rows + observed
 
 

@@ -7,7 +7,6 @@ heads go and data parallel beyond."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -72,20 +71,3 @@ def best_plan(num_kv_heads: int, devices: int) -> ParallelPlan:
     Equals TP over gcd(KV heads, devices) and DP over the rest whenever copying heads gains a request nothing.
     """
     return max(plans(num_kv_heads, devices), key=lambda p: (p.request_share, p.total_share, -p.weight_copies))
-
-
-def smallest_pool(num_kv_heads: int, request_bytes: int, device_kv_bytes: int) -> int:
-    """Fewest KV-pool devices on which one request of `request_bytes` fits, each with `device_kv_bytes` left for KV.
-
-    With one KV head more devices do not help (a request stays on one), so this may raise UserError.
-    """
-    if device_kv_bytes <= 0:
-        raise UserError("a KV-pool device has no memory left for KV")
-    most = max(1, math.ceil(request_bytes / device_kv_bytes)) * num_kv_heads
-    for devices in range(1, most + 1):
-        if best_plan(num_kv_heads, devices).request_share * devices * device_kv_bytes >= request_bytes:
-            return devices
-    raise UserError(
-        f"a request of {request_bytes} bytes exceeds what {num_kv_heads} KV heads can spread over devices with "
-        f"{device_kv_bytes} bytes for KV each"
-    )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosspool.planner.parallelism import best_plan, plans, smallest_pool
+from crosspool.planner.parallelism import best_plan, plans
 from serving.errors import UserError
 
 pytestmark = pytest.mark.cpu
@@ -36,11 +36,6 @@ def test_no_plan_exposes_more(num_kv_heads, devices):
         assert plan.request_share <= plan.total_share <= 1
 
 
-def test_smallest_pool_grows_by_whole_heads_and_says_when_it_cannot():
-    assert smallest_pool(1, 10, 10) == 1
-    assert smallest_pool(4, 11, 10) == 2
-    assert smallest_pool(4, 25, 10) == 4
-    with pytest.raises(UserError, match="exceeds what 1 KV heads can spread"):
-        smallest_pool(1, 11, 10)
+def test_a_plan_of_nothing_is_refused():
     with pytest.raises(UserError, match="at least 1"):
         plans(0, 4)
