@@ -1,0 +1,112 @@
+"""`python -m paper_figures [NAME...]`: redraw exhibits from records, engines untouched.
+
+Every experiment below the records' root gets a folder of its own with what its runs can show; exhibits that need no run go
+to `models`. An exhibit asked for by name that has nothing to show is an error; otherwise it is left out and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from paper_figures import export, style
+from paper_figures.caption import caption, stamp
+from paper_figures.exhibit import Exhibit, FigureExhibit, NothingToDraw
+from paper_figures.records import BadRecord, Records, Run, read_records
+from paper_figures.registry import EXHIBITS
+
+_REPOSITORY = Path(__file__).resolve().parents[1]
+DEFAULT_ROOT = _REPOSITORY / "results" / "local"
+SHAPES_FOLDER = "models"
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m paper_figures", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of: {', '.join(EXHIBITS)} (default: all)")
+    parser.add_argument(
+        "--records", action="append", type=Path, metavar="ROOT", help="where records are (default: results/local)"
+    )
+    parser.add_argument("--experiment", action="append", metavar="NAME", help="only this one; repeatable")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: figures/ below the first records' root")
+    parser.add_argument("--print", action="store_true", help="also print each table drawn")
+    return parser.parse_args(argv)
+
+
+def draw(exhibit: Exhibit, runs: Sequence[Run], stem: Path) -> tuple[list[Path], str]:
+    """Write all files of `exhibit` at `stem`; returns them and the table as text ("" for a figure)."""
+    rows = exhibit.rows(runs)
+    words = caption(exhibit, runs)
+    paths = [export.write_csv(rows, stem), export.write_text(stem.with_name(f"{stem.name}.caption.txt"), words + "\n")]
+    if not isinstance(exhibit, FigureExhibit):
+        paths += export.write_table(rows, stem, words)
+        return paths, export.plain(rows)
+    with matplotlib.rc_context(style.RC):
+        figure = Figure(figsize=exhibit.figure_size_in(rows))
+        exhibit.draw(rows, figure)
+        figure.supxlabel(stamp(runs), fontsize=4.5, color="#666666", x=0.99, ha="right")
+        paths += export.write_figure(figure, stem)
+    return paths, ""
+
+
+def unknown(names: Sequence[str]) -> str | None:
+    """One line about names that are no exhibit, or None."""
+    wrong = [name for name in names if name not in EXHIBITS]
+    return f"unknown figure {', '.join(wrong)}; known: {', '.join(EXHIBITS)}" if wrong else None
+
+
+def draw_all(records: Records, arguments: argparse.Namespace, out: Path) -> int:
+    """Draw what was asked for; returns the number of exhibits drawn, and raises NothingToDraw where a named one cannot be."""
+    names = arguments.names or list(EXHIBITS)
+    groups = records.experiments()
+    if arguments.experiment:
+        groups = {name: runs for name, runs in groups.items() if name in arguments.experiment}
+    drawn = 0
+    for name in names:
+        exhibit = EXHIBITS[name]
+        reasons, done = [], 0
+        for folder, runs in groups.items() if exhibit.needs_runs else [(SHAPES_FOLDER, [])]:
+            try:
+                paths, text = draw(exhibit, runs, out / folder / name)
+            except (NothingToDraw, BadRecord) as reason:
+                reasons.append(f"{folder}: {reason}")
+                continue
+            done += 1
+            print(f"{folder}/{name}: {', '.join(sorted(path.suffix[1:] for path in paths if path.suffix != '.txt'))}")
+            if arguments.print and text:
+                print(text)
+        if arguments.names and not done:
+            raise NothingToDraw("; ".join(reasons) or f"{name}: no records were found")
+        drawn += done
+    return drawn
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_args(argv)
+    wrong = unknown(arguments.names)
+    if wrong:
+        print(f"error: {wrong}", file=sys.stderr)
+        return 2
+    roots = arguments.records or [DEFAULT_ROOT]
+    absent = [str(root) for root in roots if not root.is_dir()]
+    if absent and (arguments.records or any(EXHIBITS[name].needs_runs for name in arguments.names)):
+        print(f"error: no records at {', '.join(absent)}; make some with: python bench.py conf=smoke", file=sys.stderr)
+        return 2
+    out = arguments.out or roots[0] / "figures"
+    records = read_records([root for root in roots if root.is_dir()])
+    try:
+        drawn = draw_all(records, arguments, out)
+    except (NothingToDraw, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    skipped = f"; {records.skipped} records skipped" if records.skipped else ""
+    print(f"{drawn} exhibits from {len(records.runs)} runs in {out}{skipped}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

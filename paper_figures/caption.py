@@ -1,0 +1,43 @@
+"""The sentence under a figure that says what produced it: backend, hardware, runs, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paper_figures.exhibit import Exhibit
+from paper_figures.records import Run
+from paper_figures.selection import variants
+
+_BACKENDS = {"real": "Measured", "sim": "SIMULATED (cost model, virtual clock)"}
+
+
+def caption(exhibit: Exhibit, runs: Sequence[Run]) -> str:
+    """One paragraph. Runs that failed are named with their reason, so that an empty cell is never read as zero."""
+    parts = [exhibit.title + "."]
+    if exhibit.paper:
+        parts.append(f"Compare the paper's {exhibit.paper}.")
+    if not runs:
+        return " ".join([*parts, "From the models' shapes; nothing was run."])
+    for backend in sorted({run.backend for run in runs}):
+        of_backend = [run for run in runs if run.backend == backend]
+        hardware = "; ".join(sorted({run.hardware for run in of_backend}))
+        parts.append(f"{_BACKENDS.get(backend, backend)} on {hardware}.")
+    seeds = sorted({str(run.seed) for run in runs})
+    parts.append(f"{len(runs)} runs, n = {len(seeds)} seed{'s' * (len(seeds) > 1)} ({', '.join(seeds)}).")
+    labels = variants(runs)
+    for run in runs:
+        if not run.ok:
+            parts.append(f"Could not run: {labels[run.run_id]} ({run.reason or run.status}).")
+    if any(run.dirty for run in runs):
+        parts.append("Some runs were made from a modified working tree.")
+    return " ".join(parts)
+
+
+def stamp(runs: Sequence[Run]) -> str:
+    """The caption in a few words, for inside the figure: what a picture cut out of its page must still say."""
+    if not runs:
+        return "from model shapes, no run"
+    backends = "+".join(sorted({"simulated" if run.backend == "sim" else "measured" for run in runs}))
+    hardware = sorted({run.hardware for run in runs})
+    more = f" and {len(hardware) - 1} more" if len(hardware) > 1 else ""
+    return f"{backends} on {hardware[0][:60]}{more}; n = {len({run.seed for run in runs})}"

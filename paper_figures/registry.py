@@ -1,0 +1,27 @@
+"""Exhibits by name: the one list that commands, the artifact's table and tests go by."""
+
+from __future__ import annotations
+
+from paper_figures.ablation import Ablation
+from paper_figures.context import Context
+from paper_figures.exhibit import Exhibit
+from paper_figures.goodput import Goodput
+from paper_figures.kv_pages_over_time import KVPagesOverTime
+from paper_figures.kv_share import KVShare
+from paper_figures.latency_vs_rate import LatencyVsRate
+from paper_figures.model_count import ModelCount
+from paper_figures.model_table import ModelTable
+from paper_figures.outcomes import Outcomes
+from paper_figures.skew import Skew
+from paper_figures.summary import Summary
+from paper_figures.tbt_by_model import TBTByModel
+from paper_figures.tbt_cdf import TBTCDF
+from paper_figures.ttft_cdf import TTFTCDF
+
+EXHIBITS: dict[str, Exhibit] = {
+    kind.name: kind()
+    for kind in (
+        Summary, TBTCDF, TTFTCDF, KVPagesOverTime, Outcomes, TBTByModel, LatencyVsRate, Goodput, Skew, ModelCount,
+        Context, Ablation, KVShare, ModelTable,
+    )
+}  # fmt: skip

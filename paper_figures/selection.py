@@ -1,0 +1,92 @@
+"""Which runs belong together: what varies among them, which variant of a system each is, which share a panel.
+
+Nothing is told to an exhibit about a sweep. What was swept is read off the runs' own configurations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from paper_figures.records import Run
+
+_NOT_A_SCENARIO = ("system.", "workload.seeds", "tracking", "results_dir", "force", "experiment", "poll_interval_ms")
+_SHORT = {"workload.": "", "arrivals.rate_rps": "rate", "popularity.alpha": "skew", "lengths.": ""}
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {dotted key: value}; lists of mappings stay as their length and names, which is what differs."""
+    if not isinstance(config, dict):
+        if isinstance(config, list) and config and all(isinstance(item, dict) for item in config):
+            return {prefix[:-1]: ",".join(str(item.get("name", item)) for item in config)} | {
+                f"{prefix}{item.get('name', number)}.{key}": value
+                for number, item in enumerate(config)
+                for key, value in flatten(item).items()
+            }
+        return {prefix[:-1]: str(config) if isinstance(config, list) else config}
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.")
+    return flat
+
+
+def differing(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Keys whose value is not the same in all of `configs`, sorted."""
+    keys = sorted({key for config in configs for key in config})
+    return [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
+
+
+def variants(runs: Sequence[Run]) -> dict[str, str]:
+    """run id -> the system's name, with the options that tell it from other runs of the same system where any do."""
+    labels = {}
+    for system in {run.system for run in runs}:
+        same = [run for run in runs if run.system == system]
+        options = {run.run_id: flatten(run.config.get("system", {}).get("options", {})) for run in same}
+        keys = differing(list(options.values()))
+        for run in same:
+            told = ", ".join(f"{key} {options[run.run_id].get(key)}" for key in keys)
+            labels[run.run_id] = f"{system} ({told})" if told else system
+    return labels
+
+
+def scenario(run: Run, without: Iterable[str] = ()) -> dict[str, Any]:
+    """What was asked of whichever system: the configuration without system, seed and bookkeeping."""
+    dropped = (*_NOT_A_SCENARIO, *without)
+    return {key: value for key, value in flatten(run.config).items() if not key.startswith(dropped)}
+
+
+def panels(runs: Sequence[Run], without: Iterable[str] = (), most: int = 4) -> list[tuple[str, list[Run]]]:
+    """`runs` by scenario, as (label, runs); the label says what differs. Of more than `most`, evenly spread ones."""
+    scenarios = [scenario(run, without) for run in runs]
+    keys = differing(scenarios)
+    groups: dict[tuple, list[Run]] = {}
+    for run, content in zip(runs, scenarios, strict=True):
+        groups.setdefault(tuple(content.get(key) for key in keys), []).append(run)
+    ordered = sorted(groups, key=lambda values: [_sortable(value) for value in values])
+    if len(ordered) > most:
+        ordered = [ordered[round(i * (len(ordered) - 1) / (most - 1))] for i in range(most)]
+    return [(_label(keys, values), groups[values]) for values in ordered]
+
+
+def _sortable(value: Any) -> tuple:
+    return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
+
+
+def _label(keys: Sequence[str], values: Sequence[Any]) -> str:
+    return ", ".join(f"{short_key(key)} {value}" for key, value in zip(keys[:2], values[:2], strict=True))
+
+
+def short_key(key: str) -> str:
+    """A configuration key as a figure's title has room for it."""
+    for long, short in _SHORT.items():
+        key = key.replace(long, short)
+    return key
+
+
+def by_cell(runs: Sequence[Run], x: Callable[[Run], Any]) -> dict[tuple[str, Any], list[Run]]:
+    """(variant, x) -> its runs, which differ in their seed."""
+    labels = variants(runs)
+    cells: dict[tuple[str, Any], list[Run]] = {}
+    for run in runs:
+        cells.setdefault((labels[run.run_id], x(run)), []).append(run)
+    return cells

@@ -1,0 +1,63 @@
+"""P95 and P99 TBT of each model by system: pooling over models hides the cold ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from paper_figures import stats, style
+from paper_figures.exhibit import FigureExhibit, NothingToDraw, legend_above
+from paper_figures.records import Run
+from paper_figures.selection import panels, variants
+
+_METRICS = {"p95_itl_ms": "TBT p95 (ms)", "p99_itl_ms": "TBT p99 (ms)"}
+
+
+class TBTByModel(FigureExhibit):
+    """The last (in a rate sweep: the heaviest) scenario, one group a model; mean over seeds and its 95 % interval."""
+
+    name = "tbt_by_model"
+    title = "P95 and P99 time between tokens (TBT) of each model by system (mean over seeds, 95 % confidence interval)"
+    paper = "Fig. 7"
+    size_in = (style.COLUMN_IN, 2.9)
+
+    def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
+        labels = variants(runs)
+        panel, members = panels(runs)[-1] if runs else ("", [])
+        models = sorted({model for run in members for model in run.metrics_by_model})
+        rows = []
+        for variant in style.order(labels[run.run_id] for run in members):
+            same = [run for run in members if labels[run.run_id] == variant and run.ok]
+            for model in models:
+                for metric in _METRICS:
+                    found = stats.interval([run.metrics_by_model.get(model, {}).get(metric) for run in same])
+                    rows.append(
+                        {
+                            "scenario": panel, "system": variant, "model": model, "metric": metric,
+                            "mean": found.mean, "ci_low": found.low, "ci_high": found.high, "n": found.n,
+                        }
+                    )  # fmt: skip
+        if not any(row["n"] for row in rows):
+            raise NothingToDraw(f"{self.name}: no run has a TBT by model")
+        return pd.DataFrame(rows)
+
+    def draw(self, rows: pd.DataFrame, figure: Figure) -> None:
+        models, systems = sorted(rows["model"].unique()), list(dict.fromkeys(rows["system"]))
+        axes = figure.subplots(len(_METRICS), 1, sharex=True)
+        for axis, (metric, label) in zip(axes, _METRICS.items(), strict=True):
+            for number, system in enumerate(systems):
+                shown = rows[(rows["metric"] == metric) & (rows["system"] == system)].set_index("model").loc[models]
+                look = style.look(system)
+                offset = 0.5 * ((number + 0.5) / len(systems) - 0.5)
+                places = [i + offset for i in range(len(models))]
+                axis.errorbar(
+                    places, shown["mean"], [shown["mean"] - shown["ci_low"], shown["ci_high"] - shown["mean"]],
+                    linestyle="", marker=look.marker, color=look.color, elinewidth=0.8, capsize=1.5, label=look.label,
+                )  # fmt: skip
+            axis.set_ylabel(label)
+            if (rows["mean"] > 0).any():
+                axis.set_yscale("log")
+        axes[-1].set_xticks(range(len(models)), models, rotation=20, ha="right")
+        legend_above(figure, list(axes))
