@@ -160,8 +160,10 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 cubin = lower(case, call, arch)
             except Exception as error:  # noqa: BLE001  Triton raises a kind of its own for every stage; any is a finding
-                reason = str(error).strip().splitlines()
-                faults.append(f"{case}/{call.kernel.__name__} sm_{arch}: {type(error).__name__}: {reason[-1:]}")
+                while error.__cause__ is not None:  # the first of the chain says what, the others only where
+                    error = error.__cause__
+                reason = " ".join(str(error).split())[:300]
+                faults.append(f"{case}/{call.kernel.__name__} sm_{arch}: {type(error).__name__}: {reason}")
                 print(f"{case:24} {call.kernel.__name__.strip('_'):22} {arch:>5} does not compile")
                 continue
             faults += [f"{case}/{cubin.kernel} sm_{arch}: {fault}" for fault in cubin.faults]

@@ -214,7 +214,7 @@ def prefill_gqa(q: torch.Tensor, kv: PagedKV, query_lens: tuple[int, ...], scale
     kv_heads = kv.cache.shape[2]
     longest = max(query_lens)
     if q.element_size() == 4:
-        default = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        default = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     elif longest <= 64:
         default = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     else:

@@ -20,6 +20,7 @@ from kernels.router.triton import sort_by_expert
 from kernels.tile import dot, silu
 
 SMALL_ROWS = 16
+MAX_REGISTERS = 128  # of the kernels for few rows: left to itself the assembler takes 64 and spills a few
 
 
 @triton.jit
@@ -393,6 +394,7 @@ def _small(
         "BLOCK_K": chosen["BLOCK_K"],
         "num_warps": chosen["num_warps"],
         "num_stages": chosen["num_stages"],
+        "maxnreg": MAX_REGISTERS,
     }
     topk_weights = partial if topk_weights is None else topk_weights
     experts = arrivals if topk_experts is None else topk_experts

@@ -12,6 +12,9 @@ from kernels.mailbox.triton import BLOCK, PROGRAMS
 from kernels.resident_ffn.layers import FFNLayer, LayerTable
 from kernels.resident_ffn.triton import FIELDS, STOP, collect_kernel, resident_worker_kernel, submit_kernel
 
+# Left to itself the assembler trades a few spilled registers for an occupancy that one program a multiprocessor lacks.
+MAX_REGISTERS = 255
+
 ERRORS = {
     1: "a mailbox wait gave up",
     2: "no descriptor came in time",
@@ -58,7 +61,7 @@ class ResidentFFN:
         self.table = LayerTable.build(models, device)
         self.device, self.dtype, self.capacity, self.max_spins = device, dtype, capacity, max_spins
         wide = dtype == torch.float32
-        self.blocks = blocks or (Blocks(depth=64, router=256, gate_up=16) if wide else Blocks())
+        self.blocks = blocks or (Blocks(depth=32, router=64, gate_up=16, num_stages=2) if wide else Blocks())
         layers = self.table.layers
         depth = max(layer.depth for layer in layers)
         self.slot_elements = -(-max_rows * depth // 16) * 16
@@ -135,6 +138,7 @@ class ResidentFFN:
             BLOCK_R=blocks.router,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
+            maxnreg=MAX_REGISTERS,
             launch_cooperative_grid=self.device.type == "cuda",
         )
         self._barrier = (counter, gate)  # alive as long as the worker

@@ -185,7 +185,7 @@ def _down_phase(
         inside = (out < depth)[:, None]
         acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
         # One loop over experts and their width, so that reads stay in flight from one expert to the next.
-        for step in range(routed_steps):
+        for step in tl.range(routed_steps, num_stages=9):
             place = step // steps
             channel = (step % steps) * BLOCK_K + lane
             expert = tl.load(active_ptr + 1 + place, cache_modifier=".cg").to(tl.int64)

@@ -123,9 +123,9 @@ def _rope_mla_kernel(
         channel = tl.arange(0, BLOCK_RANK)
         latent = tl.load(latent_ptr + token * latent_stride + channel, mask=channel < rank)
         tl.store(entry + channel, latent, mask=channel < rank)
-        a, b = _rotate(k_ptr + token * k_stride, first, second, cos, sin, inside)
-        tl.store(entry + rank + first, a.to(cache_ptr.dtype.element_ty), mask=inside)
-        tl.store(entry + rank + second, b.to(cache_ptr.dtype.element_ty), mask=inside)
+        key_a, key_b = _rotate(k_ptr + token * k_stride, first, second, cos, sin, inside)
+        tl.store(entry + rank + first, key_a.to(cache_ptr.dtype.element_ty), mask=inside)
+        tl.store(entry + rank + second, key_b.to(cache_ptr.dtype.element_ty), mask=inside)
 
 
 def rope_write_gqa(

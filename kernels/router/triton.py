@@ -28,9 +28,9 @@ def _best_groups(choice, expert, num_experts, num_groups, top_groups, PAIRS: tl.
         scores = tl.where(slot == group, score[:, None], scores)
     allowed = tl.full(choice.shape, NEVER, tl.float32)
     for _ in range(top_groups):
-        group = tl.argmax(scores, axis=1)[:, None]
-        allowed = tl.where(group_of == group, choice, allowed)
-        scores = tl.where(slot == group, NEVER, scores)
+        best = tl.argmax(scores, axis=1)[:, None]
+        allowed = tl.where(group_of == best, choice, allowed)
+        scores = tl.where(slot == best, NEVER, scores)
     return allowed
 
 
