@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--point-ms", type=float, default=40.0, help="time for one point in one round")
     stream = add("stream", _stream, "stream rate of one core, in bytes a second (calibrate runs it)")
     stream.add_argument("--core", type=int, required=True)
+    stream.add_argument("--seconds", type=float, default=1.0)
     return parser
 
 
@@ -111,12 +112,19 @@ def _stream(options: argparse.Namespace) -> int:
     from serving.cost.calibrate import stream_rate
 
     _pin(options.core)
-    print(stream_rate())
+    print(stream_rate(options.seconds))
     return 0
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from serving.cost.calibrate import machine_name, measure, product_rates, stage_points, stream_rates
+    from serving.cost.calibrate import (
+        machine_name,
+        measure,
+        measure_beside_stream,
+        product_rates,
+        stage_points,
+        stream_rates,
+    )
     from serving.cost.calibrated import calibration, rows_by_operator, write_calibration
 
     served = [_served(Path(model), options.dtype, options.dummy) for model in options.model]
@@ -125,16 +133,21 @@ def _calibrate(options: argparse.Namespace) -> int:
         "date": datetime.date.today().isoformat(),
         "command": "python -m serving.cost calibrate",
     }
-    rates = stream_rates()
-    _pin(min(os.sched_getaffinity(0)) if options.core is None else options.core)
+    rates, cores = stream_rates(), sorted(os.sched_getaffinity(0))
+    own = cores[0] if options.core is None else options.core
+    _pin(own)
     rates |= product_rates()
-    rows = []
+    rows, neighbour = [], {}
     for model in served:
-        mine, lost = measure(list(stage_points(model)), options.rounds, options.point_ms / 1e3)
+        points = list(stage_points(model))
+        mine, lost = measure(points, options.rounds, options.point_ms / 1e3)
         provenance[f"lost_share/{model.name}"] = round(lost, 3)
         print(f"{model.name}: {len(mine)} points; other processes held the core {lost:.0%} of the time")
         rows += mine
-    found = calibration(rates, options.dtype, rows_by_operator(rows), provenance)
+        if others := [core for core in cores if core != own]:
+            neighbour[model.name] = measure_beside_stream(points, others[0], options.point_ms / 1e3)
+            print("  beside a streaming core: " + ", ".join(f"{k} x{v:.2f}" for k, v in neighbour[model.name].items()))
+    found = calibration(rates, options.dtype, rows_by_operator(rows), provenance, neighbour)
     write_calibration(Path(options.out), found, rates)
     for name, rate in rates.items():
         print(f"{name:<26} {rate / 1e9:8.1f} G/s")
@@ -151,9 +164,10 @@ def _pin(core: int) -> None:
     """One compute thread on one core, as a worker has."""
     import torch
 
-    if core not in os.sched_getaffinity(0):
-        raise UserError(f"core {core} is not one of this process's: {sorted(os.sched_getaffinity(0))}")
-    os.sched_setaffinity(0, {core})
+    try:
+        os.sched_setaffinity(0, {core})
+    except OSError:
+        raise UserError(f"core {core} cannot be used; this machine has {os.cpu_count()} cores, from 0") from None
     torch.set_num_threads(1)
 
 

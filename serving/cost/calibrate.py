@@ -34,6 +34,7 @@ DECODE_CONTEXTS = (16, 64, 256, 1024, 4096)
 CHUNKS = ((16, 0), (64, 0), (256, 0), (16, 256), (64, 256), (256, 256), (64, 1024), (256, 1024))
 STREAM_BYTES = 256 * 2**20
 STREAM_SECONDS = 1.0
+STREAM_START_S = 4.0  # until a streaming process has started and filled its block
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,30 @@ def _time(point: Point, budget_s: float) -> float:
         point.run()
         samples.append((time.thread_time_ns() - started) * 1e-9 / point.repeats)
     return statistics.median(samples)
+
+
+def measure_beside_stream(points: list[Point], core: int, seconds_per_point: float) -> dict[str, float]:
+    """By how much each stage slows while `core` streams memory: the median over a few sizes, by operator."""
+    command = [sys.executable, "-m", "serving.cost", "stream", "--core", str(core), "--seconds", "600"]
+    chosen = [
+        point for point in points if point.columns.get("batch_size", 4) == 4 or point.columns.get("num_tokens") == 4
+    ]
+    chosen = [point for point in chosen if point.operator in ("stage_decode", "stage_routed", "stage_head")]
+    with torch.inference_mode():
+        alone = [_time(point, seconds_per_point) for point in chosen]
+        streamer = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            time.sleep(STREAM_START_S)
+            if streamer.poll() is not None:
+                raise UserError(f"the streaming process on core {core} ended with status {streamer.returncode}")
+            beside = [_time(point, seconds_per_point) for point in chosen]
+        finally:
+            streamer.kill()
+            streamer.wait()
+    ratios: dict[str, list[float]] = {}
+    for point, before, after in zip(chosen, alone, beside, strict=True):
+        ratios.setdefault(point.operator, []).append(after / before)
+    return {operator: max(1.0, statistics.median(values)) for operator, values in ratios.items()}
 
 
 # -- stages of a model -------------------------------------------------------------------------------------------------
@@ -177,14 +202,14 @@ def _end_points(model: ServedModel, half: AttentionHalf, generator: torch.Genera
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------
-def stream_rate() -> float:
+def stream_rate(seconds: float = STREAM_SECONDS) -> float:
     """Bytes a second that one core reads: a sum over more than any cache holds."""
     block = torch.ones(STREAM_BYTES // element_bytes("float32"))
-    rates, end = [], time.perf_counter() + STREAM_SECONDS
+    rates, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
-        started = time.perf_counter()
+        started = time.thread_time()
         block.sum()
-        rates.append(STREAM_BYTES / (time.perf_counter() - started))
+        rates.append(STREAM_BYTES / (time.thread_time() - started))
     return statistics.median(rates)
 
 
@@ -211,9 +236,9 @@ def product_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.5) -> f
     weight, x = pack(torch.randn(2 * size, 2 * size).to(dtype)), torch.randn(size, 2 * size).to(dtype)
     flops, rates, end = 2.0 * size * (2 * size) ** 2, [], time.perf_counter() + seconds
     while time.perf_counter() < end:
-        started = time.perf_counter()
+        started = time.thread_time()
         linear(x, weight)
-        rates.append(flops / (time.perf_counter() - started))
+        rates.append(flops / (time.thread_time() - started))
     return statistics.median(rates)
 
 

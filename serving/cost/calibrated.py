@@ -43,6 +43,7 @@ class Calibration:
     dtype: str
     fitted: FittedSet
     rows: Mapping[str, Rows]  # by operator
+    beside_stream: Mapping[str, Mapping[str, float]]  # model -> operator -> slowdown beside a core that streams memory
 
     def models(self) -> tuple[str, ...]:
         """Names of the models whose stages were measured."""
@@ -70,12 +71,16 @@ def _joined(operator: str, rows: list[MeasuredRow]) -> Rows:
 
 
 def calibration(
-    rates: Mapping[str, float], dtype: str, rows: Mapping[str, Rows], provenance: Mapping[str, object]
+    rates: Mapping[str, float],
+    dtype: str,
+    rows: Mapping[str, Rows],
+    provenance: Mapping[str, object],
+    beside_stream: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Calibration:
     """A calibration from measured rates and rows: coefficients are fitted to all rows."""
     hardware = _measured_hardware(rates, provenance)
     fits = [fit for mine in rows.values() for fit in fit_rows(mine, hardware)]
-    return Calibration(hardware, dtype, fitted_set(CPU, fits, provenance), dict(rows))
+    return Calibration(hardware, dtype, fitted_set(CPU, fits, provenance), dict(rows), beside_stream or {})
 
 
 def _measured_hardware(rates: Mapping[str, float], provenance: Mapping[str, object]) -> Hardware:
@@ -91,6 +96,7 @@ def write_calibration(path: Path, found: Calibration, rates: Mapping[str, float]
         "dtype": found.dtype,
         "provenance": found.fitted.provenance,
         "machine": dict(rates),
+        "beside_stream": found.beside_stream,
         "fits": [dataclasses.asdict(fit) for fit in found.fitted.variants.values()],
         "rows": {
             name: {
@@ -115,7 +121,7 @@ def read_calibration(path: str | Path) -> Calibration:
         hardware = _measured_hardware(content["machine"], content["provenance"])
         fitted = fitted_set(CPU, [Fitted(**entry) for entry in content["fits"]], content["provenance"])
         rows = {name: _rows(name, table) for name, table in content["rows"].items()}
-        return Calibration(hardware, content["dtype"], fitted, rows)
+        return Calibration(hardware, content["dtype"], fitted, rows, content["beside_stream"])
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `python -m serving.cost calibrate --out {path}` writes it") from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -144,6 +150,10 @@ class CalibratedStages(ModelStages):
 
     def embedding(self, tokens: int) -> Stage:
         return Stage(self._seconds("stage_embed", rows=tokens), facts.embedding_work(self.spec, tokens, self.dtype), 1)
+
+    def beside_stream(self, operator: str) -> float:
+        """Measured slowdown of a stage (`stage_decode`, `stage_routed`, `stage_head`) beside a streaming core; 1 unmeasured."""
+        return self._found.beside_stream.get(self.spec.name, {}).get(operator, 1.0)
 
     def launched_s(self, stage: Stage) -> float:
         """Measured stages hold their operators' dispatch already."""

@@ -95,7 +95,7 @@ def fit_card(directory: Path, card: str, seed: int = SPLIT_SEED, provenance: dic
     """Coefficients of all operators of `card`, fitted to the fitting halves of its rows."""
     hardware, fits, sources = load_hardware(card), [], []
     for operator in SOURCES:
-        rows = _read(directory, card, operator)
+        rows = read_rows(directory, card, operator)
         fits += fit_rows(rows.select(fitting_half(rows, seed)), hardware)
         sources += rows.sources
     return fitted_set(card, fits, {**(provenance or {}), "split_seed": seed, "rows": "fitting half", "files": sources})
@@ -109,7 +109,7 @@ def check(directory: Path, seed: int = SPLIT_SEED, refit: bool = False) -> list[
 
 
 def _cells(directory: Path, card: str, operator: str, sets: dict[str, FittedSet], seed: int) -> Iterable[Cell]:
-    rows, hardware = _read(directory, card, operator), load_hardware(card)
+    rows, hardware = read_rows(directory, card, operator), load_hardware(card)
     half = fitting_half(rows, seed)
     held = rows.select(~half)
     own = sets[card].coefficients(operator)
@@ -131,11 +131,6 @@ def _size_classes(rows: Rows) -> list[tuple[str, np.ndarray]]:
         return [("decode", small), ("prefill", ~small)]
     sizes = {"decode": "decode", "prefill": "prefill"}.get(rows.operator.split("_")[0], "all")
     return [(sizes, np.ones(len(rows), dtype=bool))]
-
-
-def _read(directory: Path, card: str, operator: str) -> Rows:
-    prefix = next(name for name, known in CARDS.items() if known == card)
-    return read_rows(directory, prefix, card, operator)
 
 
 def format_cells(cells: Iterable[Cell], per_kernel: bool = False) -> str:

@@ -100,3 +100,12 @@ def host_bandwidth_slowdowns(loads: Sequence[Load], hardware: Hardware) -> list[
     stretch = max(1.0, sum(rates) / hardware.shared_memory_bandwidth)
     shares = [_demand(load.bytes, load.alone_s, hardware.memory_bandwidth) for load in loads]
     return [1.0 + share * (stretch - 1.0) for share in shares]
+
+
+def neighbour_slowdown(beside_stream: float, neighbours: Sequence[Load], hardware: Hardware) -> float:
+    """Slowdown of a stage beside `neighbours` on other cores, from what was measured beside one that streams memory.
+
+    In proportion to the bandwidth that the neighbours draw; a streaming core draws all that one core can.
+    """
+    drawn = sum(_demand(load.bytes, load.alone_s, hardware.memory_bandwidth) for load in neighbours)
+    return 1.0 + (beside_stream - 1.0) * drawn

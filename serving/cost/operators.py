@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 
 from serving.cost.fitted_set import FittedSet, shipped
 from serving.cost.form import Kernel
 from serving.cost.forms import ELEMENTWISE, FORMS
 from serving.cost.hardware import Hardware
 from serving.cost.routing import distinct_experts
-from serving.cost.silicon import gemm_regime, kernel_of, moe_regime
+from serving.cost.silicon import CARDS, gemm_regime, kernel_of, moe_regime, read_all
 from serving.cost.table import MeasuredTable
 from serving.errors import UserError
 from serving.spec import element_bytes
@@ -190,6 +191,18 @@ class CostModel:
 
     def _kernel(self, operator: str, variant: str) -> Kernel:
         return dataclasses.replace(kernel_of(operator, variant), cast_bytes=self.element_bytes)
+
+
+def measured_tables(hardware: Hardware, directory: Path) -> dict[str, MeasuredTable]:
+    """Tables over the shipped coefficients from all measured rows of `hardware` in `directory`, for :class:`CostModel`.
+
+    Raises :class:`UserError` for a card without rows of its own: a table does not move to another card.
+    """
+    if hardware.name not in CARDS.values():
+        raise UserError(f"{hardware.name}: no measured rows; cards that have them: {', '.join(CARDS.values())}")
+    fitted = shipped(hardware.fitted_on)
+    rows = read_all(directory, cards=(hardware.name,))
+    return {mine.operator: MeasuredTable(mine, hardware, fitted.coefficients(mine.operator)) for mine in rows}
 
 
 def rounded(tokens: float) -> int:

@@ -85,15 +85,18 @@ def kernel_of(operator: str, variant: str) -> Kernel:
     return KERNELS.get((operator, variant.split("/")[0]), Kernel())
 
 
-def read_all(directory: Path, operators: tuple[str, ...] = tuple(SOURCES)) -> Iterator[Rows]:
+def read_all(
+    directory: Path, operators: tuple[str, ...] = tuple(SOURCES), cards: tuple[str, ...] = tuple(CARDS.values())
+) -> Iterator[Rows]:
     """Rows of each operator on each card."""
-    for prefix, card in CARDS.items():
+    for card in cards:
         for operator in operators:
-            yield read_rows(directory, prefix, card, operator)
+            yield read_rows(directory, card, operator)
 
 
-def read_rows(directory: Path, prefix: str, card: str, operator: str) -> Rows:
-    """Rows of `operator` measured on `card`."""
+def read_rows(directory: Path, card: str, operator: str) -> Rows:
+    """Rows of `operator` measured on `card`, a hardware name."""
+    prefix = next(name for name, known in CARDS.items() if known == card)
     tables, sources = [], []
     for name in SOURCES[operator]:
         path = directory / f"{prefix}_{name}.parquet"

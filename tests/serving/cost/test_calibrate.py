@@ -22,6 +22,7 @@ from serving.errors import UserError
 pytestmark = pytest.mark.cpu
 
 RATES = {"memory_bandwidth": 12e9, "shared_memory_bandwidth": 20e9, "fp32_flops": 90e9, "bf16_flops": 150e9}
+SLOWED = {"mixtral-8x7b": {"stage_decode": 1.3}}
 TINY = {
     "model_type": "deepseek_v2",
     "hidden_size": 64,
@@ -69,7 +70,9 @@ def made_rows(name: str, hidden: float, scale: float = 1.0) -> list[MeasuredRow]
 @pytest.fixture
 def made():
     spec = published_spec("mixtral-8x7b")
-    return spec, calibration(RATES, "float32", rows_by_operator(made_rows(spec.name, 4096.0)), {"machine": "made"})
+    return spec, calibration(
+        RATES, "float32", rows_by_operator(made_rows(spec.name, 4096.0)), {"machine": "made"}, SLOWED
+    )
 
 
 def test_measured_points_come_back(made):
@@ -124,6 +127,8 @@ def test_a_calibration_survives_its_file(made, tmp_path):
     write_calibration(tmp_path / "cal.json", found, RATES)
     again = read_calibration(tmp_path / "cal.json")
     assert again.hardware == found.hardware
+    assert CalibratedStages(spec, again).beside_stream("stage_decode") == 1.3
+    assert CalibratedStages(spec, again).beside_stream("stage_routed") == 1.0
     steps = [CalibratedStages(spec, each).decode_step(3, 1000).device_s for each in (found, again)]
     assert steps[0] == steps[1]
     (tmp_path / "broken.json").write_text("[]")
@@ -159,6 +164,7 @@ def test_calibrate_writes_a_file(tmp_path, capsys, monkeypatch):
     from serving.cost import calibrate
 
     monkeypatch.setattr(calibrate, "stream_rates", lambda: {"memory_bandwidth": 1e9, "shared_memory_bandwidth": 2e9})
+    monkeypatch.setattr(calibrate, "measure_beside_stream", lambda *_: {"stage_decode": 1.2})
     monkeypatch.setattr(calibrate, "product_rates", lambda: {"fp32_flops": 1e9, "bf16_flops": 2e9})
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY))
@@ -178,4 +184,4 @@ def test_calibrate_refuses_what_it_cannot_do(tmp_path, capsys):
     assert main([*out, "--model", str(tmp_path)]) == 2
     assert "config.json: no such file" in capsys.readouterr().err
     assert main(["stream", "--core", "4096"]) == 2
-    assert "core 4096 is not one of this process's" in capsys.readouterr().err
+    assert "core 4096 cannot be used" in capsys.readouterr().err

@@ -8,7 +8,9 @@ import pytest
 
 from serving.cost.__main__ import main
 from serving.cost.check import check
-from serving.cost.silicon import require_silicon, silicon_directory
+from serving.cost.hardware import load_hardware
+from serving.cost.operators import CostModel, measured_tables
+from serving.cost.silicon import read_rows, require_silicon, silicon_directory
 from serving.errors import UserError
 
 pytestmark = pytest.mark.cpu
@@ -53,6 +55,18 @@ def test_fit_writes_what_is_shipped(tmp_path, capsys):
         fresh, kept = read_fitted(tmp_path / f"{card}.json"), shipped(card)
         assert fresh.variants.keys() == kept.variants.keys()
         assert fresh.provenance["files"] == kept.provenance["files"]
+
+
+@needs_silicon
+def test_a_table_of_measured_rows_returns_them():
+    card, directory = load_hardware("h200"), require_silicon()
+    model = CostModel(card, tables=measured_tables(card, directory))
+    rows = read_rows(directory, "h200", "gemm")
+    index = 12345
+    m, n, k = (int(rows.columns[name][index]) for name in ("m", "n", "k"))
+    assert model.gemm_s(m, n, k) == pytest.approx(rows.seconds[index], rel=1e-6)
+    with pytest.raises(UserError, match="h20: no measured rows; cards that have them: a100-80gb, h200"):
+        measured_tables(load_hardware("h20"), directory)
 
 
 def test_silicon_that_is_not_there_is_one_clear_line(tmp_path, capsys):

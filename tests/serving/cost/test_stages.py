@@ -10,6 +10,7 @@ from serving.cost.contention import (
     Contention,
     Load,
     host_bandwidth_slowdowns,
+    neighbour_slowdown,
     slice_wait_s,
     slowdowns,
 )
@@ -188,6 +189,14 @@ def test_cores_that_share_memory_stretch_each_other():
     assert host_bandwidth_slowdowns([streaming], core) == [1.0]
     assert host_bandwidth_slowdowns([streaming] * 4, core)[0] == pytest.approx(4 * 13 / 27.5)
     assert host_bandwidth_slowdowns([streaming] * 4, H200) == [1.0] * 4
+
+
+def test_a_measured_neighbour_counts_in_proportion_to_what_it_draws():
+    core = load_hardware("cpu2")
+    streaming, idle = Load(1e-3, 1e-3 * core.memory_bandwidth, 0.0), Load(1e-3, 0.0, 1e6)
+    assert neighbour_slowdown(1.6, [streaming], core) == pytest.approx(1.6)
+    assert neighbour_slowdown(1.6, [idle], core) == neighbour_slowdown(1.6, [], core) == 1.0
+    assert neighbour_slowdown(1.0, [streaming], core) == 1.0
 
 
 def test_bad_contention_is_refused():
