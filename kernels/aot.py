@@ -95,11 +95,13 @@ def lower(case: str, call: Launch, arch: int) -> Cubin:
     meta = dict(call.meta)
     signature, constants, attributes = {}, {}, {}
     for index, (name, value) in enumerate(zip(names, call.args, strict=False)):
-        if isinstance(value, int) and value == 1:
+        parameter = call.kernel.params[index]
+        if isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
             signature[name], constants[name] = "constexpr", 1
             continue
         signature[name] = _type_of(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if aligned and not parameter.do_not_specialize and not parameter.do_not_specialize_on_alignment:
             attributes[(index,)] = [["tt.divisibility", 16]]
     for name in names[len(call.args) :]:
         signature[name], constants[name] = "constexpr", meta.pop(name)

@@ -1,4 +1,8 @@
-"""Put and wait on CUDA: release after the rows, acquire before reading them, system scope, growing sequence numbers."""
+"""Put and wait on CUDA: release after the rows, acquire before reading them, system scope, growing sequence numbers.
+
+No argument is specialised: a new value must never compile or load a module, which could wait forever for a kernel that
+spins on the same card.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,9 @@ def copy_share(source_ptr, target_ptr, rows, width, source_stride, BLOCK: tl.con
         tl.store(target_ptr + place, tl.load(source_ptr + source, mask=inside, cache_modifier=".cg"), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["slot", "slot_elements", "rows", "width", "stride"], do_not_specialize_on_alignment=["x_ptr"]
+)
 def _put_kernel(
     x_ptr,
     rows_ptr,
@@ -63,7 +69,7 @@ def _put_kernel(
         tl.atomic_xchg(published_ptr + slot, sequence, sem="release", scope="sys")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot", "max_spins"])
 def _wait_kernel(published_ptr, taken_ptr, error_ptr, slot, max_spins, CODE: tl.constexpr):
     target = tl.load(taken_ptr + slot) + 1
     if not spin_until(published_ptr + slot, target, max_spins):

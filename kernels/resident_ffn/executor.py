@@ -56,8 +56,10 @@ class ResidentFFN:
         capacity: int = 64,
         blocks: Blocks | None = None,
         max_spins: int = 20_000_000,
+        results_device: torch.device | None = None,
     ) -> None:
-        """`models[m][l]` is layer l of model m; slots hold `max_rows` rows each; the ring holds `capacity` tasks."""
+        """`models[m][l]` is layer l of model m; slots hold `max_rows` rows each; the ring holds `capacity` tasks. Results
+        and their flags lie on `results_device`, where `collect` polls them: the caller's device, if not the worker's."""
         self.table = LayerTable.build(models, device)
         self.device, self.dtype, self.capacity, self.max_spins = device, dtype, capacity, max_spins
         wide = dtype == torch.float32
@@ -66,9 +68,10 @@ class ResidentFFN:
         depth = max(layer.depth for layer in layers)
         self.slot_elements = -(-max_rows * depth // 16) * 16
         self.slots_in = torch.zeros(num_slots, self.slot_elements, dtype=dtype, device=device)
-        self.slots_out = torch.zeros_like(self.slots_in)
+        self.results_device = results_device or device
+        self.slots_out = torch.zeros_like(self.slots_in, device=self.results_device)
         self.queue = self._counts(capacity * FIELDS.value)
-        self.done, self.expected = self._counts(num_slots), self._counts(num_slots)
+        self.done, self.expected = torch.zeros(2, num_slots, dtype=torch.int32, device=self.results_device)
         self.arrivals = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.tickets, self.finished, self.error = self._counts(1), self._counts(1), self._counts(1)
         rows = self.blocks.rows
@@ -172,7 +175,7 @@ class ResidentFFN:
 
     def collect(self, slot: int, num_rows: int, width: int) -> torch.Tensor:
         """The result [num_rows, width] of the slot's last task; later work of this stream waits for it."""
-        out = torch.empty(num_rows, width, dtype=self.dtype, device=self.device)
+        out = torch.empty(num_rows, width, dtype=self.dtype, device=self.results_device)
         launch(
             collect_kernel,
             (PROGRAMS,),

@@ -4,7 +4,8 @@ The worker polls a ring of descriptors (sequence, model, layer, rows, slot). A t
 programs' work ended by an arrival at one counter that only grows: router logits (the last program to arrive chooses the
 experts for all, then opens the gate), gate-up-SiLU into scratch, and down into the slot (the last to arrive publishes it).
 Programs take work in a fixed stride and wait for earlier phases only, so a grid of one program is a valid grid: that is
-how the interpreter runs it. Sizes and weights come from the layer table at run time; nothing is compiled for a model.
+how the interpreter runs it. Sizes and weights come from the layer table at run time; nothing is compiled for a model,
+and no argument of the kernels that run beside the worker is specialised (see :mod:`kernels.mailbox.triton`).
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ def _down_phase(
         tl.store(out_rows + out[None, :], acc.to(DTYPE), mask=mask[:, None] & (out < depth)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["task", "max_tasks", "max_spins"])
 def resident_worker_kernel(
     queue_ptr,
     table_ptr,
@@ -301,7 +302,10 @@ def resident_worker_kernel(
             task += 1
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["model", "layer", "slot", "rows", "width", "stride", "slot_elements", "max_spins"],
+    do_not_specialize_on_alignment=["x_ptr"],
+)
 def submit_kernel(
     x_ptr,
     in_ptr,
@@ -342,7 +346,9 @@ def submit_kernel(
         tl.atomic_xchg(descriptor, ticket + 1, sem="release", scope="sys")
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["slot", "rows", "width", "slot_elements", "max_spins"], do_not_specialize_on_alignment=["y_ptr"]
+)
 def collect_kernel(
     out_ptr,
     y_ptr,

@@ -48,7 +48,10 @@ def models(dtype, device) -> list[list[FFNLayer]]:
 
 
 class Driver:
-    """An executor that computes on demand: resident beside us on CUDA, run in between under the interpreter."""
+    """An executor that computes on demand: resident beside us on CUDA, run in between under the interpreter.
+
+    Once the worker is resident nothing may load a module or allocate: make inputs and expectations first.
+    """
 
     def __init__(self, models, dtype, device, **options) -> None:
         from kernels.resident_ffn import ResidentFFN
@@ -67,31 +70,38 @@ class Driver:
             self.executor.run_pending()
 
 
+TASKS = [(0, 1, 2, 1), (1, 0, 0, 3), (0, 0, 1, 5), (1, 1, 2, 20), (0, 1, 0, 17)]  # model, layer, slot, rows
+
+
 def test_any_layer_of_any_model(dtype, device, check):
     served = models(dtype, device)
+    inputs = [torch.randn(rows, served[m][n].depth, device=device).to(dtype) for m, n, _, rows in TASKS]
+    expected = [ffn_layer(served[m][n], x) for (m, n, _, _), x in zip(TASKS, inputs, strict=True)]
     driver = Driver(served, dtype, device, num_slots=3, max_rows=20)
-    tasks = [(0, 1, 2, 1), (1, 0, 0, 3), (0, 0, 1, 5), (1, 1, 2, 20), (0, 1, 0, 17)]  # model, layer, slot, rows
-    for model, layer, slot, rows in tasks:
-        weights = served[model][layer]
-        x = torch.randn(rows, weights.depth, device=device).to(dtype)
+    results = []
+    for (model, layer, slot, rows), x in zip(TASKS, inputs, strict=True):
         driver.executor.submit(model, layer, slot, x)
         driver.settle()
-        actual = driver.executor.collect(slot, rows, weights.depth)
-        check(f"model {model} layer {layer} rows {rows}", actual, ffn_layer(weights, x))
+        results.append(driver.executor.collect(slot, rows, x.shape[1]))
     driver.executor.stop()
+    for task, actual, wanted in zip(TASKS, results, expected, strict=True):
+        check(f"(model, layer, slot, rows) {task}", actual, wanted)
 
 
 def test_several_in_flight_and_the_ring_wraps(device, check):
     served = models(torch.float32, device)
+    rounds = [[torch.randn(2, served[slot][1].depth, device=device) for slot in range(2)] for _ in range(3)]
+    expected = [ffn_layer(served[slot][1], x) for inputs in rounds for slot, x in enumerate(inputs)]
     driver = Driver(served, torch.float32, device, num_slots=2, max_rows=4, capacity=3)
-    for _ in range(3):
-        inputs = [torch.randn(2, served[slot][1].depth, device=device) for slot in range(2)]
+    results = []
+    for inputs in rounds:
         for slot, x in enumerate(inputs):
             driver.executor.submit(slot, 1, slot, x)
         driver.settle()
-        for slot, x in enumerate(inputs):
-            check(f"slot {slot}", driver.executor.collect(slot, *x.shape), ffn_layer(served[slot][1], x))
+        results += [driver.executor.collect(slot, *x.shape) for slot, x in enumerate(inputs)]
     driver.executor.stop()
+    for index, (actual, wanted) in enumerate(zip(results, expected, strict=True)):
+        check(f"round {index // 2} slot {index % 2}", actual, wanted)
 
 
 def test_waiting_for_what_never_comes_is_reported(device):
