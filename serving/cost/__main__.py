@@ -117,40 +117,33 @@ def _stream(options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from serving.cost.calibrate import (
-        machine_name,
-        measure,
-        measure_beside_stream,
-        product_rates,
-        stage_points,
-        stream_rates,
-    )
+    from serving.cost import calibrate
     from serving.cost.calibrated import calibration, rows_by_operator, write_calibration
 
     served = [_served(Path(model), options.dtype, options.dummy) for model in options.model]
     provenance = {
-        "machine": machine_name(),
+        "machine": calibrate.machine_name(),
         "date": datetime.date.today().isoformat(),
         "command": "python -m serving.cost calibrate",
     }
-    rates, cores = stream_rates(), sorted(os.sched_getaffinity(0))
+    rates, cores = calibrate.stream_rates() | calibrate.crossing_rates(), sorted(os.sched_getaffinity(0))
     own = cores[0] if options.core is None else options.core
     _pin(own)
-    rates |= product_rates()
+    rates |= calibrate.product_rates()
     rows, neighbour = [], {}
     for model in served:
-        points = list(stage_points(model))
-        mine, lost = measure(points, options.rounds, options.point_ms / 1e3)
+        points = list(calibrate.stage_points(model))
+        mine, lost = calibrate.measure(points, options.rounds, options.point_ms / 1e3)
         provenance[f"lost_share/{model.name}"] = round(lost, 3)
         print(f"{model.name}: {len(mine)} points; other processes held the core {lost:.0%} of the time")
         rows += mine
         if others := [core for core in cores if core != own]:
-            neighbour[model.name] = measure_beside_stream(points, others[0], options.point_ms / 1e3)
+            neighbour[model.name] = calibrate.measure_beside_stream(points, others[0], options.point_ms / 1e3)
             print("  beside a streaming core: " + ", ".join(f"{k} x{v:.2f}" for k, v in neighbour[model.name].items()))
     found = calibration(rates, options.dtype, rows_by_operator(rows), provenance, neighbour)
     write_calibration(Path(options.out), found, rates)
     for name, rate in rates.items():
-        print(f"{name:<26} {rate / 1e9:8.1f} G/s")
+        print(f"{name:<26} {rate:10.4g}")
     print(f"wrote {options.out}")
     return 0
 

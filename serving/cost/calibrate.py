@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.linear import linear, pack
+from serving import bench_crossing
 from serving.checkpoints import open_weights
 from serving.cost.calibrated import MeasuredRow
 from serving.errors import UserError
@@ -33,6 +34,7 @@ DECODE_BATCHES = (1, 2, 4, 8, 16)
 DECODE_CONTEXTS = (16, 64, 256, 1024, 4096)
 CHUNKS = ((16, 0), (64, 0), (256, 0), (16, 256), (64, 256), (256, 256), (64, 1024), (256, 1024))
 STREAM_BYTES = 256 * 2**20
+EVICT_BYTES = 128 * 2**20  # several times the last-level cache of such machines
 STREAM_SECONDS = 1.0
 STREAM_START_S = 4.0  # until a streaming process has started and filled its block
 
@@ -46,6 +48,7 @@ class Point:
     columns: dict[str, float]
     run: Callable[[], None]
     repeats: int
+    before: Callable[[], None] | None = None  # untimed, ahead of each run
 
 
 def measure(points: list[Point], rounds: int, seconds_per_point: float) -> tuple[list[MeasuredRow], float]:
@@ -75,6 +78,8 @@ def _time(point: Point, budget_s: float) -> float:
     """Median seconds of one repeat over as many runs as fit into `budget_s`, at least one."""
     samples, end = [], time.perf_counter() + budget_s
     while not samples or (time.perf_counter() < end and len(samples) < 200):
+        if point.before:
+            point.before()
         started = time.thread_time_ns()
         point.run()
         samples.append((time.thread_time_ns() - started) * 1e-9 / point.repeats)
@@ -195,10 +200,12 @@ def _end_points(model: ServedModel, half: AttentionHalf, generator: torch.Genera
         ids = torch.randint(spec.vocab_size, (rows,), generator=generator)
         return lambda: half.embed(ids)
 
+    # A step walks all layers between two visits to head and embedding, so they are met as cold as that leaves them.
+    walked = torch.ones(min(EVICT_BYTES, model.spec.total_elements * element_bytes(model.dtype)) // 4)
     for rows in (1, 2, 4, 8, 16):
         columns = {"hidden_size": float(spec.hidden_size), "rows": float(rows)}
-        yield Point("stage_head", spec.name, columns, head(rows), 1)
-        yield Point("stage_embed", spec.name, columns, embed(rows), 1)
+        yield Point("stage_head", spec.name, columns, head(rows), 1, walked.sum)
+        yield Point("stage_embed", spec.name, columns, embed(rows), 1, walked.sum)
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------
@@ -245,6 +252,15 @@ def product_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.5) -> f
 def product_rates() -> dict[str, float]:
     """FLOP/s of one core, in both element types."""
     return {"fp32_flops": product_rate(torch.float32), "bf16_flops": product_rate(torch.bfloat16)}
+
+
+def crossing_rates(hidden: int = 1024, rounds: int = 2000) -> dict[str, float]:
+    """Seconds of one way through the engine's mailbox with one row, between two pinned cores; nothing on one core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        return {}
+    round_trips_us = bench_crossing.measure(1, hidden, rounds, (cores[0], cores[1]))
+    return {"crossing_lowered_s": float(statistics.median(round_trips_us)) / 2e6}
 
 
 def machine_name() -> str:
