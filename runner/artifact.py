@@ -1,0 +1,237 @@
+"""`./run_all.sh smoke|fast|full`, and `figures [names]`: the whole artifact, from preflight to the table at the end.
+
+Experiments run through `bench.py`, which skips what is done; figures and claims are drawn from the records it leaves. A
+failed experiment does not stop the others. The status is non-zero when anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.experiments import MODES, Experiment, of_mode
+from serving import registry
+from serving.errors import UserError, command
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCAL, SHIPPED = ROOT / "results" / "local", ROOT / "results" / "shipped"
+PASS, DIFFERENT, SKIPPED, FAILED = "PASS", "DIFFERENT", "SKIPPED", "FAILED"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table at the end. `note` says why, where it did not pass."""
+
+    name: str
+    verdict: str
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the preflight looks at."""
+
+    cores: int
+    memory_gib: float
+    disk_gib: float
+    gpus: tuple[str, ...]
+
+    @classmethod
+    def here(cls) -> Machine:
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        disk = shutil.disk_usage(ROOT).free / 2**30
+        return cls(len(os.sched_getaffinity(0)), memory_bytes / 2**30, disk, _gpus())
+
+
+def _gpus() -> tuple[str, ...]:
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(done.stdout.split("\n")[:-1])
+
+
+def why_skipped(experiment: Experiment, machine: Machine) -> str:
+    """Why `machine` cannot run `experiment`; empty where it can."""
+    unknown = [system for system in experiment.systems if system not in registry.names()]
+    if unknown:
+        return f"no system {', '.join(unknown)}"
+    if experiment.needs_gpu and not machine.gpus:
+        return "needs an NVIDIA GPU"
+    if experiment.memory_gib > machine.memory_gib:
+        return f"needs {experiment.memory_gib:g} GiB of memory, {machine.memory_gib:.1f} are there"
+    if experiment.disk_gib > machine.disk_gib:
+        return f"needs {experiment.disk_gib:g} GiB of disk, {machine.disk_gib:.1f} are free"
+    return ""
+
+
+def preflight(mode: str, machine: Machine) -> None:
+    """Say what there is, what will run and for how long, and what will not. Raises UserError where nothing can."""
+    gpus = ", ".join(machine.gpus) or "none"
+    print(
+        f"Machine: {machine.cores} cores, {machine.memory_gib:.0f} GiB of memory, {machine.disk_gib:.0f} GiB of disk free, "
+        f"GPU: {gpus}"
+    )
+    if machine.disk_gib < 0.5:
+        raise UserError(f"{ROOT} has {machine.disk_gib:.2f} GiB of disk free; records and figures need 0.5 GiB")
+    if machine.cores < 2:
+        print("warning: one core; the two pools will share it, and what is measured says little about either system")
+    total = 0.0
+    for experiment in of_mode(mode):
+        why = why_skipped(experiment, machine)
+        minutes = 0.0 if why else experiment.minutes(mode)
+        total += minutes
+        plan = f"SKIPPED ({why})" if why else f"{experiment.cells(mode):3} runs, about {minutes:4.1f} min"
+        print(f"  {experiment.name:<12} {plan:<28} {experiment.question}")
+    print(f"{mode}: about {total + 0.5:.0f} minutes on two cores at most; runs that are done already take none")
+
+
+def run_experiment(experiment: Experiment, mode: str) -> Line:
+    """Run the cells that are missing, then draw the experiment's exhibits."""
+    bench = [sys.executable, "bench.py", *experiment.arguments(mode)]
+    print(f"\n== {experiment.name}: {experiment.question}\n$ {shlex.join(['python', *bench[1:]])}", flush=True)
+    begun = time.monotonic()
+    status = subprocess.run(bench, cwd=ROOT, check=False).returncode
+    if status in (130, -2):
+        raise KeyboardInterrupt
+    drawn = draw(LOCAL, LOCAL / "figures", experiment.figures, [experiment.name])
+    seconds = time.monotonic() - begun
+    if status:
+        return Line(
+            experiment.name, FAILED, seconds, f"bench.py ended with status {status}; its table above says which run"
+        )
+    if drawn:
+        return Line(experiment.name, FAILED, seconds, f"paper_figures ended with status {drawn}")
+    return Line(experiment.name, PASS, seconds)
+
+
+def draw(records: Path, out: Path, names: Sequence[str], experiments: Sequence[str] = ()) -> int:
+    """Draw exhibits by the command that a person would use; its exit status."""
+    selected = [argument for name in experiments for argument in ("--experiment", name)]
+    arguments = [*names, "--records", str(records), "--out", str(out), *selected, "--print"]
+    return subprocess.run([sys.executable, "-m", "paper_figures", *arguments], cwd=ROOT, check=False).returncode
+
+
+def claims(records: Path, out: Path, expected: Sequence[str]) -> tuple[int, dict[str, list[str]]]:
+    """Print the claims table; its exit status, and the claims that came out different by experiment."""
+    report = out / "claims.json"
+    flags = [argument for name in expected for argument in ("--expect", name)]
+    arguments = ["--records", str(records), "--json", str(report), *flags]
+    status = subprocess.run(
+        [sys.executable, "-m", "paper_figures.claims", *arguments], cwd=ROOT, check=False
+    ).returncode
+    different: dict[str, list[str]] = {}
+    if report.exists():
+        for claim in json.loads(report.read_text()):
+            if claim["verdict"] == "different":
+                different.setdefault(claim["experiment"] or "models", []).append(claim["name"])
+    return status, different
+
+
+def table(lines: Sequence[Line]) -> int:
+    """Print the table of verdicts; the exit status of the artifact."""
+    print("\n" + "=" * 100)
+    for line in lines:
+        note = f" ({line.note})" if line.note else ""
+        print(f"{line.name:<12} {line.seconds:6.0f} s  {line.verdict}{note}")
+    failed = sum(line.verdict == FAILED for line in lines)
+    print(f"{sum(line.verdict == PASS for line in lines)} of {len(lines)} passed, {failed} failed")
+    print(f"Figures, tables and claims: {LOCAL / 'figures'}")
+    return 1 if failed else 0
+
+
+def run_mode(mode: str) -> int:
+    """Run the experiments of `mode`, draw, check claims, and say how each came out."""
+    machine = Machine.here()
+    preflight(mode, machine)
+    lines: list[Line] = []
+    interrupted = False
+    for experiment in of_mode(mode):
+        why = why_skipped(experiment, machine)
+        if interrupted:
+            lines.append(Line(experiment.name, SKIPPED, 0, "interrupted; start again to go on where it stopped"))
+        elif why:
+            lines.append(Line(experiment.name, SKIPPED, 0, why))
+        else:
+            try:
+                lines.append(run_experiment(experiment, mode))
+            except KeyboardInterrupt:
+                interrupted = True
+                lines.append(Line(experiment.name, SKIPPED, 0, "interrupted; finished runs are kept"))
+    if interrupted:
+        table(lines)
+        return 130
+    print("\n== Exhibits that need no run, and claims", flush=True)
+    begun = time.monotonic()
+    drawn = draw(LOCAL, LOCAL / "figures", ["kv_share", "model_table"])
+    expected = [line.name for line in lines if line.verdict != SKIPPED]
+    status, different = claims(LOCAL, LOCAL / "figures", expected)
+    lines = [_compared(line, different.get(line.name, [])) for line in lines]
+    if status or drawn:
+        lines.append(Line("claims", FAILED, time.monotonic() - begun, "something that should have run did not"))
+    else:
+        lines.append(_compared(Line("claims", PASS, time.monotonic() - begun), different.get("models", [])))
+    return table(lines)
+
+
+def _compared(line: Line, different: Sequence[str]) -> Line:
+    """`line`, DIFFERENT where it ran and a claim that rests on it did not come out as in the paper."""
+    if line.verdict != PASS or not different:
+        return line
+    return Line(line.name, DIFFERENT, line.seconds, f"not as in the paper: {', '.join(different)}")
+
+
+def run_figures(names: Sequence[str]) -> int:
+    """Redraw from the records that ship with the repository and, apart from them, from local ones. Nothing is run."""
+    sources = [
+        (label, root, out)
+        for label, root, out in (
+            ("shipped", SHIPPED, LOCAL / "figures-shipped"),
+            ("local", LOCAL, LOCAL / "figures"),
+        )
+        if next(root.glob("*/*/record.json"), None)
+    ]
+    lines = []
+    for label, root, out in sources:
+        print(f"\n== Figures from {label} records in {root}", flush=True)
+        begun = time.monotonic()
+        status = draw(root, out, names)
+        if not status and not names:
+            status, _ = claims(root, out, [])
+        verdict, note = (FAILED, f"status {status}") if status else (PASS, f"in {out}")
+        lines.append(Line(label, verdict, time.monotonic() - begun, note))
+    if not sources:
+        raise UserError(f"no records in {SHIPPED} or {LOCAL}; make some with: ./run_all.sh smoke")
+    return table(lines)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="./run_all.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("mode", nargs="?", default="fast", choices=[*MODES, "figures"])
+    parser.add_argument("names", nargs="*", help="with figures: which (default: all)")
+    parser.add_argument("--plan", action="store_true", help="say what would run and stop")
+    arguments = parser.parse_args(argv)
+    if arguments.mode == "figures":
+        return run_figures(arguments.names)
+    if arguments.names:
+        raise UserError(f"mode {arguments.mode} takes no names, got {', '.join(arguments.names)}")
+    if arguments.plan:
+        preflight(arguments.mode, Machine.here())
+        return 0
+    return run_mode(arguments.mode)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
