@@ -18,7 +18,8 @@ _BLOCK_ELEMENTS = 1 << 20  # large tensors repeat a block of this size, rotated:
 
 
 def tensor_scale(name: str, shape: tuple[int, ...], num_layers: int) -> float:
-    """Standard deviation of a weight: 1/sqrt(fan in), and 1/sqrt(2 L) of that for what is added to the residual."""
+    """Standard deviation of a weight: 1/sqrt(fan in), and 2/sqrt(2 L) of that for what is added to the residual,
+    so that what a token reads from its context weighs more than the token itself."""
     if name == EMBEDDING:
         return 1.0
     scale = 1.0 / math.sqrt(shape[-1])
@@ -28,7 +29,7 @@ def tensor_scale(name: str, shape: tuple[int, ...], num_layers: int) -> float:
 
 def seeded_tensor(name: str, shape: tuple[int, ...], num_layers: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
     """The value of tensor `name` under `seed`: norms near one, biases small, matrices normal with `tensor_scale`."""
-    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))  # torch seeds with 32 bits
     count = math.prod(shape)
     sampled = torch.randn(min(count, _BLOCK_ELEMENTS), generator=generator)
     if name.endswith("norm.weight"):

@@ -1,0 +1,177 @@
+"""Made checkpoints load in `transformers` and here; broken ones are refused with one clear line; loading is lean."""
+
+import json
+import os
+import subprocess
+import sys
+
+import judges
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from serving.checkpoints import DummyWeights, open_checkpoint
+from serving.checkpoints.__main__ import main
+from serving.checkpoints.make import make_checkpoint
+from serving.checkpoints.names import all_shapes
+from serving.checkpoints.reader import INDEX_FILE
+from serving.errors import UserError
+from serving.spec import ARCHITECTURES, load_spec
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A tiny checkpoint in several shards."""
+    return make_checkpoint("mixtral", "tiny", tmp_path / "model", shard_bytes=200_000, progress=False)
+
+
+def shards(directory):
+    return sorted(directory.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "deepseek"])
+def test_transformers_finds_every_tensor_and_no_other(architecture, tiny_checkpoints):
+    directory = tiny_checkpoints[architecture]
+    _, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(report.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert len(tokenizer) == load_spec(directory).vocab_size
+    assert tokenizer.decode(tokenizer("cold models")["input_ids"]) == "cold models"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_outputs_are_not_degenerate(architecture, tiny_checkpoints):
+    directory = tiny_checkpoints[architecture]
+    distinct = [len(set(judges.greedy_reference(directory, (7 * seed + 1, 5, 11 + seed), 24))) for seed in range(4)]
+    assert min(distinct) >= 4 and sum(distinct) / len(distinct) >= 9
+    top = judges.reference_logits(directory, tuple(range(1, 40))).topk(2).values
+    assert (top[:, 0] - top[:, 1]).median() > 0.05
+
+
+def test_shards_hold_the_same_as_one_file(sharded, tmp_path):
+    assert len(shards(sharded)) > 3
+    whole = make_checkpoint("mixtral", "tiny", tmp_path / "whole", progress=False)
+    with open_checkpoint(sharded) as many, open_checkpoint(whole) as one:
+        for name in all_shapes(many.spec):
+            assert torch.equal(many.tensor(name), one.tensor(name)), name
+
+
+def test_making_again_changes_nothing_and_never_overwrites_another(sharded):
+    before = {path: path.stat().st_mtime_ns for path in sharded.iterdir()}
+    assert make_checkpoint("mixtral", "tiny", sharded, shard_bytes=200_000, progress=False) == sharded
+    assert {path: path.stat().st_mtime_ns for path in sharded.iterdir()} == before
+    with pytest.raises(UserError, match="is not this checkpoint"):
+        make_checkpoint("mixtral", "tiny", sharded, seed=5, progress=False)
+    assert [path.name for path in sharded.parent.iterdir()] == [sharded.name]
+
+
+def test_dummy_weights_do_not_depend_on_the_order_of_reading(tiny_checkpoints):
+    spec = load_spec(tiny_checkpoints["glm4_moe_lite"])
+    first, second = DummyWeights(spec, seed=3), DummyWeights(spec, seed=3)
+    forward = [first.expert(1, index)[0] for index in range(3)]
+    backward = [second.expert(1, index)[0] for index in (2, 1, 0)][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
+    assert not torch.equal(forward[0], DummyWeights(spec, seed=4).expert(1, 0)[0])
+
+
+def test_large_dummy_tensors_are_filled_and_do_not_repeat_rows():
+    from serving.checkpoints.dummy import seeded_tensor
+
+    tensor = seeded_tensor("model.layers.0.mlp.experts.0.up_proj.weight", (3000, 1024), 4, 0, torch.bfloat16)
+    assert 0.02 < tensor.float().std() < 0.05
+    assert len(torch.unique(tensor[:, 0])) > 100
+    assert not torch.equal(tensor[:1024], tensor[1024:2048])
+
+
+def break_missing(directory):
+    shards(directory)[1].unlink()
+    return "shard model-00002-of-.* is missing"
+
+
+def break_truncated(directory):
+    path = shards(directory)[0]
+    os.truncate(path, path.stat().st_size - 100)
+    return "is truncated, 100 of"
+
+
+def break_garbage(directory):
+    shards(directory)[2].write_bytes(b"\xff" * 300)
+    return "is not a whole safetensors file"
+
+
+def break_index(directory):
+    (directory / INDEX_FILE).write_text("{}")
+    return "is not a safetensors index"
+
+
+def break_tensor(directory):
+    index = json.loads((directory / INDEX_FILE).read_text())
+    gone = {file: None for name, file in index["weight_map"].items() if "layers.2" not in name}
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file in gone}
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    return "tensor model.layers.3.* is in none of its shards"
+
+
+def break_shape(directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "vocab_size": 385}))
+    return r"has shape \[384, 64\], config.json asks for \[385, 64\]"
+
+
+def break_architecture(directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    return "unknown architecture 'llama'; known: mixtral, deepseek"
+
+
+def break_config(directory):
+    (directory / "config.json").unlink()
+    return "config.json: no such file"
+
+
+BREAKAGES = [
+    break_missing, break_truncated, break_garbage, break_index, break_tensor, break_shape, break_architecture, break_config,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", BREAKAGES, ids=lambda f: f.__name__)
+def test_a_broken_checkpoint_is_one_clear_line(damage, sharded, capsys):
+    expected = damage(sharded)
+    with pytest.raises(UserError, match=expected):
+        open_checkpoint(sharded)
+    assert main(["inspect", str(sharded)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+PEAK_PROGRAM = """
+import resource, sys, torch
+from serving.checkpoints import open_checkpoint
+from serving.layers.attention_half import AttentionHalf
+from serving.layers.ffn_half import FFNHalf
+torch.set_num_threads(1)
+def resident(key):
+    line = next(line for line in open("/proc/self/status") if line.startswith(key))
+    return int(line.split()[1]) * 1024
+torch.ops.mkldnn._reorder_linear_weight(torch.ones(64, 64))
+before = resident("VmRSS")
+with open_checkpoint(sys.argv[1]) as weights:
+    halves = [half(weights.spec, weights, torch.float32) for half in (AttentionHalf, FFNHalf)]
+kept = sum(half.weight_bytes for half in halves)
+print((resident("VmHWM") - before) / kept)
+"""
+
+
+def test_loading_keeps_little_more_resident_than_what_it_keeps(tmp_path):
+    """Peak resident memory while loading at most 1.15 times the bytes kept, in a process of its own, 440 MB of weights."""
+    directory = make_checkpoint("mixtral", "100m", tmp_path / "model", progress=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_PROGRAM, str(directory)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+    )
+    assert float(done.stdout) <= 1.15
