@@ -32,6 +32,12 @@ def _table(device: torch.device) -> dict[str, dict[str, int]]:
 
 
 _overrides: dict[str, dict[str, int]] = {}
+_last_keys: dict[str, str] = {}
+
+
+def last_key(operator: str) -> str | None:
+    """The key under which `operator` last asked for its configuration in this process."""
+    return _last_keys.get(operator)
 
 
 def set_override(operator: str, config: dict[str, int] | None) -> None:
@@ -44,6 +50,7 @@ def set_override(operator: str, config: dict[str, int] | None) -> None:
 
 def config(operator: str, key: str, device: torch.device, default: dict[str, int]) -> dict[str, int]:
     """Block sizes of `operator` for the shape class `key` on `device`: tuned where known, `default` elsewhere."""
+    _last_keys[operator] = key
     if operator in _overrides:
         return {**default, **_overrides[operator]}
     return {**default, **_table(device).get(f"{operator}/{key}", {})}

@@ -20,7 +20,7 @@ from kernels.router.triton import sort_by_expert
 from kernels.tile import dot, silu
 
 SMALL_ROWS = 16
-MAX_REGISTERS = 128  # of the kernels for few rows: left to itself the assembler takes 64 and spills a few
+MAX_REGISTERS = 255  # of the kernels for few rows: without a limit the assembler takes 64 and spills a few
 
 
 @triton.jit

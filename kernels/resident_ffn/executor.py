@@ -83,6 +83,7 @@ class ResidentFFN:
         shared = max(layer.shared_width for layer in layers)
         self.hidden = torch.zeros(max(1, rows * hidden), dtype=dtype, device=device)
         self.shared_hidden = torch.zeros(max(1, rows * shared), dtype=dtype, device=device)
+        self._stop_row = torch.zeros(1, 1, dtype=dtype, device=device)  # nothing is allocated beside the worker
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.started_tasks = 0  # descriptors before which the running worker began
 
@@ -173,9 +174,11 @@ class ResidentFFN:
             num_warps=4,
         )
 
-    def collect(self, slot: int, num_rows: int, width: int) -> torch.Tensor:
-        """The result [num_rows, width] of the slot's last task; later work of this stream waits for it."""
-        out = torch.empty(num_rows, width, dtype=self.dtype, device=self.results_device)
+    def collect(self, slot: int, num_rows: int, width: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The result [num_rows, width] of the slot's last task, in `out` where given (contiguous); later work of this
+        stream waits for it."""
+        if out is None:
+            out = torch.empty(num_rows, width, dtype=self.dtype, device=self.results_device)
         launch(
             collect_kernel,
             (PROGRAMS,),
@@ -196,7 +199,7 @@ class ResidentFFN:
 
     def stop(self) -> None:
         """Ask the worker to end after what is queued and wait until it has. Raises RuntimeError if anything gave up."""
-        self.submit(STOP.value, 0, 0, torch.zeros(1, 1, dtype=self.dtype, device=self.device))
+        self.submit(STOP.value, 0, 0, self._stop_row)
         if self.stream is None:
             self.run_pending()
         else:

@@ -11,6 +11,9 @@ import os
 import sys
 
 import pytest
+
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # nothing may load beside a resident kernel
+
 import torch
 
 HAS_CUDA = torch.cuda.is_available()

@@ -77,12 +77,12 @@ def test_any_layer_of_any_model(dtype, device, check):
     served = models(dtype, device)
     inputs = [torch.randn(rows, served[m][n].depth, device=device).to(dtype) for m, n, _, rows in TASKS]
     expected = [ffn_layer(served[m][n], x) for (m, n, _, _), x in zip(TASKS, inputs, strict=True)]
+    results = [torch.empty_like(x) for x in inputs]
     driver = Driver(served, dtype, device, num_slots=3, max_rows=20)
-    results = []
-    for (model, layer, slot, rows), x in zip(TASKS, inputs, strict=True):
+    for (model, layer, slot, rows), x, result in zip(TASKS, inputs, results, strict=True):
         driver.executor.submit(model, layer, slot, x)
         driver.settle()
-        results.append(driver.executor.collect(slot, rows, x.shape[1]))
+        driver.executor.collect(slot, rows, x.shape[1], result)
     driver.executor.stop()
     for task, actual, wanted in zip(TASKS, results, expected, strict=True):
         check(f"(model, layer, slot, rows) {task}", actual, wanted)
@@ -92,13 +92,14 @@ def test_several_in_flight_and_the_ring_wraps(device, check):
     served = models(torch.float32, device)
     rounds = [[torch.randn(2, served[slot][1].depth, device=device) for slot in range(2)] for _ in range(3)]
     expected = [ffn_layer(served[slot][1], x) for inputs in rounds for slot, x in enumerate(inputs)]
+    results = [torch.empty_like(x) for inputs in rounds for x in inputs]
     driver = Driver(served, torch.float32, device, num_slots=2, max_rows=4, capacity=3)
-    results = []
-    for inputs in rounds:
+    for index, inputs in enumerate(rounds):
         for slot, x in enumerate(inputs):
             driver.executor.submit(slot, 1, slot, x)
         driver.settle()
-        results += [driver.executor.collect(slot, *x.shape) for slot, x in enumerate(inputs)]
+        for slot, x in enumerate(inputs):
+            driver.executor.collect(slot, *x.shape, results[2 * index + slot])
     driver.executor.stop()
     for index, (actual, wanted) in enumerate(zip(results, expected, strict=True)):
         check(f"round {index // 2} slot {index % 2}", actual, wanted)

@@ -1,0 +1,1 @@
+"""The kernels' bench: `python -m kernels.bench [op ...]`. Nothing is timed that is not first found correct."""

@@ -1,0 +1,129 @@
+"""Checks every kernel against its reference, then prints what it reaches of this machine's measured ceilings.
+
+    python -m kernels.bench                      every operator, on the GPU where there is one
+    python -m kernels.bench moe_ffn decode_gqa   these
+    python -m kernels.bench --all --out DIR      all checks in float32 and bfloat16, the table, JSON and a roofline
+    python -m kernels.bench --tune               find block sizes for this card first (kernels/tuned/)
+
+Exits with 1, and times nothing of an operator, if one of its results is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # read at CUDA's start: nothing may load beside a resident kernel
+
+import torch
+
+from kernels import tuning
+from kernels.bench.cases import CHECKS, CPU_CASES, CUDA_CASES, OPS, Target
+from kernels.bench.measure import measure_ceilings
+from kernels.bench.report import Row, save, table
+from kernels.bench.run import TOLERANCE, check, time_case
+from kernels.bench.tune import tune
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CUDA_ONLY_OPS = ("mailbox", "resident_ffn")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    known = (*OPS, *CUDA_ONLY_OPS)
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ops", nargs="*", help=f"any of: {', '.join(known)} (default: all)")
+    parser.add_argument("--all", action="store_true", help="check in both dtypes, whatever is timed")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on CUDA, float32 on the CPU")
+    parser.add_argument("--out", type=Path, help="write kernels.json and roofline.png into this folder")
+    parser.add_argument(
+        "--compile", action="store_true", help="time torch.compile of the peers as well (slow to start)"
+    )
+    parser.add_argument("--tune", action="store_true", help="find block sizes first and keep them for this card")
+    parser.add_argument("--tune-seconds", type=float, default=240.0, help="time that tuning may take (default 240)")
+    options = parser.parse_args(arguments)
+    unknown = [op for op in options.ops if op not in known]
+    if unknown:
+        parser.error(f"unknown operator {unknown[0]!r}; known: {', '.join(known)}")
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA device that torch can use")
+    if options.tune and options.device == "cpu":
+        parser.error("--tune: only the CUDA kernels have block sizes to choose")
+    options.ops = tuple(options.ops) or known
+    return options
+
+
+def run_checks(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> set[str]:
+    """Print every check; returns the operators that failed one."""
+    red = set()
+    for case in (case for case in CHECKS if case.op in options.ops):
+        for kind in DTYPES.values() if options.all else (dtype,):
+            row = check(case, device, kind)
+            error = "" if row.error is None else f"{row.error:.1e}"
+            print(f"check {row.op:12} {row.shape:34} {row.dtype:9} {error:>8} {row.note}", flush=True)
+            if row.note != "ok":
+                red.add(case.op)
+    return red
+
+
+def run_crossings(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Row]:
+    """The mailbox's and the resident executor's rows; CUDA only."""
+    from kernels.bench.crossing import crossing_seconds, resident_seconds
+
+    rows = []
+    name = str(dtype).removeprefix("torch.")
+    for op, sizes in (("mailbox", (1, 16)), ("resident_ffn", (1, 4, 16))):
+        for num_rows in sizes if op in options.ops else ():
+            shape = f"one way, {num_rows} x 2048" if op == "mailbox" else f"Qwen3 T={num_rows}, answer with router"
+            target = Target(microseconds=4.0 if op == "mailbox" else 40.0) if num_rows == 1 else None
+            try:
+                if op == "mailbox":
+                    seconds, error = crossing_seconds(num_rows, 2048, device, dtype), 0.0
+                else:
+                    seconds, error = resident_seconds(num_rows, device, dtype)
+            except Exception as failure:  # noqa: BLE001  whatever it is, it is this row's finding
+                rows.append(Row(op, shape, name, None, note=f"FAILED: {type(failure).__name__}: {failure}"[:200]))
+                continue
+            if error > TOLERANCE[dtype]:
+                rows.append(Row(op, shape, name, None, error=error, note=f"FAILED: relative error {error:.1e}"))
+            else:
+                rows.append(Row(op, shape, name, seconds, 4096.0 * num_rows, 0.0, error, {}, target))
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    began = time.monotonic()
+    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+    dtype = DTYPES[options.dtype or ("bfloat16" if options.device == "cuda" else "float32")]
+    red = run_checks(options, device, dtype)
+    cases = [case for case in (CUDA_CASES if options.device == "cuda" else CPU_CASES) if case.op in options.ops]
+    for op in sorted(red):
+        print(f"{op}: not timed, a check failed", file=sys.stderr)
+    cases = [case for case in cases if case.op not in red]
+    if options.tune:
+        print(f"saved {tuning.save(device, tune(cases, device, dtype, options.tune_seconds))}")
+    ceilings = measure_ceilings(device, dtype)
+    rows = [time_case(case, device, dtype, options.compile) for case in cases]
+    if options.device == "cuda":
+        rows += run_crossings(options, device, dtype)
+    print(
+        f"\nmeasured ceilings: {ceilings.bytes_per_s / 1e9:.0f} GB/s, {ceilings.flops / 1e12:.2f} TFLOP/s "
+        f"{str(dtype).removeprefix('torch.')}; {torch.get_num_threads()} host threads"
+    )
+    print(table(rows, ceilings))
+    if options.out:
+        print(f"wrote {save(rows, ceilings, device, options.out)}")
+    print(f"{time.monotonic() - began:.0f} s")
+    return 1 if red or any(row.seconds is None for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

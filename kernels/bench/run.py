@@ -1,0 +1,88 @@
+"""Checks, then times: a case is timed only if its operator's checks and the case's own result are right."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+
+import torch
+
+from kernels.bench.cases import Case
+from kernels.bench.measure import seconds_per_call
+from kernels.bench.problems import Problem
+from kernels.bench.report import Row
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2}  # of ||actual - reference|| / ||reference||
+SEED = 20
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Infinite where shapes, integers or finiteness differ."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    if not expected.is_floating_point():
+        return 0.0 if actual.equal(expected) else float("inf")
+    gap = float((actual.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))
+    return gap if math.isfinite(gap) else float("inf")
+
+
+def worst_error(problem: Problem) -> float:
+    """Of the first and the last variant."""
+    errors = [0.0]
+    for index in {0, len(problem.variants) - 1}:
+        pairs = zip(problem.variants[index](), problem.expected(index), strict=True)
+        errors += [relative_error(actual, expected) for actual, expected in pairs]
+    return max(errors)
+
+
+def check(case: Case, device: torch.device, dtype: torch.dtype) -> Row:
+    """The case's error, without a time; a `note` that begins with FAILED where it is wrong or raises."""
+    name = str(dtype).removeprefix("torch.")
+    torch.manual_seed(SEED)
+    try:
+        with torch.inference_mode():
+            error = worst_error(case.build(device, dtype))
+    except Exception as failure:  # noqa: BLE001  a compiler's failure is a finding about this case; the others go on
+        return Row(case.op, case.shape, name, None, note=f"FAILED: {type(failure).__name__}: {_short(failure)}")
+    wrong = error > TOLERANCE[dtype]
+    note = f"FAILED: relative error {error:.1e} over {TOLERANCE[dtype]:.0e}" if wrong else "ok"
+    return Row(case.op, case.shape, name, None, error=error, note=note)
+
+
+def time_case(case: Case, device: torch.device, dtype: torch.dtype, compile_peers: bool) -> Row:
+    """A checked and timed row; untimed, with the reason, where the result is wrong."""
+    row = check(case, device, dtype)
+    if row.note != "ok":
+        return row
+    torch.manual_seed(SEED)
+    with torch.inference_mode():
+        problem = case.build(device, dtype)
+        seconds = seconds_per_call(problem.variants, device)
+        peers, notes = {}, []
+        candidates = dict(problem.peers)
+        if compile_peers:
+            candidates |= {f"compiled {name}": torch.compile(peer) for name, peer in problem.peers.items()}
+        for name, peer in candidates.items():
+            peer_seconds, note = _time_peer(peer, device)
+            if peer_seconds is not None:
+                peers[name] = peer_seconds
+            notes += [f"({name}: {note})"] if note else []
+    return Row(
+        case.op, case.shape, row.dtype, seconds, problem.bytes, problem.flops, row.error, peers, case.target,
+        " ".join(notes),
+    )  # fmt: skip
+
+
+def _time_peer(peer: Callable[[], object], device: torch.device) -> tuple[float | None, str]:
+    """A peer that this torch, card or size does not support is no failure of ours: noted, and left out."""
+    try:
+        return seconds_per_call([peer], device), ""
+    except Exception as failure:  # noqa: BLE001  as above
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+        return None, _short(failure)
+
+
+def _short(failure: BaseException) -> str:
+    return " ".join(str(failure).split())[:160]
