@@ -21,8 +21,8 @@ class Ablation(TableExhibit):
     paper = "Table 3"
 
     def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
-        mine = [run for run in runs if run.system == "crosspool" and _options(run).keys() >= {"lanes", "control"}]
-        if len({_cell(run) for run in mine}) < 2:
+        mine = [run for run in runs if run.system == "crosspool" and {"lanes", "control"} <= _options(run).keys()]
+        if len({_cell(run) for run in mine if run.ok}) < 2:
             raise NothingToDraw("ablation: needs crosspool runs with different `lanes` or `control` options")
         _, members = max(panels(mine, most=10**6), key=lambda panel: len(panel[1]))
         cells = {

@@ -61,6 +61,7 @@ class CDFFigure(FigureExhibit):
                 self._draw_curve(axis, panel[panel["system"] == variant], style.look(variant))
             if self.log_x:
                 axis.set_xscale("log")
+                style.plain_log_ticks(axis.xaxis)
             axis.set_ylim(0, 1.02)
             axis.set_xlabel(self.x_label)
         axes[0].set_ylabel("Fraction")

@@ -50,10 +50,10 @@ class TableExhibit(Exhibit):
     """Its rows are the table; columns carry units."""
 
 
-def panel_axes(figure: Figure, labels: Sequence[str], *, sharey: bool = True) -> list[Axes]:
-    """One axes a panel, side by side in rows of two, titled where there is more than one."""
+def panel_axes(figure: Figure, labels: Sequence[str]) -> list[Axes]:
+    """One axes a panel, side by side in rows of two on common scales, titled where there is more than one."""
     columns = min(2, len(labels))
-    grid = figure.subplots(-(-len(labels) // columns), columns, squeeze=False, sharey=sharey)
+    grid = figure.subplots(-(-len(labels) // columns), columns, squeeze=False, sharex=True, sharey=True)
     axes = list(grid.flat)
     for spare in axes[len(labels) :]:
         spare.set_axis_off()

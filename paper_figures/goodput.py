@@ -15,7 +15,7 @@ class Goodput(SweepFigure):
         "SLO attainment and goodput against the total offered rate (mean over seeds, 95 % confidence band); "
         "rejected, failed and unfinished requests miss their SLO"
     )
-    metrics = (Metric("slo_attainment", "SLO attainment"), Metric("request_goodput", "Goodput (req/s)"))
+    metrics = (Metric("slo_attainment", "SLO attainment", is_share=True), Metric("request_goodput", "Goodput (req/s)"))
     x_label = "Offered rate (req/s)"
     x_keys = RATE_KEYS
 

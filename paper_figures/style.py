@@ -10,6 +10,8 @@ import zlib
 from dataclasses import dataclass
 
 import matplotlib
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 matplotlib.use("Agg")
 
@@ -62,6 +64,15 @@ def order(systems) -> list[str]:
     """`systems` without repeats in the order every legend has: those named here first, then by name."""
     known = list(_LOOKS)
     return sorted(set(systems), key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def plain_log_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 of each decade with plain numbers; powers of ten say little to a reader."""
+    low, high = axis.get_view_interval()
+    within_a_decade = low > 0 and high / low < 100
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if within_a_decade else (1,), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 RC = {

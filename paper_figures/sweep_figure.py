@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from paper_figures import stats, style
 from paper_figures.exhibit import FigureExhibit, NothingToDraw, legend_above
@@ -24,7 +25,7 @@ class Metric:
     key: str
     label: str
     log: bool = False
-    from_zero: bool = True
+    is_share: bool = False
 
 
 class SweepFigure(FigureExhibit):
@@ -53,6 +54,8 @@ class SweepFigure(FigureExhibit):
         if not swept:
             raise NothingToDraw(f"{self.name}: no runs that differ in {self.x_label} alone")
         label, members = max(swept, key=lambda pair: len(pair[1]))  # the fullest sweep; others are other experiments
+        if not any(run.ok for run in members):
+            raise NothingToDraw(f"{self.name}: none of the {len(members)} runs is complete")
         rows = [row for cell in by_cell(members, self.x).items() for row in self._cell(label, *cell)]
         order = {name: rank for rank, name in enumerate(style.order(row["system"] for row in rows))}
         return pd.DataFrame(sorted(rows, key=lambda row: (order[row["system"]], row["x"], row["metric"])))
@@ -93,14 +96,15 @@ class SweepFigure(FigureExhibit):
     def _scale(self, axis, shown: pd.DataFrame, metric: Metric) -> None:
         if metric.log and (shown["mean"] > 0).any():
             axis.set_yscale("log")
-        elif metric.from_zero:
-            axis.set_ylim(bottom=0)
+            style.plain_log_ticks(axis.yaxis)
+        else:
+            axis.set_ylim(0, 1.05 if metric.is_share else None)
         if self.x_log:
             axis.set_xscale("log", base=2)
         ticks = sorted(shown["x"].unique())
         if len(ticks) <= 8:
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axis.minorticks_off() if self.x_log else None
+            axis.xaxis.set_minor_locator(NullLocator())
 
     @staticmethod
     def _draw_line(axis, line: pd.DataFrame, look: style.Look) -> None:
@@ -133,6 +137,6 @@ LATENCIES = tuple(
 HEADLINES = (
     Metric("p99_itl_ms", "TBT p99 (ms)", log=True),
     Metric("p95_ttft_ms", "TTFT p95 (ms)", log=True),
-    Metric("slo_attainment", "SLO attainment"),
+    Metric("slo_attainment", "SLO attainment", is_share=True),
     Metric("output_throughput", "Output tokens/s"),
 )

@@ -50,14 +50,16 @@ class TBTByModel(FigureExhibit):
             for number, system in enumerate(systems):
                 shown = rows[(rows["metric"] == metric) & (rows["system"] == system)].set_index("model").loc[models]
                 look = style.look(system)
+                label_of = look.label if shown["n"].any() else f"{look.label}: could not run"
                 offset = 0.5 * ((number + 0.5) / len(systems) - 0.5)
                 places = [i + offset for i in range(len(models))]
                 axis.errorbar(
                     places, shown["mean"], [shown["mean"] - shown["ci_low"], shown["ci_high"] - shown["mean"]],
-                    linestyle="", marker=look.marker, color=look.color, elinewidth=0.8, capsize=1.5, label=look.label,
+                    linestyle="", marker=look.marker, color=look.color, elinewidth=0.8, capsize=1.5, label=label_of,
                 )  # fmt: skip
             axis.set_ylabel(label)
             if (rows["mean"] > 0).any():
                 axis.set_yscale("log")
+                style.plain_log_ticks(axis.yaxis)
         axes[-1].set_xticks(range(len(models)), models, rotation=20, ha="right")
         legend_above(figure, list(axes))

@@ -1,0 +1,185 @@
+"""Exhibits from made-up records: their numbers, their bytes, and what they do with too little."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from paper_figures import style
+from paper_figures.__main__ import main
+from paper_figures.records import read_run
+from paper_figures.registry import EXHIBITS
+
+pytestmark = pytest.mark.cpu
+
+FIGURES = ("pdf", "png", "csv", "caption.txt")
+TABLES = ("md", "tex", "csv", "caption.txt")
+
+
+def files_of(name: str) -> tuple[str, ...]:
+    return TABLES if name in ("summary", "ablation", "model_table") else FIGURES
+
+
+def draw(root, *arguments: str) -> int:
+    return main([*arguments, "--records", str(root), "--out", str(root / "out")])
+
+
+@pytest.fixture
+def everything(write_run):
+    """Records that every exhibit has something in."""
+    for system, scale in (("crosspool", 1.0), ("static", 2.0)):
+        for seed in (0, 1):
+            for rate in (1.0, 4.0):
+                write_run(system, "by-rate", seed=seed, rate=rate, scale=scale)
+            for alpha in (0.0, 0.9):
+                write_run(system, "by-skew", seed=seed, alpha=alpha, scale=scale)
+        for prompt in (64, 256):
+            write_run(system, "by-context", prompt=prompt, scale=scale)
+        for num_models in (2, 3):
+            write_run(system, "by-models", num_models=num_models, scale=scale)
+    for lanes in (1, 2):
+        for control in ("host", "lowered"):
+            write_run(experiment="by-option", options={"lanes": lanes, "control": control}, scale=3 - lanes)
+
+
+EXPERIMENT_OF = {
+    "latency_vs_rate": "by-rate", "goodput": "by-rate", "skew": "by-skew", "context": "by-context",
+    "model_count": "by-models", "ablation": "by-option", "kv_share": "models", "model_table": "models",
+}  # fmt: skip
+
+
+def test_every_exhibit_is_drawn_with_all_its_files(everything, tmp_path):
+    for name in EXHIBITS:
+        folder = EXPERIMENT_OF.get(name, "by-rate")
+        assert draw(tmp_path, name, "--experiment", folder) == 0
+        for suffix in files_of(name):
+            assert (tmp_path / "out" / folder / f"{name}.{suffix}").stat().st_size > 0
+    assert not list((tmp_path / "out").rglob(".*")), "something half-written is left"
+
+
+@pytest.mark.parametrize("name", ["tbt_cdf", "kv_pages_over_time", "summary"])
+def test_same_records_same_bytes(write_run, tmp_path, name):
+    write_run("crosspool")
+    write_run("static", scale=2.0)
+    for out in ("first", "second"):
+        assert main([name, "--records", str(tmp_path / "made-up"), "--out", str(tmp_path / out)]) == 0
+    for suffix in files_of(name):
+        first, second = ((tmp_path / out / "made-up" / f"{name}.{suffix}").read_bytes() for out in ("first", "second"))
+        assert first == second, f"{name}.{suffix} differs"
+
+
+def test_fonts_are_embedded_whole_and_no_date_is_in_a_pdf(write_run, tmp_path):
+    write_run()
+    draw(tmp_path, "ttft_cdf")
+    pdf = (tmp_path / "out" / "made-up" / "ttft_cdf.pdf").read_bytes()
+    assert b"/FontFile2" in pdf
+    assert b"/Type3" not in pdf
+    assert b"CreationDate" not in pdf
+
+
+@pytest.mark.parametrize(("name", "samples_ms"), [("tbt_cdf", "itl_ms"), ("ttft_cdf", "ttft_ms")])
+def test_a_cdf_is_the_record_s_own_rows(write_run, tmp_path, name, samples_ms):
+    run = read_run(write_run("crosspool"))
+    main([name, "--records", str(tmp_path), "--out", str(tmp_path / "out")])
+    rows = pd.read_csv(tmp_path / "out" / "made-up" / f"{name}.csv")
+    samples = np.sort(getattr(run, samples_ms)())
+    np.testing.assert_array_equal(rows["latency_ms"], samples)
+    np.testing.assert_allclose(rows["fraction"], np.arange(1, len(samples) + 1) / len(samples), rtol=0, atol=1e-15)
+    assert np.percentile(samples, 99) == pytest.approx(run.metrics[f"p99_{samples_ms}"])
+
+
+def test_sweeps_and_tables_hold_the_records_numbers(everything, tmp_path):
+    draw(tmp_path, "latency_vs_rate")
+    draw(tmp_path, "ablation", "outcomes", "--experiment", "by-option", "--experiment", "by-context")
+    rates = pd.read_csv(tmp_path / "out" / "by-rate" / "latency_vs_rate.csv")
+    cell = rates[(rates["system"] == "static") & (rates["x"] == 4.0) & (rates["metric"] == "p99_itl_ms")].iloc[0]
+    seeds = [read_run(path.parent) for path in tmp_path.glob("by-rate/static-*-4.0-*/record.json")]
+    values = [run.metrics["p99_itl_ms"] for run in seeds]
+    assert cell["mean"] == np.mean(values)
+    assert cell["n"] == 2
+    assert cell["ci_low"] < min(values)
+    assert cell["ci_high"] > max(values)
+    ablation = pd.read_csv(tmp_path / "out" / "by-option" / "ablation.csv").set_index(["in-flight batches", "control"])
+    assert ablation.loc[(2, "lowered"), "tokens/s"] == 100.0
+    assert ablation.loc[(2, "lowered"), "speed-up"] == 2.0
+    outcomes = pd.read_csv(tmp_path / "out" / "by-context" / "outcomes.csv")
+    assert list(outcomes["completed"]) == [11] * 4
+    assert list(outcomes["rejected"]) == [1] * 4
+
+
+@pytest.mark.parametrize("num_systems", [1, 2, 9])
+def test_any_number_of_systems_is_drawn_each_with_its_own_look(write_run, tmp_path, num_systems):
+    names = ["crosspool", "static", "elastic", "swap", "quota", "prism", "a", "b", "c"][:num_systems]
+    for name in names:
+        write_run(name)
+    looks = {(style.look(n).color, style.look(n).marker, str(style.look(n).line)) for n in names}
+    assert len(looks) == num_systems
+    for exhibit in ("tbt_cdf", "kv_pages_over_time", "outcomes", "tbt_by_model"):
+        assert draw(tmp_path, exhibit) == 0
+        rows = pd.read_csv(tmp_path / "out" / "made-up" / f"{exhibit}.csv")
+        assert set(rows["system"]) == set(names)
+
+
+def test_what_could_not_run_is_shown_and_named(write_run, tmp_path):
+    write_run("crosspool", rate=1.0)
+    write_run("crosspool", rate=2.0)
+    write_run("static", rate=1.0)
+    write_run("static", rate=2.0, status="failed")
+    assert draw(tmp_path) == 0
+    rows = pd.read_csv(tmp_path / "out" / "made-up" / "goodput.csv")
+    failed = rows[(rows["system"] == "static") & (rows["x"] == 2.0)]
+    assert (failed["could_not_run"] == 1).all()
+    assert failed["mean"].isna().all()
+    caption = (tmp_path / "out" / "made-up" / "goodput.caption.txt").read_text()
+    assert "Could not run: static (made-up: does not fit, 17 bytes are missing)" in caption
+    assert "Measured on made-up test machine" in caption
+    assert "could not run" in (tmp_path / "out" / "made-up" / "summary.md").read_text()
+
+
+def test_simulated_runs_are_called_simulated(write_run, tmp_path):
+    write_run(backend="sim")
+    draw(tmp_path, "tbt_cdf")
+    caption = (tmp_path / "out" / "made-up" / "tbt_cdf.caption.txt").read_text()
+    assert "SIMULATED" in caption
+    assert "Measured" not in caption
+
+
+def test_a_corrupt_record_costs_one_run_and_is_named(write_run, tmp_path, capsys):
+    write_run("crosspool")
+    (write_run("static") / "record.json").write_text("{ not json")
+    (write_run("swap") / "requests.parquet").write_bytes(b"PAR1")
+    old = write_run("elastic") / "record.json"
+    old.write_text(json.dumps({**json.loads(old.read_text()), "schema_version": 99}))
+    assert draw(tmp_path, "tbt_cdf") == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("warning: skipped") == 3
+    for system in ("static", "swap", "elastic"):
+        assert f"{system}-made-up" in captured.err
+    assert "1 exhibits from 1 runs" in captured.out
+    assert "3 records skipped" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_figure"], "error: unknown figure no_such_figure; known: summary, tbt_cdf"),
+        (["tbt_cdf", "--records", "{root}/absent"], "error: no records at "),
+        (["tbt_cdf", "--records", "{root}"], "error: tbt_cdf: no records were found"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, capsys, arguments, message):
+    status = main([argument.replace("{root}", str(tmp_path)) for argument in arguments])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
+def test_an_exhibit_asked_for_that_has_nothing_to_show_says_what_it_needs(write_run, tmp_path, capsys):
+    write_run()
+    assert draw(tmp_path, "skew") == 2
+    assert "needs runs at two or more values of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
