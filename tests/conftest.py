@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+# Triton decides at its first import whether kernels compile or are interpreted, and `transformers` imports it: so here,
+# before any test module. Nothing but tests/kernels computes with it; those who compile do so in a process of their own.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # on a card, nothing may load beside a resident kernel
 
 sys.path.insert(0, str(Path(__file__).parent))  # judges.py and reference_deepseek.py
 

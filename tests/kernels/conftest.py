@@ -1,34 +1,16 @@
 """Runs the Triton kernels on a GPU where there is one and under Triton's interpreter everywhere else.
 
-The interpreter must be chosen before Triton is first imported, so it is chosen here, at import. Nothing else in the suite
-computes with Triton, so nothing else changes; the tests that compile for real cards do so in a process of their own.
+Which of the two is decided in tests/conftest.py, before anything imports Triton.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import sys
 
 import pytest
-
-os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # nothing may load beside a resident kernel
-
 import torch
 
-HAS_CUDA = torch.cuda.is_available()
-if not HAS_CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"
-
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2}  # of ||actual - expected|| / ||expected||
-
-
-def _interpreting() -> bool:
-    if "triton" not in sys.modules:
-        return True
-    from triton.runtime.interpreter import InterpretedFunction
-
-    return isinstance(sys.modules["triton"].language.sum, InterpretedFunction)
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +18,13 @@ def device() -> torch.device:
     """Where kernels run: CUDA, or the CPU under the interpreter."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    if not HAS_CUDA and not _interpreting():
-        pytest.fail("Triton was imported before tests/kernels/conftest.py: set TRITON_INTERPRET=1 for the whole run")
-    return torch.device("cuda" if HAS_CUDA else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    assert isinstance(tl.sum, InterpretedFunction), "Triton was imported before tests/conftest.py chose the interpreter"
+    return torch.device("cpu")
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -11,8 +11,8 @@ from kernels.paged_kv import PagedKV
 
 pytestmark = pytest.mark.cpu
 
-RAGGED = {"one_token": (1,), "page_edges": (64, 63, 65), "ragged": (3, 500, 1, 130)}
-SHAPES = [(4, 2, 16), (6, 2, 24), (5, 1, 32)]
+RAGGED = {"one_token": (1,), "page_edges": (64, 63, 65), "ragged": (3, 400, 1)}
+SHAPES = [(4, 2, 16), (6, 2, 24)]
 GLM_HEADS = 20  # query heads of GLM-4.7-Flash: no power of two
 
 
@@ -43,7 +43,7 @@ def test_decode_gqa(heads, kv_heads, dim, lengths, block_tokens, dtype, device, 
     check("out", form.decode_gqa(q, kv, dim**-0.5), gqa_reference.decode_gqa(q, kv, dim**-0.5))
 
 
-@pytest.mark.parametrize("lengths", [(1100,), (64, 2)], ids=["split", "whole"])
+@pytest.mark.parametrize("lengths", [(600,), (64, 2)], ids=["split", "whole"])
 def test_decode_mha_of_20_heads(lengths, device, check):
     from kernels.attention import triton as form
 
@@ -58,7 +58,7 @@ def test_decode_mha_of_20_heads(lengths, device, check):
     [((1,), (1,)), ((70, 64, 9), (70, 3, 1)), ((130, 20), (40, 1))],
     ids=["one_token", "whole_and_chunks", "second_chunk"],
 )
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES[:2])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
 def test_prefill_gqa(heads, kv_heads, dim, lengths, rows, block_tokens, dtype, device, check):
     from kernels.attention import triton as form
 
@@ -91,7 +91,7 @@ def test_decode_mla(heads, rank, rope_dim, lengths, block_tokens, dtype, device,
 
 @pytest.mark.parametrize("block_tokens", [64, 48], ids=["page64", "page48"])
 @pytest.mark.parametrize(
-    ("lengths", "rows"), [((1,), (1,)), ((70, 64, 9), (11, 3, 1)), ((66,), (66,))], ids=["one", "chunks", "whole"]
+    ("lengths", "rows"), [((1,), (1,)), ((70, 64, 9), (11, 3, 1)), ((34,), (34,))], ids=["one", "chunks", "whole"]
 )
 @pytest.mark.parametrize(("heads", "rank", "rope_dim"), [(4, 32, 8), (GLM_HEADS, 24, 4)])
 def test_prefill_mla(heads, rank, rope_dim, lengths, rows, block_tokens, dtype, device, check):
