@@ -85,6 +85,7 @@ def preflight(mode: str, machine: Machine) -> None:
     )
     if machine.disk_gib < 0.5:
         raise UserError(f"{ROOT} has {machine.disk_gib:.2f} GiB of disk free; records and figures need 0.5 GiB")
+    _require_writable(LOCAL)
     if machine.cores < 2:
         print("warning: one core; the two pools will share it, and what is measured says little about either system")
     total = 0.0
@@ -95,6 +96,17 @@ def preflight(mode: str, machine: Machine) -> None:
         plan = f"SKIPPED ({why})" if why else f"{experiment.cells(mode):3} runs, about {minutes:4.1f} min"
         print(f"  {experiment.name:<12} {plan:<28} {experiment.question}")
     print(f"{mode}: about {total + 0.5:.0f} minutes on two cores at most; runs that are done already take none")
+
+
+def _require_writable(directory: Path) -> None:
+    """Raises UserError unless files can be made in `directory`."""
+    probe = directory / f".write-test-{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror}") from None
+    probe.unlink()
 
 
 def run_experiment(experiment: Experiment, mode: str) -> Line:

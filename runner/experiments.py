@@ -62,8 +62,8 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         question="How do latency and goodput change with the offered rate?",
         base=_SCARCE,
         sweeps={
-            "fast": {"workload.arrivals.rate_rps": (2, 4, 8), _SEED: (0, 1)},
-            "full": {"workload.arrivals.rate_rps": (1, 2, 4, 6, 8, 12), _SEED: (0, 1, 2, 3, 4)},
+            "fast": {"workload.arrivals.rate_rps": (2, 5, 8), _SEED: (0, 1)},
+            "full": {"workload.arrivals.rate_rps": (1, 2, 5, 8, 11, 14), _SEED: (0, 1, 2, 3, 4)},
         },
         figures=("latency_vs_rate", "goodput", "tbt_by_model", "outcomes", "summary"),
         cell_s=28,
@@ -91,7 +91,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         ),
         sweeps={
             "fast": {"workload.lengths.prompt_max": (96, 192, 384)},
-            "full": {"workload.lengths.prompt_max": (96, 128, 192, 256, 384, 448), _SEED: (0, 1, 2)},
+            "full": {"workload.lengths.prompt_max": (96, 128, 192, 256, 320, 384), _SEED: (0, 1, 2)},
         },
         figures=("context", "outcomes", "summary"),
         cell_s=28,
@@ -100,7 +100,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         name="ablation",
         question="What do the pipeline and lowered control bring, alone and together, at saturation?",
-        base=(*_SCARCE, "workload.arrivals.rate_rps=12", "workload.duration_s=10"),
+        base=("conf=ablation",),
         sweeps={
             "fast": {"system.options.lanes": (1, 2), "system.options.control": ("host", "lowered")},
             "full": {
@@ -111,6 +111,8 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         },
         figures=("ablation",),
         cell_s=40,
+        memory_gib=8,
+        disk_gib=1,
         paper="Table 3",
         systems=("crosspool",),
     ),
