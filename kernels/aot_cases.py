@@ -52,10 +52,10 @@ def _rope_mla() -> None:
     )
 
 
-def _decode_gqa(heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> None:
+def _decode_gqa(heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16, batch: int = 8) -> None:
     from kernels.attention.triton import decode_gqa
 
-    decode_gqa(_empty(8, heads, dim, dtype=dtype), _kv(8, (2, kv_heads, dim), dtype), dim**-0.5)
+    decode_gqa(_empty(batch, heads, dim, dtype=dtype), _kv(batch, (2, kv_heads, dim), dtype), dim**-0.5)
 
 
 def _prefill_gqa(tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -143,6 +143,7 @@ CASES: dict[str, Callable[[], None]] = {
     "rope_gqa": _rope_gqa,
     "rope_mla": _rope_mla,
     "decode_gqa_32_8_128": functools.partial(_decode_gqa, 32, 8, 128),
+    "decode_gqa_batch_1": functools.partial(_decode_gqa, 32, 8, 128, batch=1),
     "decode_gqa_16_16_128": functools.partial(_decode_gqa, 16, 16, 128),
     "decode_gqa_fp32": functools.partial(_decode_gqa, 32, 8, 128, torch.float32),
     "prefill_gqa_2048": functools.partial(_prefill_gqa, 2048),

@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # read at CUDA's start: nothing may load beside a resident kernel
@@ -76,26 +77,55 @@ def run_checks(options: argparse.Namespace, device: torch.device, dtype: torch.d
 def run_crossings(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Row]:
     """The mailbox's and the resident executor's rows; CUDA only."""
     from kernels.bench.crossing import crossing_seconds, resident_seconds
+    from kernels.resident_ffn.executor import Blocks
 
-    rows = []
-    name = str(dtype).removeprefix("torch.")
-    for op, sizes in (("mailbox", (1, 16)), ("resident_ffn", (1, 4, 16))):
-        for num_rows in sizes if op in options.ops else ():
-            shape = f"one way, {num_rows} x 2048" if op == "mailbox" else f"Qwen3 T={num_rows}, answer with router"
-            target = Target(microseconds=4.0 if op == "mailbox" else 40.0) if num_rows == 1 else None
-            try:
-                if op == "mailbox":
-                    seconds, error = crossing_seconds(num_rows, 2048, device, dtype), 0.0
-                else:
-                    seconds, error = resident_seconds(num_rows, device, dtype)
-            except Exception as failure:  # noqa: BLE001  whatever it is, it is this row's finding
-                rows.append(Row(op, shape, name, None, note=f"FAILED: {type(failure).__name__}: {failure}"[:200]))
-                continue
-            if error > TOLERANCE[dtype]:
-                rows.append(Row(op, shape, name, None, error=error, note=f"FAILED: relative error {error:.1e}"))
-            else:
-                rows.append(Row(op, shape, name, seconds, 4096.0 * num_rows, 0.0, error, {}, target))
-    return rows
+    runs: list[tuple[str, str, int, Target | None, Callable[[], tuple[float, float]]]] = []
+    if "mailbox" in options.ops:
+        for rows in (1, 16):
+            target = Target(microseconds=4.0)
+            runs.append(
+                (
+                    "mailbox",
+                    "one way",
+                    rows,
+                    target,
+                    lambda rows=rows: (crossing_seconds(rows, 2048, device, dtype), 0.0),
+                )
+            )
+    if "resident_ffn" in options.ops:
+        for rows, slices in ((1, 16), (1, 32), (4, 16), (16, 16)):
+            target = Target(microseconds=40.0) if rows == 1 else None
+            blocks = Blocks(gate_up=slices)
+            runs.append(
+                (
+                    "resident_ffn",
+                    f"Qwen3 with router, slices of {slices}",
+                    rows,
+                    target,
+                    lambda rows=rows, blocks=blocks: resident_seconds(rows, device, dtype, blocks),
+                )
+            )
+    return [_crossing_row(*run, dtype) for run in runs]
+
+
+def _crossing_row(
+    op: str,
+    what: str,
+    num_rows: int,
+    target: Target | None,
+    measure: Callable[[], tuple[float, float]],
+    dtype: torch.dtype,
+) -> Row:
+    name, shape = str(dtype).removeprefix("torch."), f"{what}, T={num_rows}"
+    try:
+        with torch.inference_mode():
+            seconds, error = measure()
+    except Exception as failure:  # noqa: BLE001  whatever it is, it is this row's finding
+        return Row(op, shape, name, None, note=f"FAILED: {type(failure).__name__}: {failure}"[:200])
+    if not error <= TOLERANCE[dtype]:
+        return Row(op, shape, name, None, error=error, note=f"FAILED: relative error {error:.1e}")
+    row_bytes = 4096 * num_rows  # of hidden 2048 in bfloat16: what crosses
+    return Row(op, shape, name, seconds, row_bytes, 0.0, error, {}, target)
 
 
 def main(arguments: list[str] | None = None) -> int:

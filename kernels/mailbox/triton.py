@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import launch
+from kernels.launch import ceil_div, launch
 from kernels.mailbox.state import TIMED_OUT, Mailbox
 
-PROGRAMS = 16  # of a put; a constant, so that their arrivals can be counted without ever resetting the count
+MAX_PROGRAMS = 16
 BLOCK = 2048
 
 
@@ -30,15 +30,34 @@ def spin_until(flag_ptr, target, max_spins):
 
 
 @triton.jit
-def copy_share(source_ptr, target_ptr, rows, width, source_stride, BLOCK: tl.constexpr):
+def copy_share(source_ptr, target_ptr, rows, width, source_stride, PACKED: tl.constexpr, BLOCK: tl.constexpr):
     """This program's share of rows [rows, width] copied to a packed target."""
     lane = tl.arange(0, BLOCK)
     total = rows * width
     for start in range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK):
         place = start + lane
         inside = place < total
-        source = (place // width).to(tl.int64) * source_stride + place % width
+        source = place
+        if not PACKED:
+            source = (place // width) * source_stride + place % width
         tl.store(target_ptr + place, tl.load(source_ptr + source, mask=inside, cache_modifier=".cg"), mask=inside)
+
+
+@triton.jit
+def last_to_arrive(arrivals_ptr, PROGRAMS: tl.constexpr):
+    """Count this program in once all its stores are done; whether all `PROGRAMS` of the launch are now counted."""
+    # Without the barrier other threads' stores may trail the arrival, or the flag that follows it.
+    tl.debug_barrier()
+    last = True
+    if PROGRAMS > 1:
+        arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="sys")
+        last = arrived % PROGRAMS == PROGRAMS - 1
+    return last
+
+
+def programs_to_copy(slot_elements: int) -> int:
+    """Programs of a launch that fills a slot: constant for the slot, so that arrivals need never be reset."""
+    return min(MAX_PROGRAMS, ceil_div(slot_elements, BLOCK))
 
 
 @triton.jit(
@@ -55,17 +74,14 @@ def _put_kernel(
     rows,
     width,
     stride,
+    PROGRAMS: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    copy_share(x_ptr, rows_ptr + tl.cast(slot, tl.int64) * slot_elements, rows, width, stride, BLOCK)
-    # All threads' stores come before the arrival; without the barrier other threads' may trail it.
-    tl.debug_barrier()
-    programs = tl.num_programs(0)
-    arrived = tl.atomic_add(arrivals_ptr + slot, 1, sem="acq_rel", scope="sys")
-    if arrived % programs == programs - 1:
-        sequence = tl.load(sent_ptr + slot) + 1
+    sequence = tl.load(sent_ptr + slot) + 1
+    copy_share(x_ptr, rows_ptr + tl.cast(slot, tl.int64) * slot_elements, rows, width, stride, PACKED, BLOCK)
+    if last_to_arrive(arrivals_ptr + slot, PROGRAMS):
         tl.store(sent_ptr + slot, sequence)
-        tl.debug_barrier()
         tl.atomic_xchg(published_ptr + slot, sequence, sem="release", scope="sys")
 
 
@@ -80,9 +96,10 @@ def _wait_kernel(published_ptr, taken_ptr, error_ptr, slot, max_spins, CODE: tl.
 def put(mailbox: Mailbox, slot: int, x: torch.Tensor) -> None:
     """See :func:`kernels.mailbox.put`."""
     rows, width = x.shape
+    programs = programs_to_copy(mailbox.rows.stride(0))
     launch(
         _put_kernel,
-        (PROGRAMS,),
+        (programs,),
         x,
         mailbox.rows,
         mailbox.published,
@@ -93,6 +110,8 @@ def put(mailbox: Mailbox, slot: int, x: torch.Tensor) -> None:
         rows,
         width,
         x.stride(0),
+        PROGRAMS=programs,
+        PACKED=x.is_contiguous(),
         BLOCK=BLOCK,
         num_warps=4,
     )

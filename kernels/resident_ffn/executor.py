@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.launch import launch, next_power_of_2, num_sms
-from kernels.mailbox.triton import BLOCK, PROGRAMS
+from kernels.mailbox.triton import BLOCK, programs_to_copy
 from kernels.resident_ffn.layers import FFNLayer, LayerTable
 from kernels.resident_ffn.triton import FIELDS, STOP, collect_kernel, resident_worker_kernel, submit_kernel
 
@@ -26,16 +26,16 @@ ERRORS = {
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes of the worker. One program a multiprocessor (`programs_per_sm`) leaves room for other kernels."""
+    """Block sizes of the worker, of which one program runs on each multiprocessor: two would take all registers, and the
+    kernels that feed it could never start."""
 
     rows: int = 16
-    gate_up: int = 32
+    gate_up: int = 16
     down: int = 16
     depth: int = 128
     router: int = 512
     num_warps: int = 4
-    num_stages: int = 4
-    programs_per_sm: int = 1
+    num_stages: int = 6
 
 
 class ResidentFFN:
@@ -63,10 +63,11 @@ class ResidentFFN:
         self.table = LayerTable.build(models, device)
         self.device, self.dtype, self.capacity, self.max_spins = device, dtype, capacity, max_spins
         wide = dtype == torch.float32
-        self.blocks = blocks or (Blocks(depth=32, router=64, gate_up=16, num_stages=2) if wide else Blocks())
+        self.blocks = blocks or (Blocks(depth=32, router=64, num_stages=2) if wide else Blocks())
         layers = self.table.layers
         depth = max(layer.depth for layer in layers)
         self.slot_elements = -(-max_rows * depth // 16) * 16
+        self._copy_programs = programs_to_copy(self.slot_elements)
         self.slots_in = torch.zeros(num_slots, self.slot_elements, dtype=dtype, device=device)
         self.results_device = results_device or device
         self.slots_out = torch.zeros_like(self.slots_in, device=self.results_device)
@@ -96,7 +97,7 @@ class ResidentFFN:
         self.started_tasks = int(self.tickets.item())
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            self.launch_worker(num_sms(self.device) * self.blocks.programs_per_sm, 2**31 - 1)
+            self.launch_worker(num_sms(self.device), 2**31 - 1)
 
     def run_pending(self) -> None:
         """Run what was submitted, in one program, and return."""
@@ -152,7 +153,7 @@ class ResidentFFN:
         rows, width = x.shape
         launch(
             submit_kernel,
-            (PROGRAMS,),
+            (self._copy_programs,),
             x,
             self.slots_in,
             self.queue,
@@ -170,6 +171,8 @@ class ResidentFFN:
             self.slot_elements,
             self.max_spins,
             CAPACITY=self.capacity,
+            PROGRAMS=self._copy_programs,
+            PACKED=x.is_contiguous(),
             BLOCK=BLOCK,
             num_warps=4,
         )
@@ -181,7 +184,7 @@ class ResidentFFN:
             out = torch.empty(num_rows, width, dtype=self.dtype, device=self.results_device)
         launch(
             collect_kernel,
-            (PROGRAMS,),
+            (self._copy_programs,),
             self.slots_out,
             out,
             self.done,

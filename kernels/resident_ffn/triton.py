@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.mailbox.triton import copy_share, spin_until
+from kernels.mailbox.triton import copy_share, last_to_arrive, spin_until
 from kernels.moe_ffn.triton import gate_up_tile
 from kernels.resident_ffn.layers import COLUMNS, SIZE_MULTIPLE
 from kernels.router.triton import NEVER, choose_experts
@@ -324,14 +324,13 @@ def submit_kernel(
     slot_elements,
     max_spins,
     CAPACITY: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Copy the rows into the slot; the last program takes the next ticket and writes its descriptor."""
-    copy_share(x_ptr, in_ptr + tl.cast(slot, tl.int64) * slot_elements, rows, width, stride, BLOCK)
-    tl.debug_barrier()
-    programs = tl.num_programs(0)
-    arrived = tl.atomic_add(arrivals_ptr + slot, 1, sem="acq_rel", scope="sys")
-    if arrived % programs == programs - 1:
+    copy_share(x_ptr, in_ptr + tl.cast(slot, tl.int64) * slot_elements, rows, width, stride, PACKED, BLOCK)
+    if last_to_arrive(arrivals_ptr + slot, PROGRAMS):
         ticket = tl.atomic_add(tickets_ptr, 1, sem="acq_rel", scope="sys")
         # The ring's entry is free once the task that it last held is finished.
         if not spin_until(finished_ptr, ticket + 1 - CAPACITY, max_spins):
@@ -365,4 +364,4 @@ def collect_kernel(
     """Wait until the slot's last task is published, then copy its rows out."""
     if not spin_until(done_ptr + slot, tl.load(expected_ptr + slot), max_spins):
         tl.store(error_ptr, ERROR_RESULT)
-    copy_share(out_ptr + tl.cast(slot, tl.int64) * slot_elements, y_ptr, rows, width, width, BLOCK)
+    copy_share(out_ptr + tl.cast(slot, tl.int64) * slot_elements, y_ptr, rows, width, width, True, BLOCK)

@@ -9,7 +9,7 @@ import triton.language as tl
 from kernels.launch import ceil_div, launch, next_power_of_2
 from kernels.router.reference import RULES
 
-SORT_CHUNK = 1024  # choices that one step of the sort looks at
+SORT_CHUNK = 4096  # choices that one step of the sort looks at
 NEVER = tl.constexpr(float("-inf"))
 
 
@@ -181,6 +181,7 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tenso
     """See :func:`kernels.router.sort_by_expert`."""
     experts = experts.contiguous()
     order = torch.empty(experts.numel(), dtype=torch.int64, device=experts.device)
+    chunk = max(16, min(SORT_CHUNK, next_power_of_2(experts.numel())))
     offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=experts.device)
     launch(
         _sort_kernel,
@@ -190,7 +191,7 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tenso
         offsets,
         experts.numel(),
         num_experts,
-        CHUNK=max(16, min(SORT_CHUNK, next_power_of_2(experts.numel()))),
-        num_warps=4,
+        CHUNK=chunk,
+        num_warps=8 if chunk == SORT_CHUNK else 4,
     )
     return order, offsets

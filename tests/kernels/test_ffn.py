@@ -45,7 +45,7 @@ def test_moe_ffn(rows, num_experts, top_k, used, depth, width, dtype, device, ch
     check("out", form.moe_ffn(x, weights, *routing), moe_reference.moe_ffn(x, weights, *routing))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16, 37])
+@pytest.mark.parametrize("rows", [1, 3, 16, 37, 257])
 def test_dense_ffn(rows, dtype, device, check):
     from kernels.dense_ffn import triton as form
 
