@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.experiments import MODES, Experiment, of_mode
-from serving import registry
+from serving import doctor, registry
 from serving.errors import UserError, command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,8 +86,12 @@ def preflight(mode: str, machine: Machine) -> None:
     if machine.disk_gib < 0.5:
         raise UserError(f"{ROOT} has {machine.disk_gib:.2f} GiB of disk free; records and figures need 0.5 GiB")
     _require_writable(LOCAL)
-    if machine.cores < 2:
-        print("warning: one core; the two pools will share it, and what is measured says little about either system")
+    findings = [finding for finding in doctor.examine() if finding.verdict != doctor.OK]
+    for finding in findings:
+        print(f"  {finding.verdict}: {finding.what}: {finding.detail}")
+    missing = [f"{finding.what}: {finding.detail}" for finding in findings if finding.verdict == doctor.MISSING]
+    if missing:
+        raise UserError(f"this machine cannot run the CPU backend: {'; '.join(missing)}")
     total = 0.0
     for experiment in of_mode(mode):
         why = why_skipped(experiment, machine)

@@ -1,0 +1,117 @@
+"""The artifact's command: what it plans, what it skips and why, and what its table and status say."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from pathlib import Path
+
+import pytest
+
+from runner import artifact
+from runner.experiments import EXPERIMENTS, Experiment, of_mode
+
+pytestmark = pytest.mark.cpu
+
+SMOKE = EXPERIMENTS[0]
+BIG = artifact.Machine(cores=2, memory_gib=64, disk_gib=100, gpus=())
+
+
+def changed(**fields) -> Experiment:
+    return dataclasses.replace(SMOKE, **fields)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "machine", "why"),
+    [
+        (SMOKE, BIG, ""),
+        (changed(needs_gpu=True), BIG, "needs an NVIDIA GPU"),
+        (changed(needs_gpu=True), dataclasses.replace(BIG, gpus=("some card",)), ""),
+        (changed(memory_gib=65), BIG, "needs 65 GiB of memory, 64.0 are there"),
+        (changed(disk_gib=101), BIG, "needs 101 GiB of disk, 100.0 are free"),
+        (changed(systems=("crosspool", "no-such")), BIG, "no system no-such"),
+    ],
+)
+def test_what_a_machine_cannot_run_is_skipped_with_the_reason(experiment, machine, why):
+    assert artifact.why_skipped(experiment, machine) == why
+
+
+def test_a_mode_holds_what_the_smaller_one_does():
+    names = {mode: [experiment.name for experiment in of_mode(mode)] for mode in ("smoke", "fast", "full")}
+    assert set(names["smoke"]) < set(names["fast"]) < set(names["full"])
+    assert sum(experiment.minutes("smoke") for experiment in of_mode("smoke")) <= 6
+    assert sum(experiment.minutes("fast") for experiment in of_mode("fast")) <= 18
+
+
+class Commands:
+    """Stands for the commands that the artifact calls; `failing` is a word of the one that fails."""
+
+    def __init__(self, failing: str = "", different: tuple[str, ...] = ()) -> None:
+        self.failing, self.different, self.called = failing, different, []
+
+    def run(self, command, **_):
+        self.called.append(command)
+        if "paper_figures.claims" in command:
+            report = Path(command[command.index("--json") + 1])
+            report.parent.mkdir(parents=True, exist_ok=True)
+            names = ", ".join(
+                f'{{"name": "claim-of-{name}", "verdict": "different", "experiment": "{name}"}}'
+                for name in self.different
+            )
+            report.write_text(f"[{names}]")
+        failed = any(self.failing in word for word in command) if self.failing else False
+        return type("Done", (), {"returncode": 2 if failed else 0, "stdout": ""})()
+
+
+@pytest.fixture
+def ran(monkeypatch, tmp_path):
+    def mode(name: str, **kwargs) -> tuple[int, Commands]:
+        commands = Commands(**kwargs)
+        monkeypatch.setattr(artifact, "LOCAL", tmp_path)
+        monkeypatch.setattr(artifact.subprocess, "run", commands.run)
+        monkeypatch.setattr(artifact.Machine, "here", classmethod(lambda cls: BIG))
+        monkeypatch.setattr(artifact.doctor, "examine", list)
+        return artifact.main([name]), commands
+
+    return mode
+
+
+def test_a_failed_experiment_does_not_stop_the_others_and_makes_the_status_nonzero(ran, capsys):
+    status, commands = ran("fast", failing="experiment=rate")
+    out = capsys.readouterr().out
+    assert status == 1
+    assert sum("bench.py" in command for command in commands.called) == len(of_mode("fast"))
+    assert "FAILED (bench.py ended with status 2" in out
+    assert f"{len(of_mode('fast'))} of {len(of_mode('fast')) + 1} passed, 1 failed" in out
+
+
+def test_different_is_said_and_is_no_failure(ran, capsys):
+    status, _ = ran("smoke", different=("smoke",))
+    assert status == 0
+    assert "DIFFERENT (not as in the paper: claim-of-smoke)" in capsys.readouterr().out
+
+
+def test_claims_expect_what_ran(ran):
+    _, commands = ran("smoke")
+    claims = next(command for command in commands.called if "paper_figures.claims" in command)
+    assert claims[-2:] == ["--expect", "smoke"]
+
+
+def test_figures_without_records_is_one_clear_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(artifact, "LOCAL", tmp_path / "a")
+    monkeypatch.setattr(artifact, "SHIPPED", tmp_path / "b")
+    assert artifact.main(["figures"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no records in ")
+    assert error.count("\n") == 1
+
+
+def test_a_results_directory_that_cannot_be_written_is_one_clear_line(ran, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    status, commands = ran("smoke")
+    assert status == 2
+    assert not commands.called
+    assert "cannot be written: Read-only file system" in capsys.readouterr().err

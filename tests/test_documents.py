@@ -1,0 +1,105 @@
+"""README and ARTIFACT.md: every command in them exists, and every block marked `short` runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+from paper_figures.registry import EXHIBITS
+from runner.config import bench_from_dict
+from runner.experiments import EXPERIMENTS, MODES
+from workloads.config import workload_from_dict
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "ARTIFACT.md")
+BLOCK = re.compile(r"^```bash *(short)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`((?:python (?:-m|bench\.py)|\./)[^`]*)`")
+
+
+def blocks(document: str) -> list[tuple[bool, list[str]]]:
+    """(marked short, its commands) of each shell block."""
+    found = BLOCK.findall((ROOT / document).read_text())
+    return [(bool(short), [line for line in body.splitlines() if line.strip()]) for short, body in found]
+
+
+def commands() -> list[str]:
+    found = []
+    for document in DOCUMENTS:
+        found += [command for _, lines in blocks(document) for command in lines]
+        found += INLINE.findall((ROOT / document).read_text())
+    return sorted(set(found))
+
+
+def compose(arguments: list[str]) -> None:
+    """Check the first cell of a `bench.py` command line."""
+    overrides = [re.sub(r"=([^\[{,]*),.*", r"=\1", argument) for argument in arguments if argument != "-m"]
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        content = OmegaConf.to_container(hydra.compose("bench", overrides), resolve=True)
+    workload_from_dict(bench_from_dict(content).workload)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_documented_command_exists(command):
+    words = shlex.split(command)
+    if words[0] == "python" and words[1] == "-m":
+        assert importlib.util.find_spec(words[2]), f"no module {words[2]}"
+        if words[2] == "paper_figures":
+            names = [word for word in words[3:] if not word.startswith("-")]
+            assert not set(names) - {
+                *EXHIBITS,
+                words[words.index("--experiment") + 1] if "--experiment" in words else "",
+            }
+    elif words[:2] == ["python", "bench.py"]:
+        if "--help" not in words:
+            compose(words[2:])
+    else:
+        script = ROOT / words[0]
+        assert os.access(script, os.X_OK), f"{script} cannot be executed"
+        if words[0] == "./run_all.sh" and len(words) > 1:
+            assert words[1] in (*MODES, "figures", "MODE")
+
+
+@pytest.mark.parametrize(
+    "lines", [pytest.param(b, id=b[0]) for document in DOCUMENTS for short, b in blocks(document) if short]
+)
+def test_a_short_block_runs(lines, tmp_path):
+    environment = {**os.environ, "CROSSPOOL_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    script = "\n".join(lines).replace("checkpoints/readme", str(tmp_path))
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=ROOT, env={**environment, "PATH": path}, capture_output=True, text=True, timeout=240,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
+def test_an_experiment_composes_in_every_mode_and_feeds_known_exhibits(experiment):
+    assert not set(experiment.figures) - set(EXHIBITS)
+    for mode in experiment.sweeps:
+        assert mode in MODES
+        compose(experiment.arguments(mode))
+        cells = 1
+        for argument in experiment.arguments(mode):
+            cells *= len(argument.partition("=")[2].split(","))
+        assert cells == experiment.cells(mode)
+
+
+def test_every_exhibit_of_the_artifact_table_is_known():
+    table = (ROOT / "ARTIFACT.md").read_text().partition("## Claims")[2].partition("\nThe experiments")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    named = {name for row in rows[2:] for name in re.findall(r"`([a-z_0-9]+)`", row[3])}
+    assert named <= set(EXHIBITS)
+    planned = {name for row in rows[2:] for name in re.findall(r"`([a-z0-9-]+)`", row[2])} - {"paper-tbt", "smoke"}
+    assert planned <= {experiment.name for experiment in EXPERIMENTS}
