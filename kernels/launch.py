@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import functools
+import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +34,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     kernel[grid](*args, **meta)
 
 
-@contextmanager
+@contextlib.contextmanager
 def recording():
     """Within it no kernel runs: yields the list that launches are noted in. Tensors may then be on the meta device."""
     global _recorder
@@ -42,6 +44,20 @@ def recording():
         yield calls
     finally:
         _recorder = None
+
+
+def compile_ahead(calls: list[Launch]) -> None:
+    """Compile the kernels of recorded launches for the current CUDA device, several at a time, running none. A kernel
+    that does not compile says so when it is launched."""
+    import triton
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        for call in calls:
+            with contextlib.suppress(Exception):  # the front end compiles in this thread, and may refuse as well
+                call.kernel.run(*call.args, grid=call.grid, warmup=True, **call.meta)
 
 
 @functools.cache

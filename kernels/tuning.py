@@ -35,9 +35,9 @@ _overrides: dict[str, dict[str, int]] = {}
 _last_keys: dict[str, str] = {}
 
 
-def last_key(operator: str) -> str | None:
-    """The key under which `operator` last asked for its configuration in this process."""
-    return _last_keys.get(operator)
+def take_last_key(operator: str) -> str | None:
+    """The key under which `operator` last asked for its configuration since this was last called, if it did."""
+    return _last_keys.pop(operator, None)
 
 
 def set_override(operator: str, config: dict[str, int] | None) -> None:
@@ -48,12 +48,14 @@ def set_override(operator: str, config: dict[str, int] | None) -> None:
         _overrides[operator] = config
 
 
-def config(operator: str, key: str, device: torch.device, default: dict[str, int]) -> dict[str, int]:
-    """Block sizes of `operator` for the shape class `key` on `device`: tuned where known, `default` elsewhere."""
+def config(operator: str, key: str, like: torch.Tensor, default: dict[str, int]) -> dict[str, int]:
+    """Block sizes of `operator` for the shape class `key` in the dtype and on the device of `like`: tuned where known,
+    `default` elsewhere."""
+    key = f"{str(like.dtype).removeprefix('torch.')}_{key}"
     _last_keys[operator] = key
     if operator in _overrides:
         return {**default, **_overrides[operator]}
-    return {**default, **_table(device).get(f"{operator}/{key}", {})}
+    return {**default, **_table(like.device).get(f"{operator}/{key}", {})}
 
 
 def save(device: torch.device, found: dict[str, dict[str, int]], directory: Path = TUNED_DIRECTORY) -> Path:

@@ -165,7 +165,7 @@ def decode_gqa(q: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
     wide = q.element_size() == 4
     block_h = max(16, next_power_of_2(num_heads // kv_heads))
     default = {"BLOCK_N": 32 if wide else 64, "num_warps": 4, "num_stages": 4 if wide else 5, "waves": 2}
-    chosen = tuning.config("decode_gqa", f"d{dim}_kh{kv_heads}_b{next_power_of_2(batch)}", q.device, default)
+    chosen = tuning.config("decode_gqa", f"d{dim}_kh{kv_heads}_b{next_power_of_2(batch)}", q, default)
     plan = SplitPlan(q, kv, kv_heads, chosen["BLOCK_N"], dim, chosen["waves"])
     out = torch.empty_like(q)
     launch(
@@ -221,7 +221,7 @@ def prefill_gqa(q: torch.Tensor, kv: PagedKV, query_lens: tuple[int, ...], scale
         default = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
     if longest <= 16:
         default["BLOCK_M"] = 16
-    chosen = tuning.config("prefill_gqa", f"d{dim}_t{next_power_of_2(longest)}", q.device, default)
+    chosen = tuning.config("prefill_gqa", f"d{dim}_t{next_power_of_2(longest)}", q, default)
     tiles = query_tiles(tuple(query_lens), chosen["BLOCK_M"], q.device)
     out = torch.empty_like(q)
     launch(

@@ -25,7 +25,7 @@ from kernels import tuning
 from kernels.bench.cases import CHECKS, CPU_CASES, CUDA_CASES, OPS, Target
 from kernels.bench.measure import measure_ceilings
 from kernels.bench.report import Row, save, table
-from kernels.bench.run import TOLERANCE, check, time_case
+from kernels.bench.run import TOLERANCE, check, compile_cases, time_case
 from kernels.bench.tune import tune
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -133,6 +133,11 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     dtype = DTYPES[options.dtype or ("bfloat16" if options.device == "cuda" else "float32")]
+    if options.device == "cuda":
+        kinds = DTYPES.values() if options.all else (dtype,)
+        checks = [(case, kind) for case in CHECKS if case.op in options.ops for kind in kinds]
+        compile_cases([*checks, *((case, dtype) for case in CUDA_CASES if case.op in options.ops)], device)
+        print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
     red = run_checks(options, device, dtype)
     cases = [case for case in (CUDA_CASES if options.device == "cuda" else CPU_CASES) if case.op in options.ops]
     for op in sorted(red):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -12,6 +12,7 @@ from kernels.bench.cases import Case
 from kernels.bench.measure import seconds_per_call
 from kernels.bench.problems import Problem
 from kernels.bench.report import Row
+from kernels.launch import compile_ahead, recording
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2}  # of ||actual - reference|| / ||reference||
 SEED = 20
@@ -34,6 +35,15 @@ def worst_error(problem: Problem) -> float:
         pairs = zip(problem.variants[index](), problem.expected(index), strict=True)
         errors += [relative_error(actual, expected) for actual, expected in pairs]
     return max(errors)
+
+
+def compile_cases(cases: Iterable[tuple[Case, torch.dtype]], device: torch.device) -> None:
+    """Compile what the cases will launch, in parallel; CUDA only. What cannot even be built is found by its check."""
+    with torch.inference_mode(), recording() as calls:
+        for case, dtype in cases:
+            with contextlib.suppress(Exception):
+                case.build(device, dtype).variants[0]()
+    compile_ahead(calls)
 
 
 def check(case: Case, device: torch.device, dtype: torch.dtype) -> Row:

@@ -174,7 +174,7 @@ def decode_mla(q_latent: torch.Tensor, q_rope: torch.Tensor, kv: PagedKV, scale:
         "num_stages": 3 if wide else 5,  # the block table's look-up takes two of them
         "waves": 2,
     }
-    chosen = tuning.config("decode_mla", f"r{rank}_h{heads}_b{next_power_of_2(batch)}", q_latent.device, default)
+    chosen = tuning.config("decode_mla", f"r{rank}_h{heads}_b{next_power_of_2(batch)}", q_latent, default)
     readers = ceil_div(heads, chosen["BLOCK_H"])
     plan = SplitPlan(q_latent, kv, readers, chosen["BLOCK_N"], rank, chosen["waves"])
     out = torch.empty_like(q_latent)
@@ -215,7 +215,7 @@ def prefill_mla(
     _, heads, rank = q_latent.shape
     wide = q_latent.element_size() == 4
     default = {"BLOCK_M": 16 if wide else 64, "BLOCK_N": 16 if wide else 32, "num_warps": 8, "num_stages": 2}
-    chosen = tuning.config("prefill_mla", f"r{rank}_h{heads}", q_latent.device, default)
+    chosen = tuning.config("prefill_mla", f"r{rank}_h{heads}", q_latent, default)
     tile_tokens = 16  # a tile of 16 tokens is 16 x heads rows: whole programs for any number of heads
     tiles = query_tiles(tuple(query_lens), tile_tokens, q_latent.device)
     out = torch.empty_like(q_latent)

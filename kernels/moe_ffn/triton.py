@@ -329,7 +329,7 @@ def _ffn(
     top_k = 1 if topk_experts is None else topk_experts.shape[1]
     default = _small_blocks(x, rows * top_k, width) if small else _large_blocks(x, rows * top_k / num_experts)
     key = f"d{depth}_w{width}_e{num_experts}_k{top_k}_t{next_power_of_2(rows)}"
-    chosen = tuning.config("moe_ffn", key, x.device, default)
+    chosen = tuning.config("moe_ffn", key, x, default)
     run = _small if small else _large
     return run(x, gate_up, down, topk_weights, topk_experts, chosen)
 

@@ -1,0 +1,77 @@
+"""The bench: nothing wrong is timed, the exit code says so, records hold what was printed; and the tuned files' use."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from kernels import tuning
+from kernels.bench import __main__ as bench
+from kernels.bench.cases import CHECKS, CPU_CASES, CUDA_CASES
+from kernels.bench.measure import Ceilings
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(autouse=True)
+def _no_ceilings(monkeypatch):
+    """Measuring them takes a gigabyte and a second; here they are given."""
+    monkeypatch.setattr(bench, "measure_ceilings", lambda *_: Ceilings(1e10, 1e11, 0.0, 0.0))
+
+
+def test_a_right_operator_is_timed_and_recorded(tmp_path, capsys):
+    assert bench.main(["rms_norm", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert "GB/s" in capsys.readouterr().out
+    record = json.loads((tmp_path / "kernels.json").read_text())
+    (row,) = record["rows"]
+    assert row["op"] == "rms_norm"
+    assert row["bytes"] == 4 * 8 * 512 * 4
+    assert row["seconds"] > 0
+    assert record["ceilings"]["bytes_per_s"] == 1e10
+    assert (tmp_path / "roofline.png").stat().st_size > 1000
+
+
+def test_a_wrong_operator_is_refused(monkeypatch, capsys):
+    from kernels import rms_norm
+
+    right = rms_norm.add_rms_norm
+
+    def wrong(*arguments):
+        normed, total = right(*arguments)
+        return normed * 1.01, total
+
+    monkeypatch.setattr(rms_norm, "add_rms_norm", wrong)
+    assert bench.main(["rms_norm", "--device", "cpu"]) == 1
+    printed = capsys.readouterr()
+    assert "FAILED: relative error 1.0e-02" in printed.out
+    assert "rms_norm: not timed, a check failed" in printed.err
+    assert "8x512" not in printed.out
+
+
+def test_an_unknown_operator_names_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["rmsnorm"])
+    assert stopped.value.code == 2
+    assert "unknown operator 'rmsnorm'; known: rms_norm, rope" in capsys.readouterr().err
+
+
+def test_every_timed_operator_is_checked():
+    assert {case.op for case in (*CPU_CASES, *CUDA_CASES)} <= {case.op for case in CHECKS}
+
+
+def test_tuned_sizes_replace_defaults_for_their_key_and_dtype_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "TUNED_DIRECTORY", tmp_path)
+    device = torch.device("cpu")
+    tuning.save(device, {"op/float32_a": {"BLOCK": 64}}, tmp_path)
+    tuning.save(device, {"op/float32_b": {"BLOCK": 32}}, tmp_path)
+    default = {"BLOCK": 16, "num_warps": 4}
+    like = torch.zeros(1)
+    try:
+        assert tuning.config("op", "a", like, default) == {"BLOCK": 64, "num_warps": 4}
+        assert tuning.config("op", "b", like, default) == {"BLOCK": 32, "num_warps": 4}
+        assert tuning.config("op", "a", like.bfloat16(), default) == default
+        assert tuning.config("op", "c", like, default) == default
+    finally:
+        tuning._table.cache_clear()
