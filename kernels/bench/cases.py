@@ -56,6 +56,7 @@ CHECKS = [
     _case("rms_norm", "130x2048", problems.norm, 130, 2048),
     _case("rope", "5 tokens, 20/20 heads of 24", problems.rope_gqa, 5, 20, 20, 24),
     _case("rope", "33 tokens, 32/8 heads of 128", problems.rope_gqa, 33, 32, 8, 128),
+    _case("rope", "MLA, 9 tokens, 20 heads", problems.rope_mla, 9, 20, 512, 64),
     _case("decode_gqa", "ragged, 32/8 of 128", problems.decode_gqa, [1, 64, 65, 700, 4099], 32, 8, 128),
     _case("decode_gqa", "ragged, 20/20 of 80", problems.decode_gqa, [3000, 2], 20, 20, 80),
     _case("prefill_gqa", "200 of 700, 32/8 of 128", problems.prefill_gqa, 700, 200, 32, 8, 128),

@@ -68,20 +68,35 @@ def rope_gqa(tokens: int, heads: int, kv_heads: int, dim: int, device: torch.dev
     fused = torch.randn(tokens, heads + 2 * kv_heads, dim, device=device).to(dtype)
     q, k, v = fused.split([heads, kv_heads, kv_heads], dim=1)
     angle = torch.rand(tokens, dim // 2, device=device) * 6
+    cos, sin = angle.cos(), angle.sin()
     positions = torch.randperm(tokens, device=device)
     slots = torch.randperm(2 * tokens, device=device)[:tokens]
     caches = torch.zeros(2, 2 * tokens, 2, kv_heads, dim, device=device, dtype=dtype)
 
     def run(form, cache: torch.Tensor) -> Tensors:
-        return form.rope_write_gqa(q, k, v, angle.cos(), angle.sin(), positions, cache, slots), cache
-
-    cos, sin = angle.cos(), angle.sin()
-
-    def timed() -> Tensors:
-        return rope.rope_write_gqa(q, k, v, cos, sin, positions, caches[0], slots), caches[0]
+        return form.rope_write_gqa(q, k, v, cos, sin, positions, cache, slots), cache
 
     moved = 2 * fused.numel() * fused.element_size()
-    return Problem([timed], lambda _: run(rope_reference, caches[1]), moved, 6 * fused.numel())
+    operations = 6 * fused.numel()
+    return Problem([lambda: run(rope, caches[0])], lambda _: run(rope_reference, caches[1]), moved, operations)
+
+
+def rope_mla(tokens: int, heads: int, rank: int, dim: int, device: torch.device, dtype: torch.dtype) -> Problem:
+    query = torch.randn(tokens, heads, 2 * dim, device=device).to(dtype)[..., dim:]
+    latent = torch.randn(tokens, rank, device=device).to(dtype)
+    key = torch.randn(tokens, dim, device=device).to(dtype)
+    angle = torch.rand(tokens, dim // 2, device=device) * 6
+    cos, sin = angle.cos(), angle.sin()
+    positions = torch.randperm(tokens, device=device)
+    slots = torch.randperm(2 * tokens, device=device)[:tokens]
+    caches = torch.zeros(2, 2 * tokens, rank + dim, device=device, dtype=dtype)
+
+    def run(form, cache: torch.Tensor) -> Tensors:
+        return form.rope_write_mla(query, latent, key, cos, sin, positions, cache, slots, True), cache
+
+    moved = 2 * (query.numel() + latent.numel() + key.numel()) * query.element_size()
+    operations = 6 * (query.numel() + key.numel())
+    return Problem([lambda: run(rope, caches[0])], lambda _: run(rope_reference, caches[1]), moved, operations)
 
 
 def _paged(lengths: list[int], entry: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> PagedKV:

@@ -57,10 +57,10 @@ def _weights(entry, column: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _arrive(counter_ptr):
-    """Count this program in once all its stores are done; how many were counted before."""
+def _arrive(counter_ptr, SCOPE: tl.constexpr):
+    """Count this program in once all its stores are done; how many were counted before. `SCOPE` is who may read them."""
     tl.debug_barrier()
-    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope=SCOPE)
 
 
 @triton.jit
@@ -267,7 +267,7 @@ def resident_worker_kernel(
                 mask = row < rows
                 x = in_ptr + base + row[:, None] * depth
                 _router_logits(entry, x, logits_ptr, depth, num_experts, mask, DTYPE, ROWS, BLOCK_E, BLOCK_R)
-                arrived = _arrive(counter_ptr)
+                arrived = _arrive(counter_ptr, "gpu")
                 phase += 1
                 if arrived == phase * programs - 1:
                     _choose(
@@ -280,7 +280,7 @@ def resident_worker_kernel(
                     entry, x, routing_ptr, active_ptr, hidden_ptr, shared_hidden_ptr, depth, mask, DTYPE,
                     ROWS, BLOCK_E, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
-                arrived = _arrive(counter_ptr)
+                arrived = _arrive(counter_ptr, "gpu")
                 phase += 1
                 if arrived == phase * programs - 1:
                     _open_gate(gate_ptr, phase)
@@ -290,7 +290,7 @@ def resident_worker_kernel(
                     entry, out_rows, active_ptr, hidden_ptr, shared_hidden_ptr, depth, mask, DTYPE,
                     ROWS, DOWN_N, BLOCK_K,
                 )  # fmt: skip
-                arrived = _arrive(counter_ptr)
+                arrived = _arrive(counter_ptr, "sys")
                 phase += 1
                 if (arrived == phase * programs - 1) & (chunk + ROWS >= rows):
                     tl.debug_barrier()
