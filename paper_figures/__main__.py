@@ -39,6 +39,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def draw(exhibit: Exhibit, runs: Sequence[Run], stem: Path) -> tuple[list[Path], str]:
     """Write all files of `exhibit` at `stem`; returns them and the table as text ("" for a figure)."""
+    runs = exhibit.select(runs)
     rows = exhibit.rows(runs)
     words = caption(exhibit, runs)
     paths = [export.write_csv(rows, stem), export.write_text(stem.with_name(f"{stem.name}.caption.txt"), words + "\n")]

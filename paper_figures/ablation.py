@@ -20,14 +20,14 @@ class Ablation(TableExhibit):
     title = "CrossPool with and without its layer-wise pipeline and lowered control: output tokens/s and speed-up"
     paper = "Table 3"
 
-    def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
+    def select(self, runs: Sequence[Run]) -> list[Run]:
         mine = [run for run in runs if run.system == "crosspool" and {"lanes", "control"} <= _options(run).keys()]
         if len({_cell(run) for run in mine if run.ok}) < 2:
             raise NothingToDraw("ablation: needs crosspool runs with different `lanes` or `control` options")
-        _, members = max(panels(mine, most=10**6), key=lambda panel: len(panel[1]))
-        cells = {
-            cell: [run for run in members if _cell(run) == cell] for cell in sorted({_cell(run) for run in members})
-        }
+        return max((members for _, members in panels(mine, most=10**6)), key=len)
+
+    def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
+        cells = {cell: [run for run in runs if _cell(run) == cell] for cell in sorted({_cell(run) for run in runs})}
         means = {
             cell: stats.interval([run.metric("output_throughput") for run in same]) for cell, same in cells.items()
         }

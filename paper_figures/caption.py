@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from paper_figures.exhibit import Exhibit
 from paper_figures.records import Run
-from paper_figures.selection import variants
+from paper_figures.selection import differing, flatten, variants
 
 _BACKENDS = {"real": "Measured", "sim": "SIMULATED (cost model, virtual clock)"}
 
@@ -22,8 +22,7 @@ def caption(exhibit: Exhibit, runs: Sequence[Run]) -> str:
         of_backend = [run for run in runs if run.backend == backend]
         hardware = "; ".join(sorted({run.hardware for run in of_backend}))
         parts.append(f"{_BACKENDS.get(backend, backend)} on {hardware}.")
-    seeds = sorted({str(run.seed) for run in runs})
-    parts.append(f"{len(runs)} runs, n = {len(seeds)} seed{'s' * (len(seeds) > 1)} ({', '.join(seeds)}).")
+    parts.append(f"{len(runs)} run{'s' * (len(runs) > 1)}, n = {_seeds(runs)}.")
     labels = variants(runs)
     for run in runs:
         if not run.ok:
@@ -31,6 +30,17 @@ def caption(exhibit: Exhibit, runs: Sequence[Run]) -> str:
     if any(run.dirty for run in runs):
         parts.append("Some runs were made from a modified working tree.")
     return " ".join(parts)
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    """How many seeds, and which: only of those choices that were seeded differently."""
+    seeds = [flatten((run.config.get("workload") or {}).get("seeds") or {}) for run in runs]
+    count = len({run.seed for run in runs})
+    told = "; ".join(
+        f"{key} {', '.join(sorted({str(found.get(key)) for found in seeds}, key=lambda s: (len(s), s)))}"
+        for key in differing(seeds)
+    )
+    return f"{count} seeds ({told})" if told else f"1 seed ({runs[0].seed})"
 
 
 def stamp(runs: Sequence[Run]) -> str:

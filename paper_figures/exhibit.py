@@ -29,9 +29,14 @@ class Exhibit(ABC):
     paper: ClassVar[str] = ""
     needs_runs: ClassVar[bool] = True  # False for what follows from models' shapes alone
 
+    def select(self, runs: Sequence[Run]) -> list[Run]:
+        """Those of an experiment's runs that are shown, which are those the caption counts. Raises
+        :class:`NothingToDraw`."""
+        return list(runs)
+
     @abstractmethod
     def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
-        """What is shown, one row a mark. Raises :class:`NothingToDraw`."""
+        """What is shown of the selected runs, one row a mark. Raises :class:`NothingToDraw`."""
 
 
 class FigureExhibit(Exhibit):

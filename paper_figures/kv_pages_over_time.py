@@ -16,23 +16,26 @@ _POINTS = 300  # of each line: more is not seen at a column's width
 
 
 class KVPagesOverTime(FigureExhibit):
-    """One panel a system, of the first scenario's first seed: a time series is of one run, never of an average."""
+    """One panel a system, of the last scenario's first seed: a time series is of one run, never of an average."""
 
     name = "kv_pages_over_time"
     title = "KV pages in use over time by model, with the page budget of the whole system"
 
-    def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
+    def select(self, runs: Sequence[Run]) -> list[Run]:
         labels = variants(runs)
         _, members = panels(runs)[-1] if runs else ("", [])
-        parts = []
+        chosen = []
         for variant in style.order(labels[run.run_id] for run in members):
             same = sorted((run for run in members if labels[run.run_id] == variant), key=lambda run: run.seed)
-            ran = next((run for run in same if run.ok and len(run.series)), None)
-            parts.append(_series(ran, variant) if ran else _absent(variant))
-        rows = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"pages_in_use": []})
-        if not rows["pages_in_use"].notna().any():
+            chosen.append(next((run for run in same if _has_series(run)), same[0]))
+        if not any(_has_series(run) for run in chosen):
             raise NothingToDraw(f"{self.name}: no run has a series of KV pages")
-        return rows
+        return chosen
+
+    def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
+        labels = variants(runs)
+        parts = [_series(run, labels[run.run_id]) if _has_series(run) else _absent(labels[run.run_id]) for run in runs]
+        return pd.concat(parts, ignore_index=True)
 
     def figure_size_in(self, rows: pd.DataFrame) -> tuple[float, float]:
         return style.COLUMN_IN, 0.75 + 0.95 * rows["system"].nunique()
@@ -66,6 +69,10 @@ class KVPagesOverTime(FigureExhibit):
             )  # fmt: skip
             bottom = bottom + wide[model]
         axis.axhline(rows["page_budget"].iloc[0], color="black", linewidth=0.8, linestyle="--", label="budget")
+
+
+def _has_series(run: Run) -> bool:
+    return run.ok and len(run.series) > 0
 
 
 def _series(run: Run, variant: str) -> pd.DataFrame:

@@ -42,28 +42,29 @@ class SweepFigure(FigureExhibit):
     def x(self, run: Run) -> Any:
         """Where `run` lies on the axis; None where it has no place there."""
 
-    def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
+    def select(self, runs: Sequence[Run]) -> list[Run]:
+        """The fullest sweep over the axis with all else equal; others in the same folder are other experiments."""
         placed = [run for run in runs if self.x(run) is not None]
         if len({self.x(run) for run in placed}) < 2:
             raise NothingToDraw(f"{self.name}: needs runs at two or more values of: {self.x_label}")
-        swept = [
-            (label, members)
-            for label, members in panels(placed, without=self.x_keys, most=10**6)
-            if len({self.x(run) for run in members}) > 1
-        ]
+        groups = [members for _, members in panels(placed, without=self.x_keys, most=10**6)]
+        swept = [members for members in groups if len({self.x(run) for run in members}) > 1]
         if not swept:
             raise NothingToDraw(f"{self.name}: no runs that differ in {self.x_label} alone")
-        label, members = max(swept, key=lambda pair: len(pair[1]))  # the fullest sweep; others are other experiments
+        members = max(swept, key=len)
         if not any(run.ok for run in members):
             raise NothingToDraw(f"{self.name}: none of the {len(members)} runs is complete")
-        rows = [row for cell in by_cell(members, self.x).items() for row in self._cell(label, *cell)]
+        return members
+
+    def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
+        rows = [row for cell in by_cell(runs, self.x).items() for row in self._cell(*cell)]
         order = {name: rank for rank, name in enumerate(style.order(row["system"] for row in rows))}
         return pd.DataFrame(sorted(rows, key=lambda row: (order[row["system"]], row["x"], row["metric"])))
 
-    def _cell(self, scenario: str, cell: tuple[str, Any], runs: list[Run]) -> list[dict[str, Any]]:
+    def _cell(self, cell: tuple[str, Any], runs: list[Run]) -> list[dict[str, Any]]:
         variant, x = cell
         ran = [run for run in runs if run.ok]
-        base = {"scenario": scenario, "system": variant, "x": x, "ran": len(ran), "could_not_run": len(runs) - len(ran)}
+        base = {"system": variant, "x": x, "ran": len(ran), "could_not_run": len(runs) - len(ran)}
         rows = []
         for metric in self.metrics:
             found = stats.interval([run.metric(metric.key) for run in ran])

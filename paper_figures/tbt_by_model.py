@@ -23,9 +23,13 @@ class TBTByModel(FigureExhibit):
     paper = "Fig. 7"
     size_in = (style.COLUMN_IN, 2.9)
 
+    def select(self, runs: Sequence[Run]) -> list[Run]:
+        if not runs:
+            raise NothingToDraw(f"{self.name}: no runs")
+        return panels(runs)[-1][1]
+
     def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
-        labels = variants(runs)
-        panel, members = panels(runs)[-1] if runs else ("", [])
+        labels, members = variants(runs), runs
         models = sorted({model for run in members for model in run.metrics_by_model})
         rows = []
         for variant in style.order(labels[run.run_id] for run in members):
@@ -35,7 +39,7 @@ class TBTByModel(FigureExhibit):
                     found = stats.interval([run.metrics_by_model.get(model, {}).get(metric) for run in same])
                     rows.append(
                         {
-                            "scenario": panel, "system": variant, "model": model, "metric": metric,
+                            "system": variant, "model": model, "metric": metric,
                             "mean": found.mean, "ci_low": found.low, "ci_high": found.high, "n": found.n,
                         }
                     )  # fmt: skip

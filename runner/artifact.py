@@ -223,6 +223,8 @@ def run_figures(names: Sequence[str]) -> int:
         print(f"\n== Figures from {label} records in {root}", flush=True)
         begun = time.monotonic()
         status = draw(root, out, names)
+        if status and names:
+            return status  # a name that is wrong, or nothing to draw it from: said in one line already
         if not status and not names:
             status, _ = claims(root, out, [])
         verdict, note = (FAILED, f"status {status}") if status else (PASS, f"in {out}")
