@@ -108,7 +108,8 @@ class ResidentFFN:
     def launch_worker(self, programs: int, max_tasks: int) -> None:
         """One launch of the worker over a grid of `programs`, for at most `max_tasks` descriptors."""
         blocks, layers = self.blocks, self.table.layers
-        counter, gate = torch.zeros(2, 1, dtype=torch.int64, device=self.device)
+        # On cache lines of their own: all poll the gate while some still count themselves in.
+        counter, gate = torch.zeros(2, 32, dtype=torch.int64, device=self.device)
         launch(
             resident_worker_kernel,
             (programs,),
