@@ -1,9 +1,12 @@
-"""What a workload is, as frozen dataclasses. A description plus its seeds is a trace, the same one everywhere."""
+"""What a workload is, as frozen dataclasses. A description plus its seeds is a trace, the same one everywhere.
+
+Each part has a `kind`; values that a kind does not read may stand there (a scenario overrides a preset key by key) and
+are not looked at. Ranges are checked in :mod:`workloads.validate`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,30 +16,107 @@ from workloads.errors import WorkloadError
 
 @dataclass(frozen=True)
 class Arrivals:
-    """When requests come. `rate_rps` is the total over all models (`rate_of: total`) or of each (`rate_of: model`)."""
+    """When requests come.
 
-    kind: str = "poisson"
+    `rate_rps` is the mean rate, the total over all models (`rate_of: total`) or of each (`rate_of: model`). With
+    `process_of: total` one process is split by popularity; with `model` each model has a process of its own at its share
+    of the rate, so that a gamma CV or a burst is each model's.
+    """
+
+    kind: str = "poisson"  # poisson, gamma, bursts, constant, replay
     rate_rps: float = 1.0
     rate_of: str = "total"
+    process_of: str = "total"
+    cv: float = 1.0  # gamma: coefficient of variation of the gaps
+    on_s: float = 10.0  # bursts: mean length of a burst
+    off_s: float = 30.0  # bursts: mean length of the time between bursts
+    off_rate_fraction: float = 0.0  # bursts: rate between bursts over the rate within one
+    rate_scale: float = 1.0  # replay: 2 plays the file at twice its rate
 
 
 @dataclass(frozen=True)
 class Popularity:
-    """Which model is asked: shares proportional to rank^-alpha, in the order in which models are listed."""
+    """Which model is asked. Rank 1 is the model that is listed first.
+
+    `power_law`: rank^-alpha with the total rate fixed; `power_law_top`: MuxServe's variant, `rate_rps` is the top
+    model's and the total follows; `dirichlet`: one draw of shares; `shares`: measured, by model name or in order;
+    `tail`: the power law whose coldest `tail_models` of the models take `tail_tokens` of the load (OpenRouter, Fig. 1a).
+    """
 
     kind: str = "power_law"
     alpha: float = 0.0
+    concentration: float = 1.0
+    shares: Any = ()  # numbers in order, or a mapping from model name to number; scaled to sum to 1
+    tail_models: float = 0.9
+    tail_tokens: float = 0.165
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of prompt and output: `fixed` at the maxima, or `uniform` between minimum and maximum."""
+    """Tokens of prompt and output.
+
+    `fixed` at the maxima; `uniform` between minimum and maximum; `lognormal` by median and sigma of the logarithm, cut to
+    the same limits, prompt and output tied by `correlation`; `bins`: prompt and output together uniform within a context
+    bin drawn from `bins`, the output uniform; `empirical`: (prompt, output) pairs of the source, resampled, within `bins`
+    where any are named; `replay`: the source's rows in order, with the arrivals they came with.
+    `scale` shrinks what was drawn (bins included), for small checkpoints.
+    """
 
     kind: str = "uniform"
     prompt_min: int = 16
     prompt_max: int = 128
     output_min: int = 8
     output_max: int = 64
+    prompt_median: float = 64.0
+    prompt_sigma: float = 1.0
+    output_median: float = 24.0
+    output_sigma: float = 1.0
+    correlation: float = 0.0
+    bins: tuple[str, ...] = ()
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of the prompts, seeded per request.
+
+    `random`: uniform over the vocabulary; `prefix`: `prefix_share` of the requests begin with one of `prefix_groups`
+    common prefixes of `prefix_tokens`; `blocks`: ids by the source's prefix hashes, so that requests share what they shared
+    when they were recorded; `text`: the source's text through the model's tokenizer; `none`: lengths only.
+    """
+
+    kind: str = "random"
+    prefix_tokens: int = 32
+    prefix_share: float = 1.0
+    prefix_groups: int = 1
+
+
+@dataclass(frozen=True)
+class Injection:
+    """A burst on top of the trace: `requests` long requests within `over_s` seconds from `at_s` on. None when 0."""
+
+    requests: int = 0
+    at_s: float = 0.0
+    over_s: float = 1.0
+    model: str = ""  # asked by all of them; empty: by popularity
+    prompt_tokens: int = 1024
+    output_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """A real trace or data set that arrivals, lengths or prompts are taken from.
+
+    `path` counts from `directory`, else from the directory that WORKLOAD_TRACES names. For sharegpt and longalign it is a
+    JSON file, or the name of a data set on the hub; `tokenizer` counts their tokens for models that bring none.
+    """
+
+    format: str = ""  # azure, mooncake, burstgpt, lengths, sharegpt, longalign
+    path: str = ""
+    directory: str = ""
+    split: str = "train"
+    tokenizer: str = ""
+    max_rows: int = 0  # 0: all
 
 
 @dataclass(frozen=True)
@@ -57,17 +137,34 @@ class WorkloadConfig:
     arrivals: Arrivals = field(default_factory=Arrivals)
     popularity: Popularity = field(default_factory=Popularity)
     lengths: Lengths = field(default_factory=Lengths)
+    prompts: Prompts = field(default_factory=Prompts)
+    injection: Injection = field(default_factory=Injection)
+    source: Source = field(default_factory=Source)
     seeds: Seeds = field(default_factory=Seeds)
+
+
+_PARTS = {
+    "arrivals": Arrivals,
+    "popularity": Popularity,
+    "lengths": Lengths,
+    "prompts": Prompts,
+    "injection": Injection,
+    "source": Source,
+    "seeds": Seeds,
+}
 
 
 def workload_from_dict(content: Mapping[str, Any]) -> WorkloadConfig:
     """The workload that a plain dict describes. Raises WorkloadError for unknown keys and values out of range."""
-    parts = {"arrivals": Arrivals, "popularity": Popularity, "lengths": Lengths, "seeds": Seeds}
+    from workloads.validate import validate
+
+    if not isinstance(content, Mapping):
+        raise WorkloadError(f"workload: a mapping is wanted, got {content!r}")
     built = {
-        key: _build(parts[key], value, f"workload.{key}") if key in parts else value for key, value in content.items()
+        key: _build(_PARTS[key], value, f"workload.{key}") if key in _PARTS else value for key, value in content.items()
     }
     config = _build(WorkloadConfig, built, "workload")
-    _validate(config)
+    validate(config)
     return config
 
 
@@ -78,31 +175,4 @@ def _build(cls: type, content: Any, where: str) -> Any:
     for key in content:
         if key not in known:
             raise WorkloadError(f"{where}: unknown key {key!r}; known: {', '.join(known)}")
-    return cls(**content)
-
-
-def _positive(value: Any, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
-        raise WorkloadError(f"{where} is {value!r}; it must be a positive number")
-
-
-def _choice(value: Any, known: tuple[str, ...], where: str) -> None:
-    if value not in known:
-        raise WorkloadError(f"{where} is {value!r}; known: {', '.join(known)}")
-
-
-def _validate(config: WorkloadConfig) -> None:
-    _positive(config.duration_s, "workload.duration_s")
-    _choice(config.arrivals.kind, ("poisson",), "workload.arrivals.kind")
-    _choice(config.arrivals.rate_of, ("total", "model"), "workload.arrivals.rate_of")
-    _positive(config.arrivals.rate_rps, "workload.arrivals.rate_rps")
-    _choice(config.popularity.kind, ("power_law",), "workload.popularity.kind")
-    if not (math.isfinite(config.popularity.alpha) and config.popularity.alpha >= 0):
-        raise WorkloadError(f"workload.popularity.alpha is {config.popularity.alpha!r}; it must be 0 or more")
-    _choice(config.lengths.kind, ("fixed", "uniform"), "workload.lengths.kind")
-    for part in ("prompt", "output"):
-        low, high = getattr(config.lengths, f"{part}_min"), getattr(config.lengths, f"{part}_max")
-        if not 1 <= low <= high:
-            raise WorkloadError(
-                f"workload.lengths: {part}_min {low} and {part}_max {high} must be ordered and at least 1"
-            )
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})

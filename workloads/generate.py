@@ -1,112 +1,174 @@
-"""From a description to a trace, with numpy; requests become objects only when they are asked for, one at a time."""
+"""From a description to a trace, with numpy: schedule, models, lengths and prompts, each from its own seed."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from workloads.config import Lengths, WorkloadConfig
-from workloads.trace import TraceRequest
+from workloads.arrivals import arrival_times, replay_times
+from workloads.columnar import ModelLimits, Trace
+from workloads.config import Injection, WorkloadConfig
+from workloads.errors import WorkloadError
+from workloads.lengths import Drawn, draw_lengths, resample, scaled
+from workloads.popularity import assign, model_shares, total_rate
+from workloads.prompts import PromptPlan, Ragged
+from workloads.sources import SourceRows, load_source
 
+__all__ = ["ModelLimits", "Trace", "build_trace"]
 
-@dataclass(frozen=True)
-class ModelLimits:
-    """What a trace must respect of a model."""
-
-    name: str
-    vocab_size: int
-    max_context_tokens: int
-
-
-class Trace:
-    """Requests in columns, in order of arrival. Prompts are drawn when a request is read, from its own seed."""
-
-    def __init__(
-        self,
-        models: Sequence[ModelLimits],
-        duration_s: float,
-        arrival_s: np.ndarray,
-        model: np.ndarray,
-        prompt_tokens: np.ndarray,
-        output_tokens: np.ndarray,
-        prompt_seed: int,
-        clipped: int,
-    ) -> None:
-        self.models = tuple(models)
-        self.duration_s = duration_s
-        self.arrival_s, self.model = arrival_s, model
-        self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
-        self.prompt_seed, self.clipped = prompt_seed, clipped
-
-    def __len__(self) -> int:
-        return len(self.arrival_s)
-
-    def __iter__(self) -> Iterator[TraceRequest]:
-        for index in range(len(self)):
-            limits = self.models[self.model[index]]
-            count = int(self.prompt_tokens[index])
-            rng = np.random.default_rng((self.prompt_seed, index))
-            prompt = tuple(rng.integers(0, limits.vocab_size, count).tolist())
-            yield TraceRequest(
-                index, limits.name, float(self.arrival_s[index]), count, int(self.output_tokens[index]), prompt
-            )
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the columns, the prompt seed and the models: equal traces have equal digests."""
-        state = hashlib.sha256()
-        for column in (self.arrival_s, self.model, self.prompt_tokens, self.output_tokens):
-            state.update(np.ascontiguousarray(column).tobytes())
-        state.update(repr((self.prompt_seed, self.models)).encode())
-        return state.hexdigest()
-
-    def summary(self) -> dict[str, Any]:
-        """Plain numbers for the record."""
-        counts = np.bincount(self.model, minlength=len(self.models))
-        return {
-            "requests": len(self),
-            "rate_rps": len(self) / self.duration_s,
-            "requests_by_model": {m.name: int(c) for m, c in zip(self.models, counts, strict=True)},
-            "mean_prompt_tokens": float(self.prompt_tokens.mean()) if len(self) else None,
-            "mean_output_tokens": float(self.output_tokens.mean()) if len(self) else None,
-            "clipped": self.clipped,
-        }
+_MODEL, _LENGTHS, _SHARES, _INJECTED = 1, 2, 3, 4  # streams of a seed
 
 
 def build_trace(config: WorkloadConfig, models: Sequence[ModelLimits]) -> Trace:
-    """The trace of `config` over `models`, in order of popularity. Lengths beyond a model's context are clipped, counted."""
-    shares = np.arange(1, len(models) + 1, dtype=np.float64) ** -config.popularity.alpha
-    shares /= shares.sum()
-    rate_rps = config.arrivals.rate_rps * (len(models) if config.arrivals.rate_of == "model" else 1)
-    arrival_s = _poisson(rate_rps, config.duration_s, np.random.default_rng(config.seeds.schedule))
-    count = len(arrival_s)
-    model = np.random.default_rng((1, config.seeds.model)).choice(len(models), size=count, p=shares)
-    prompt, output = _lengths(config.lengths, count, np.random.default_rng((2, config.seeds.lengths)))
-    context = np.array([m.max_context_tokens for m in models])[model]
-    wanted = prompt + output
-    output = np.minimum(output, np.maximum(context - 1, 1))
-    prompt = np.minimum(prompt, context - output)
-    clipped = int((prompt + output < wanted).sum())
-    return Trace(models, config.duration_s, arrival_s, model, prompt, output, config.seeds.prompts, clipped)
+    """The trace of `config` over `models`, in order of popularity. Lengths beyond a model's context are clipped, counted.
+    Raises WorkloadError."""
+    _check_models(models)
+    names = [limits.name for limits in models]
+    source = load_source(config.source) if _reads_source(config) else None
+    shares = model_shares(config.popularity, names, np.random.default_rng((_SHARES, config.seeds.model)))
+    per_model = config.arrivals.rate_of == "model"
+    rate_rps = total_rate(config.popularity, config.arrivals.rate_rps * (len(models) if per_model else 1), shares)
+    arrival_s, model = _schedule(config, rate_rps, shares, source)
+    drawn = _lengths(config, len(arrival_s), source, models, model)
+    made: dict[str, Any] = {
+        "assignment": _assignment(config, source),
+        "expected_rate_rps": rate_rps if config.arrivals.kind != "replay" else None,
+        "expected_shares": {name: float(share) for name, share in zip(names, shares, strict=True)},
+        "cut_share": drawn.cut_share,
+        "injected": config.injection.requests,
+        "source": source.identity if source else None,
+    }
+    arrival_s, model, drawn = _inject(config, arrival_s, model, drawn, shares, names)
+    context = np.array([limits.max_context_tokens for limits in models])[model]
+    prompt, output = _clipped(drawn.prompt, drawn.output, context)
+    made["clipped"] = int(((prompt < drawn.prompt) | (output < drawn.output)).sum())
+    made["clipped_tokens"] = int(
+        (drawn.prompt - prompt).sum(dtype=np.int64) + (drawn.output - output).sum(dtype=np.int64)
+    )
+    prompts = config.prompts
+    plan = PromptPlan(prompts.kind, config.seeds.prompts)
+    if prompts.kind == "prefix":
+        parts = {key: getattr(prompts, key) for key in ("prefix_tokens", "prefix_share", "prefix_groups")}
+        plan = dataclasses.replace(plan, **parts)
+    hashes, ids = _carried(config, source, drawn.rows, models, model, prompt)
+    return Trace(tuple(models), config.duration_s, arrival_s, model, prompt, output, plan, hashes, ids, made)
 
 
-def _poisson(rate_rps: float, duration_s: float, rng: np.random.Generator) -> np.ndarray:
-    """Arrival times in [0, duration): exponential gaps, never truncated, drawn until the duration is passed."""
-    chunks, last = [], 0.0
-    while last < duration_s:
-        size = max(16, int(1.1 * rate_rps * (duration_s - last)) + 1)
-        chunks.append(last + rng.exponential(1.0 / rate_rps, size).cumsum())
-        last = chunks[-1][-1]
-    times = np.concatenate(chunks)
-    return times[times < duration_s]
+def _check_models(models: Sequence[ModelLimits]) -> None:
+    if not models:
+        raise WorkloadError("workload: no model is given; a trace needs one at least")
+    for limits in models:
+        if limits.max_context_tokens < 2 or limits.vocab_size < 1:
+            raise WorkloadError(
+                f"model {limits.name}: a context of {limits.max_context_tokens} tokens and a vocabulary of "
+                f"{limits.vocab_size} hold no request"
+            )
 
 
-def _lengths(lengths: Lengths, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    if lengths.kind == "fixed":
-        return np.full(count, lengths.prompt_max), np.full(count, lengths.output_max)
-    prompt = rng.integers(lengths.prompt_min, lengths.prompt_max, count, endpoint=True)
-    return prompt, rng.integers(lengths.output_min, lengths.output_max, count, endpoint=True)
+def _reads_source(config: WorkloadConfig) -> bool:
+    return config.arrivals.kind == "replay" or config.lengths.kind in ("empirical", "replay")
+
+
+def _assignment(config: WorkloadConfig, source: SourceRows | None) -> str:
+    how = f"models assigned by popularity ({config.popularity.kind}), independently of time and length"
+    return f"{how}; {source.identity['file']} is a trace of one service" if source else how
+
+
+def _schedule(
+    config: WorkloadConfig, rate_rps: float, shares: np.ndarray, source: SourceRows | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Arrival times and model indices, in order of arrival."""
+    arrivals, seeds = config.arrivals, config.seeds
+    if arrivals.process_of == "model":
+        times = [
+            arrival_times(
+                arrivals, rate_rps * share, config.duration_s, np.random.default_rng((number, seeds.schedule))
+            )
+            if share > 0
+            else np.empty(0)
+            for number, share in enumerate(shares)
+        ]
+        model = np.repeat(np.arange(len(shares), dtype=np.int32), [len(part) for part in times])
+        arrival_s = np.concatenate(times)
+        order = np.argsort(arrival_s, kind="stable")
+        return arrival_s[order], model[order]
+    if arrivals.kind == "replay":
+        arrival_s = replay_times(source.arrival_s, arrivals.rate_scale, config.duration_s)
+    else:
+        arrival_s = arrival_times(arrivals, rate_rps, config.duration_s, np.random.default_rng(seeds.schedule))
+    return arrival_s, assign(shares, len(arrival_s), np.random.default_rng((_MODEL, seeds.model)))
+
+
+def _lengths(
+    config: WorkloadConfig,
+    count: int,
+    source: SourceRows | None,
+    models: Sequence[ModelLimits],
+    model: np.ndarray,
+) -> Drawn:
+    lengths = config.lengths
+    rng = np.random.default_rng((_LENGTHS, config.seeds.lengths))
+    if lengths.kind == "replay":
+        rows = np.arange(count)
+        prompt, output = source.prompt_tokens[rows], source.output_tokens[rows]
+        return Drawn(scaled(prompt, lengths.scale), scaled(output, lengths.scale), {}, rows)
+    if lengths.kind == "empirical":
+        if source.texts is not None:
+            return source.texts.resample(lengths, models, model, rng)
+        return resample(lengths, source.prompt_tokens, source.output_tokens, rng.random(count))
+    return draw_lengths(lengths, count, rng)
+
+
+def _inject(
+    config: WorkloadConfig,
+    arrival_s: np.ndarray,
+    model: np.ndarray,
+    drawn: Drawn,
+    shares: np.ndarray,
+    names: Sequence[str],
+) -> tuple[np.ndarray, np.ndarray, Drawn]:
+    """The trace with the burst of long requests merged in; the requests around it stay what they were."""
+    burst: Injection = config.injection
+    if not burst.requests:
+        return arrival_s, model, drawn
+    if config.prompts.kind in ("text", "blocks"):
+        raise WorkloadError(f"workload.injection has no prompts of kind {config.prompts.kind!r}: use random or prefix")
+    if burst.model and burst.model not in names:
+        raise WorkloadError(f"workload.injection.model: unknown model {burst.model!r}; known: {', '.join(names)}")
+    rng = np.random.default_rng((_INJECTED, config.seeds.schedule))
+    times = burst.at_s + burst.over_s * np.sort(rng.random(burst.requests))
+    if burst.model:
+        asked = np.full(burst.requests, names.index(burst.model), dtype=np.int32)
+    else:
+        asked = assign(shares, burst.requests, np.random.default_rng((_INJECTED, config.seeds.model)))
+    merged = np.concatenate((arrival_s, times))
+    order = np.argsort(merged, kind="stable")
+    prompt = np.concatenate((drawn.prompt, np.full(burst.requests, burst.prompt_tokens, dtype=np.int32)))
+    output = np.concatenate((drawn.output, np.full(burst.requests, burst.output_tokens, dtype=np.int32)))
+    lengths = Drawn(prompt[order], output[order], drawn.cut_share)
+    return merged[order], np.concatenate((model, asked))[order], lengths
+
+
+def _clipped(prompt: np.ndarray, output: np.ndarray, context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths that fit a context: the output keeps what it wants (of all but one token), the prompt gets the rest."""
+    fitting = np.minimum(output, context - 1)
+    return np.minimum(prompt, context - fitting).astype(np.int32), fitting.astype(np.int32)
+
+
+def _carried(
+    config: WorkloadConfig,
+    source: SourceRows | None,
+    rows: np.ndarray | None,
+    models: Sequence[ModelLimits],
+    model: np.ndarray,
+    prompt: np.ndarray,
+) -> tuple[Ragged | None, Ragged | None]:
+    """What the source knows beyond lengths: prefix hashes of replayed rows, token ids of text."""
+    if config.prompts.kind == "text":
+        return None, source.texts.prompt_ids(rows, models, model, prompt)
+    if source is not None and source.hashes is not None and rows is not None and not config.injection.requests:
+        return source.hashes.take(rows), None
+    return None, None
