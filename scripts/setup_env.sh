@@ -29,7 +29,10 @@ _cp_has_torch() {
 _cp_make_venv() {
     local base flags=()
     base=$(_cp_find_python) || return 1
-    if _cp_has_torch "$base"; then flags=(--system-site-packages); fi
+    # A virtual environment's own packages would not be seen from one made on top of it.
+    if "$base" -c 'import sys; sys.exit(sys.prefix != sys.base_prefix)' && _cp_has_torch "$base"; then
+        flags=(--system-site-packages)
+    fi
     echo "Making a virtual environment in $1 with $("$base" --version)${flags[*]:+, on top of its torch}"
     if ! "$base" -m venv "${flags[@]}" "$1" >>"$_cp_log" 2>&1; then
         _cp_fail "$base -m venv $1 failed (on Debian and Ubuntu: install python3-venv); see $_cp_log"
@@ -40,7 +43,7 @@ _cp_make_venv() {
 
 _cp_pip() {
     if ! python -m pip install --quiet --disable-pip-version-check --no-input "$@" >>"$_cp_log" 2>&1; then
-        _cp_fail "pip failed: $(grep -i '^ *error' "$_cp_log" | tail -n 1 | tr -s ' ' | cut -c1-200) (see $_cp_log)"
+        _cp_fail "pip failed: $(grep -i '^ *error' "$_cp_log" | head -n 1 | tr -s ' ' | cut -c1-200) (see $_cp_log)"
     fi
 }
 
