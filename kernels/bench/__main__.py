@@ -150,14 +150,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"saved {tuning.save(device, tune(cases, device, dtype, options.tune_seconds))}")
     ceilings = measure_ceilings(device, dtype)
     rows = []
-    if options.device == "cuda":
-        rows += run_crossings(options, device, dtype)
     for case in cases:
         if time.monotonic() - began > options.time_limit:
             name = str(dtype).removeprefix("torch.")
             rows.append(Row(case.op, case.shape, name, None, note="not timed: over --time-limit"))
         else:
             rows.append(time_case(case, device, dtype, options.compile))
+    if options.device == "cuda":  # last: a failure here could take the device's context with it
+        rows += run_crossings(options, device, dtype)
     print(
         f"\nmeasured ceilings: {ceilings.bytes_per_s / 1e9:.0f} GB/s, {ceilings.flops / 1e12:.2f} TFLOP/s "
         f"{str(dtype).removeprefix('torch.')}; {torch.get_num_threads()} host threads"
