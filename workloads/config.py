@@ -131,7 +131,7 @@ class Seeds:
 
 @dataclass(frozen=True)
 class WorkloadConfig:
-    """A trace of `duration_s` seconds."""
+    """A trace of `duration_s` seconds; or, where `trace_file` names one, the trace that was written there."""
 
     duration_s: float = 30.0
     arrivals: Arrivals = field(default_factory=Arrivals)
@@ -141,6 +141,7 @@ class WorkloadConfig:
     injection: Injection = field(default_factory=Injection)
     source: Source = field(default_factory=Source)
     seeds: Seeds = field(default_factory=Seeds)
+    trace_file: str = ""
 
 
 _PARTS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from workloads.arrivals import arrival_times, replay_times
 from workloads.columnar import ModelLimits, Trace
 from workloads.config import Injection, WorkloadConfig
 from workloads.errors import WorkloadError
+from workloads.files import trace_for
 from workloads.lengths import Drawn, draw_lengths, resample, scaled
 from workloads.popularity import assign, model_shares, total_rate
 from workloads.prompts import PromptPlan, Ragged
@@ -26,6 +28,8 @@ def build_trace(config: WorkloadConfig, models: Sequence[ModelLimits]) -> Trace:
     """The trace of `config` over `models`, in order of popularity. Lengths beyond a model's context are clipped, counted.
     Raises WorkloadError."""
     _check_models(models)
+    if config.trace_file:
+        return trace_for(Path(config.trace_file), models)
     names = [limits.name for limits in models]
     source = load_source(config.source) if _reads_source(config) else None
     shares = model_shares(config.popularity, names, np.random.default_rng((_SHARES, config.seeds.model)))

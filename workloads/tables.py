@@ -19,12 +19,13 @@ import pyarrow.json
 
 from workloads.errors import WorkloadError
 
-TOKENS, SECONDS, STAMP, TOKEN_LISTS = "tokens", "seconds", "stamp", "token lists"
+TOKENS, SECONDS, STAMP, TOKEN_LISTS, NAME = "tokens", "seconds", "stamp", "token lists", "name"
 _ARROW = {
     TOKENS: pa.int64(),
     SECONDS: pa.float64(),
     STAMP: pa.timestamp("ns"),
     TOKEN_LISTS: pa.list_(pa.int64()),
+    NAME: pa.string(),
 }
 _JSON_BLOCK_BYTES = 4 << 20
 MOST_TOKENS = 2**31 - 1
@@ -149,6 +150,7 @@ _WANTED = {
     SECONDS: "a number of 0 or more is wanted",
     STAMP: "a time like 2023-11-16 18:15:46.68 is wanted",
     TOKEN_LISTS: "a list of whole numbers is wanted",
+    NAME: "a name is wanted",
 }
 
 
@@ -156,6 +158,8 @@ def _good(value: Any, kind: str) -> bool:
     """Whether one value, from JSON or as text from CSV, is of its kind."""
     if kind == TOKEN_LISTS:
         return isinstance(value, list) and all(type(item) is int for item in value)
+    if kind == NAME:
+        return isinstance(value, str)
     try:
         if kind == STAMP:
             return not np.isnat(np.datetime64(value))
