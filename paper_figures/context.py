@@ -13,7 +13,7 @@ class Context(SweepFigure):
     name = "context"
     title = "Latency, attainment and throughput against context length (mean over seeds, 95 % confidence band)"
     metrics = HEADLINES
-    x_label = "Prompt tokens (mean)"
+    x_label = "Longest context (tokens)"
     x_log = True
     x_keys = CONTEXT_KEYS
 

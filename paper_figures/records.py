@@ -96,7 +96,9 @@ class Run:
         kinds = {device.get("kind", "cpu") for device in self.config.get("devices") or [{}]}
         devices = self.content.get("hardware", "")
         if self.backend != "real":
-            return devices or "modelled hardware"
+            backend = self.config.get("backend")
+            card = (backend.get("card") or backend.get("calibration")) if isinstance(backend, dict) else ""
+            return f"modelled {card} [{devices}]" if card else f"modelled hardware [{devices}]"
         if "cuda" in kinds:
             names = sorted({gpu.split(",")[0].strip() for gpu in machine.get("gpus") or []})
             return f"{', '.join(names) or 'GPU'} [{devices}]"

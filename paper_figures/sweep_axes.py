@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from paper_figures.records import Run
@@ -9,7 +10,7 @@ from paper_figures.records import Run
 RATE_KEYS = ("workload.arrivals.rate_rps", "workload.duration_s")
 SKEW_KEYS = ("workload.popularity.alpha",)
 MODEL_COUNT_KEYS = ("models",)
-CONTEXT_KEYS = ("workload.lengths.prompt_",)
+CONTEXT_KEYS = ("workload.lengths.prompt_", "workload.lengths.bins")
 
 
 def _workload(run: Run, *keys: str) -> Any:
@@ -32,15 +33,21 @@ def rate(run: Run) -> float | None:
 
 
 def skew(run: Run) -> float | None:
-    """alpha of popularity proportional to rank^-alpha."""
+    """alpha of popularity proportional to rank^-alpha, where popularity is that."""
+    if _workload(run, "popularity", "kind") not in (None, "power_law"):
+        return None
     alpha = _workload(run, "popularity", "alpha")
     return None if alpha is None else float(alpha)
 
 
 def context(run: Run) -> float | None:
-    """Mean prompt tokens that the workload asks for."""
-    low, high = _workload(run, "lengths", "prompt_min"), _workload(run, "lengths", "prompt_max")
-    if high is None:
+    """Most tokens, prompt and output together, that a request of the workload may come to hold."""
+    kind, scale = _workload(run, "lengths", "kind"), float(_workload(run, "lengths", "scale") or 1.0)
+    bins = _workload(run, "lengths", "bins") or ()
+    if len(bins) == 1 and kind in ("bins", "empirical"):
+        upper = re.fullmatch(r"\d+-(\d+)K", str(bins[0]))
+        return float(upper[1]) * 1024 * scale if upper else None
+    prompt = _workload(run, "lengths", "prompt_max")
+    if prompt is None or kind not in ("fixed", "uniform"):
         return None
-    fixed = _workload(run, "lengths", "kind") == "fixed" or low is None
-    return float(high) if fixed else (float(low) + float(high)) / 2
+    return (float(prompt) + float(_workload(run, "lengths", "output_max") or 0)) * scale

@@ -32,9 +32,7 @@ def write_run(tmp_path):
         **metrics,
     ) -> Path:
         options = options or {"lanes": 2, "control": "lowered"}
-        name = (
-            f"{system}-{experiment}-{seed}-{rate}-{alpha}-{prompt}-{num_models}-{'-'.join(map(str, options.values()))}"
-        )
+        name = f"{system}-{backend}-{experiment}-{seed}-{rate}-{alpha}-{prompt}-{num_models}-{'-'.join(map(str, options.values()))}"
         directory = tmp_path / experiment / name
         directory.mkdir(parents=True)
         models = [f"model-{i}" for i in range(num_models)]
@@ -52,6 +50,7 @@ def write_run(tmp_path):
             "hardware": MADE_UP,
             "command": f"bench.py experiment={experiment}",
             "config": {
+                "backend": {"name": backend},
                 "system": {"name": system, "options": options},
                 "models": [{"name": model} for model in models],
                 "devices": [{"name": "cpu:0", "kind": "cpu", "memory_mib": 1}],

@@ -72,6 +72,15 @@ def test_per_model_ratio_is_taken_at_its_rate(write_run, tmp_path):
     assert len(measured.runs) == 2
 
 
+def test_a_claim_rests_on_measured_runs_where_there_are_any(write_run, tmp_path):
+    for backend, speedup in (("sim", 2.0), ("real", 1.6)):
+        for lanes, control, throughput in ((1, "host", 1.0), (2, "lowered", speedup)):
+            options = {"lanes": lanes, "control": control}
+            write_run(experiment="ablation", options=options, backend=backend, output_throughput=throughput)
+        both = verdicts(tmp_path)[1]["ablation_both"]
+        assert (both["backend"], both["ours"], both["n"]) == (backend, pytest.approx(speedup), 2)
+
+
 def test_status_tells_what_should_have_run_and_did_not(write_run, tmp_path, capsys):
     assert verdicts(tmp_path, "--expect", "ablation")[0] == 1
     assert "should have run and did not: ablation_pipeline_only" in capsys.readouterr().err

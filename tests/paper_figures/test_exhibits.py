@@ -96,7 +96,7 @@ def test_sweeps_and_tables_hold_the_records_numbers(everything, tmp_path):
     draw(tmp_path, "ablation", "outcomes", "--experiment", "by-option", "--experiment", "by-context")
     rates = pd.read_csv(tmp_path / "out" / "by-rate" / "latency_vs_rate.csv")
     cell = rates[(rates["system"] == "static") & (rates["x"] == 4.0) & (rates["metric"] == "p99_itl_ms")].iloc[0]
-    seeds = [read_run(path.parent) for path in tmp_path.glob("by-rate/static-*-4.0-*/record.json")]
+    seeds = [read_run(path.parent) for path in tmp_path.glob("by-rate/static-real-*-4.0-*/record.json")]
     values = [run.metrics["p99_itl_ms"] for run in seeds]
     assert cell["mean"] == np.mean(values)
     assert cell["n"] == 2
@@ -147,6 +147,16 @@ def test_simulated_runs_are_called_simulated(write_run, tmp_path):
     assert "Measured" not in caption
 
 
+def test_measured_and_simulated_runs_never_share_a_curve(write_run, tmp_path):
+    for backend in ("real", "sim"):
+        write_run(backend=backend)
+    for name in ("tbt_cdf", "outcomes"):
+        draw(tmp_path, name)
+        rows = pd.read_csv(tmp_path / "out" / "made-up" / f"{name}.csv")
+        assert set(rows["panel"]) == {"backend.name real", "backend.name sim"}
+        assert (rows["runs"] == 1).all()
+
+
 def test_a_corrupt_record_costs_one_run_and_is_named(write_run, tmp_path, capsys):
     write_run("crosspool")
     (write_run("static") / "record.json").write_text("{ not json")
@@ -157,7 +167,7 @@ def test_a_corrupt_record_costs_one_run_and_is_named(write_run, tmp_path, capsys
     captured = capsys.readouterr()
     assert captured.err.count("warning: skipped") == 3
     for system in ("static", "swap", "elastic"):
-        assert f"{system}-made-up" in captured.err
+        assert f"{system}-real-made-up" in captured.err
     assert "1 exhibits from 1 runs" in captured.out
     assert "3 records skipped" in captured.out
 
