@@ -30,41 +30,7 @@ def replay_times(recorded_s: np.ndarray, rate_scale: float, duration_s: float) -
     return times[: np.searchsorted(times, duration_s, side="left")]
 
 
-def gap_cv(times_s: np.ndarray) -> float:
-    """Coefficient of variation of the gaps between arrivals; NaN for fewer than three of them."""
-    if len(times_s) < 3:
-        return float("nan")
-    gaps = np.diff(times_s)
-    return float(gaps.std() / gaps.mean()) if gaps.mean() > 0 else float("nan")
-
-
-def expected_gap_cv(arrivals: Arrivals, rate_rps: float) -> float | None:
-    """The CV of the gaps in closed form, None where the file decides.
-
-    On/off bursts are a Poisson process of a rate that switches between two values after exponential times; their gaps
-    have the moments of a Markovian arrival process (Fischer and Meier-Hellstern, 1993, section 2)."""
-    if arrivals.kind == "replay":
-        return None
-    if arrivals.kind == "gamma":
-        return arrivals.cv
-    if arrivals.kind == "bursts":
-        return _burst_gap_cv(arrivals, rate_rps)
-    return {"poisson": 1.0, "constant": 0.0}[arrivals.kind]
-
-
-def _burst_gap_cv(arrivals: Arrivals, rate_rps: float) -> float:
-    rates = np.array(_burst_rates(arrivals, rate_rps))
-    leave = np.array([1 / arrivals.on_s, 1 / arrivals.off_s])
-    generator = np.array([[-leave[0], leave[0]], [leave[1], -leave[1]]])
-    silent = np.linalg.inv(np.diag(rates) - generator)  # mean time in each state until the next arrival
-    stationary = leave[::-1] / leave.sum()
-    at_arrival = stationary * rates / (stationary @ rates)
-    first = at_arrival @ silent @ np.ones(2)
-    second = 2 * at_arrival @ silent @ silent @ np.ones(2)
-    return float(np.sqrt(second / first**2 - 1))
-
-
-def _burst_rates(arrivals: Arrivals, rate_rps: float) -> tuple[float, float]:
+def burst_rates(arrivals: Arrivals, rate_rps: float) -> tuple[float, float]:
     """Rates within and between bursts whose mean over time is `rate_rps`."""
     on_share = arrivals.on_s / (arrivals.on_s + arrivals.off_s)
     on_rate = rate_rps / (on_share + (1 - on_share) * arrivals.off_rate_fraction)
@@ -117,7 +83,7 @@ def _bursts(arrivals: Arrivals, rate_rps: float, duration_s: float, rng: np.rand
         covered_s += float(spans[-1].sum())
     lengths = np.concatenate(spans)
     starts = np.concatenate(([0.0], lengths.cumsum()[:-1]))
-    rates = np.tile(_burst_rates(arrivals, rate_rps)[:: 1 if within_first else -1], len(lengths) // 2)
+    rates = np.tile(burst_rates(arrivals, rate_rps)[:: 1 if within_first else -1], len(lengths) // 2)
     lengths = np.clip(duration_s - starts, 0.0, lengths)
     counts = rng.poisson(rates * lengths)
     # given their number, the arrivals of a Poisson process lie uniformly within their span

@@ -13,6 +13,7 @@ from workloads.arrivals import arrival_times, replay_times
 from workloads.columnar import ModelLimits, Trace
 from workloads.config import Injection, WorkloadConfig
 from workloads.errors import WorkloadError
+from workloads.expected import expected
 from workloads.files import trace_for
 from workloads.lengths import Drawn, draw_lengths, resample, scaled
 from workloads.popularity import assign, model_shares, total_rate
@@ -39,7 +40,7 @@ def build_trace(config: WorkloadConfig, models: Sequence[ModelLimits]) -> Trace:
     drawn = _lengths(config, len(arrival_s), source, models, model)
     made: dict[str, Any] = {
         "assignment": _assignment(config, source),
-        "expected_rate_rps": rate_rps if config.arrivals.kind != "replay" else None,
+        "expected": expected(config, rate_rps, shares, source),
         "expected_shares": {name: float(share) for name, share in zip(names, shares, strict=True)},
         "cut_share": drawn.cut_share,
         "injected": config.injection.requests,

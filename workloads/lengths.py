@@ -39,15 +39,22 @@ def draw_lengths(lengths: Lengths, count: int, rng: np.random.Generator) -> Draw
 def resample(lengths: Lengths, prompt: np.ndarray, output: np.ndarray, uniform: np.ndarray) -> Drawn:
     """One of the source's pairs for each number of `uniform` [S] in [0, 1), with replacement, of those within the bins
     where any are named."""
-    rows = np.arange(len(prompt))
-    if lengths.bins:
-        context = prompt + output
-        edges = [bin_tokens(name) for name in lengths.bins]
-        rows = rows[np.any([(context >= low) & (context <= high) for low, high in edges], axis=0)]
-        if not len(rows):
-            raise WorkloadError(f"workload.lengths.bins: the source has no row within {', '.join(lengths.bins)}")
+    rows = rows_in_bins(lengths, prompt, output)
     chosen = rows[(uniform * len(rows)).astype(np.int64)]
     return Drawn(scaled(prompt[chosen], lengths.scale), scaled(output[chosen], lengths.scale), {}, chosen)
+
+
+def rows_in_bins(lengths: Lengths, prompt: np.ndarray, output: np.ndarray) -> np.ndarray:
+    """The source's rows whose context lies within the named bins; all where none is named."""
+    rows = np.arange(len(prompt))
+    if not lengths.bins:
+        return rows
+    context = prompt + output
+    edges = [bin_tokens(name) for name in lengths.bins]
+    rows = rows[np.any([(context >= low) & (context <= high) for low, high in edges], axis=0)]
+    if not len(rows):
+        raise WorkloadError(f"workload.lengths.bins: the source has no row within {', '.join(lengths.bins)}")
+    return rows
 
 
 def scaled(tokens: np.ndarray, scale: float) -> np.ndarray:
