@@ -11,7 +11,7 @@ from typing import Any
 
 from serving.errors import UserError
 
-BACKENDS = ("real",)
+BACKENDS = ("real", "sim")
 TRACKING_MODES = ("offline", "online", "disabled")
 
 
@@ -41,6 +41,16 @@ class DeviceEntry:
 
 
 @dataclass(frozen=True)
+class BackendConfig:
+    """`real` computes; `sim` takes time as a `card` of conf/hardware would, or as the `calibration` file says this machine
+    does."""
+
+    name: str = "real"
+    card: str = ""
+    calibration: str = ""
+
+
+@dataclass(frozen=True)
 class SLO:
     """A request meets it when its TTFT and its TPOT both do."""
 
@@ -66,7 +76,7 @@ class BenchConfig:
     devices: tuple[DeviceEntry, ...]
     workload: Mapping[str, Any]
     slo: SLO
-    backend: str = "real"
+    backend: BackendConfig = field(default_factory=BackendConfig)
     results_dir: str = "results/local"
     drain_timeout_s: float = 300.0
     poll_interval_ms: float = 2.0
@@ -94,6 +104,7 @@ def bench_from_dict(content: Mapping[str, Any]) -> BenchConfig:
             "models": models,
             "devices": devices,
             "system": _build(SystemConfig, content.get("system"), "system"),
+            "backend": _build(BackendConfig, content.get("backend", {}), "backend"),
             "slo": _build(SLO, content.get("slo"), "slo"),
             "tracking": _build(Tracking, content.get("tracking", {}), "tracking"),
         },
@@ -123,8 +134,11 @@ def _build(cls: type, content: Any, where: str) -> Any:
 
 
 def _validate(config: BenchConfig) -> None:
-    if config.backend not in BACKENDS:
-        raise UserError(f"unknown backend {config.backend!r}; known: {', '.join(BACKENDS)}")
+    backend = config.backend
+    if backend.name not in BACKENDS:
+        raise UserError(f"unknown backend {backend.name!r}; known: {', '.join(BACKENDS)}")
+    if backend.name == "sim" and bool(backend.card) == bool(backend.calibration):
+        raise UserError("backend sim: name either a card (backend.card) or a calibration file (backend.calibration)")
     if config.tracking.mode not in TRACKING_MODES:
         raise UserError(f"unknown tracking.mode {config.tracking.mode!r}; known: {', '.join(TRACKING_MODES)}")
     names = [model.name for model in config.models]

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
 from runner.observation import COMPLETED, FAILED, REJECTED, Observation, PoolRow, RequestRow
+from serving.backend import Clock, MonotonicClock
 from serving.errors import WorkerDied, one_line
 from serving.interface import Event, EventKind, Request, System
 from workloads.trace import TraceRequest
 
 _OUTCOMES = {EventKind.COMPLETED: COMPLETED, EventKind.REJECTED: REJECTED, EventKind.FAILED: FAILED}
+_SHORTEST_SLEEP_S = 1e-6  # a virtual clock must move on, however near the next arrival is
 UNFINISHED = "unfinished when the drain timeout ended"
 
 
 class Replay:
-    """One replay of `trace` against a started `system`. After the last arrival it drains for `drain_timeout_s` at most."""
+    """One replay of `trace` against a started `system`. After the last arrival it drains for `drain_timeout_s` at most.
+    `clock` is the backend's: virtual time passes only where this loop sleeps."""
 
     def __init__(
-        self, system: System, trace: Iterable[TraceRequest], drain_timeout_s: float, poll_interval_s: float
+        self,
+        system: System,
+        trace: Iterable[TraceRequest],
+        drain_timeout_s: float,
+        poll_interval_s: float,
+        clock: Clock | None = None,
     ) -> None:
+        self._clock = clock or MonotonicClock()
         self._system = system
         self._trace = trace
         self._drain_timeout_s = drain_timeout_s
@@ -35,7 +43,7 @@ class Replay:
     def run(self, total: int, label: str) -> Observation:
         """Replay to the end, to the timeout, to an interrupt or to a worker's death; what was seen is always returned."""
         observation = Observation(requests=[])
-        self._origin_ns = time.monotonic_ns()
+        self._origin_ns = self._clock.now_ns()
         with tqdm(total=total, desc=label, unit="req", disable=not sys.stderr.isatty()) as self._bar:
             try:
                 self._feed_and_drain(observation)
@@ -43,7 +51,7 @@ class Replay:
                 observation.interrupted = one_line(error)
             except KeyboardInterrupt:
                 observation.interrupted = "interrupted"
-        observation.duration_ns = time.monotonic_ns() - self._origin_ns
+        observation.duration_ns = self._clock.now_ns() - self._origin_ns
         observation.requests = list(self._rows.values())
         self._close_open_requests(observation.interrupted or UNFINISHED)
         observation.devices = self._system.stats()
@@ -54,7 +62,7 @@ class Replay:
         upcoming = next(arrivals, None)
         deadline_s: float | None = None
         while True:
-            now_s = (time.monotonic_ns() - self._origin_ns) / 1e9
+            now_s = (self._clock.now_ns() - self._origin_ns) / 1e9
             while upcoming is not None and upcoming.arrival_s <= now_s:
                 self._submit(upcoming)
                 upcoming = next(arrivals, None)
@@ -66,7 +74,7 @@ class Replay:
                 if now_s > deadline_s:
                     return
             until_arrival_s = self._poll_interval_s if upcoming is None else max(upcoming.arrival_s - now_s, 0.0)
-            time.sleep(min(self._poll_interval_s, until_arrival_s))
+            self._clock.sleep(max(min(self._poll_interval_s, until_arrival_s), _SHORTEST_SLEEP_S))
 
     def _submit(self, planned: TraceRequest) -> None:
         row = RequestRow(
@@ -75,7 +83,7 @@ class Replay:
             prompt_tokens=planned.prompt_tokens,
             output_tokens=planned.output_tokens,
             planned_ns=round(planned.arrival_s * 1e9),
-            submitted_ns=time.monotonic_ns() - self._origin_ns,
+            submitted_ns=self._clock.now_ns() - self._origin_ns,
         )
         self._rows[planned.request_id] = row
         self._open += 1

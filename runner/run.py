@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import metrics, records
-from runner.config import BenchConfig, ModelEntry
+from runner.config import BackendConfig, BenchConfig, ModelEntry
 from runner.identity import config_hash, run_id
 from runner.observation import FAILED, Observation
 from runner.provenance import provenance
@@ -19,6 +19,7 @@ from runner.records import Record
 from runner.replay import Replay
 from runner.tracking import track
 from serving import registry
+from serving.backend import Backend, RealBackend
 from serving.errors import UserError, one_line
 from serving.interface import Cluster, Demand, Device, Placement, ServedModel, System
 from serving.spec import load_spec
@@ -59,8 +60,8 @@ def execute(config: BenchConfig) -> Outcome:
         "config_hash": config_hash(config.identity()),
         "experiment": config.experiment,
         "system": config.system.name,
-        "backend": config.backend,
-        "hardware": ", ".join(f"{device.name} ({device.memory_mib} MiB)" for device in config.devices),
+        "backend": config.backend.name,
+        "hardware": _hardware(config),
         "config": asdict(config),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "provenance": provenance(),
@@ -108,8 +109,9 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
     devices = tuple(Device(d.name, d.kind, d.index, d.memory_mib << 20) for d in config.devices)
     placement = system.plan(Cluster(devices), models, _demand(trace, trace.duration_s))
     try:
-        system.start(placement)
-        replay = Replay(system, trace, config.drain_timeout_s, config.poll_interval_ms / 1e3)
+        backend = _backend(config.backend)
+        system.start(placement, backend)
+        replay = Replay(system, trace, config.drain_timeout_s, config.poll_interval_ms / 1e3, backend.clock)
         observation = replay.run(len(trace), f"{config.system.name} {config.experiment}")
     finally:
         system.stop()
@@ -125,6 +127,21 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
         },
     }
     return observation, more
+
+
+def _backend(config: BackendConfig) -> Backend:
+    if config.name == "real":
+        return RealBackend()
+    from serving.sim.backend import simulate_calibrated, simulate_card
+
+    return simulate_card(config.card) if config.card else simulate_calibrated(config.calibration)
+
+
+def _hardware(config: BenchConfig) -> str:
+    """What the numbers are of: the devices, and under simulation the card or machine that is simulated."""
+    devices = ", ".join(f"{device.name} ({device.memory_mib} MiB)" for device in config.devices)
+    simulated = config.backend.card or config.backend.calibration
+    return f"{devices}; simulated {simulated}" if simulated else devices
 
 
 def _count_never_submitted(observation: Observation, trace: Any) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.admission import AdmissionLimits, AdmissionQueue
+from serving.backend import Backend, RealBackend, Worker
 from serving.errors import UserError
 from serving.interface import Device, DeviceStats, Event, EventKind, Placement, PoolSample, Request, ServedModel
 from serving.memory.kv_pool import KVGeometry
@@ -20,7 +21,6 @@ from serving.options import EngineOptions
 from serving.shm.region import SharedRegion
 from serving.workers.config import Bells, ModelWorkerConfig, PoolConfig, Role
 from serving.workers.messages import Submit, Tokens
-from serving.workers.process import WorkerProcess
 
 START_TIMEOUT_S = 600.0
 
@@ -30,7 +30,7 @@ class _Pool:
     """A KV pool as the host knows it: its admission queue, and the worker whose lanes serve it."""
 
     name: str
-    worker: WorkerProcess
+    worker: Worker
     device: Device
     queue: AdmissionQueue
 
@@ -51,7 +51,9 @@ class HostedSystem:
 
     def __init__(self, timeline_dir: str = "") -> None:
         self._timeline_dir = Path(timeline_dir).absolute() if timeline_dir else None
-        self._workers: list[tuple[WorkerProcess, Device]] = []
+        self._backend: Backend = RealBackend()
+        self._clock = self._backend.clock
+        self._workers: list[tuple[Worker, Device]] = []
         self._mailbox_regions: list[SharedRegion] = []
         self._bells: list[Bells] = []
         self._pools: list[_Pool] = []
@@ -68,9 +70,10 @@ class HostedSystem:
         """Start the workers with `_start_worker` and register the KV pools with `_register_pools`."""
         raise NotImplementedError
 
-    def _start_worker(self, device: Device, role: Role, inherited_fds: Sequence[int] = ()) -> WorkerProcess:
+    def _start_worker(self, device: Device, role: Role, inherited_fds: Sequence[int] = ()) -> Worker:
         timeline = self._timeline_dir / f"{device.name.replace(':', '-')}.npy" if self._timeline_dir else None
-        worker = WorkerProcess(f"{self.name}/{device.name}", core_of(device), role, inherited_fds, timeline)
+        name = f"{self.name}/{device.name}"
+        worker = self._backend.start_worker(name, core_of(device), role, inherited_fds, timeline)
         self._workers.append((worker, device))
         return worker
 
@@ -84,7 +87,7 @@ class HostedSystem:
         self._bells.append(bells)
         return bells
 
-    def _register_pools(self, worker: WorkerProcess, role: ModelWorkerConfig, options: EngineOptions) -> None:
+    def _register_pools(self, worker: Worker, role: ModelWorkerConfig, options: EngineOptions) -> None:
         for config in role.pools:
             hosted = [role.models[index] for index in config.models]
             limits = AdmissionLimits(
@@ -102,10 +105,13 @@ class HostedSystem:
                 self._index_of_model[role.models[index].name] = index
 
     # -- the one interface ---------------------------------------------------------------------------------------------
-    def start(self, placement: Placement) -> None:
-        """Start all workers and wait until each has loaded. On any failure everything is stopped and the cause raised."""
+    def start(self, placement: Placement, backend: Backend | None = None) -> None:
+        """Start all workers on `backend` (real by default) and wait until each has loaded. On any failure everything is
+        stopped and the cause raised."""
         if self._workers:
             raise UserError(f"{self.name} is running already")
+        self._backend = backend or RealBackend()
+        self._clock = self._backend.clock
         self._models = {model.name: model for model in placement.models}
         if self._timeline_dir:
             self._timeline_dir.mkdir(parents=True, exist_ok=True)
@@ -117,7 +123,7 @@ class HostedSystem:
         except BaseException:
             self.stop()
             raise
-        self._started_ns = time.monotonic_ns()
+        self._started_ns = self._clock.now_ns()
 
     def submit(self, request: Request) -> None:
         """Take a request. A request that can never be served gets its REJECTED event at the next poll."""
@@ -127,10 +133,14 @@ class HostedSystem:
         if not problem:
             pool = self._pool_of_model[request.model]
             problem = pool.queue.offer(
-                request.request_id, request.model, len(request.prompt), request.max_new_tokens, time.monotonic()
+                request.request_id,
+                request.model,
+                len(request.prompt),
+                request.max_new_tokens,
+                self._clock.now_ns() / 1e9,
             )
         if problem:
-            self._emit(request.request_id, EventKind.REJECTED, time.monotonic_ns(), reason=problem)
+            self._emit(request.request_id, EventKind.REJECTED, self._clock.now_ns(), reason=problem)
             return
         self._live[request.request_id] = _Live(request, pool)
         self._admit(pool)
@@ -145,10 +155,10 @@ class HostedSystem:
                 else:
                     self._take_sample(device, message)
         for pool in self._pools:
-            for request_id in pool.queue.expire(time.monotonic()):
+            for request_id in pool.queue.expire(self._clock.now_ns() / 1e9):
                 del self._live[request_id]
                 reason = f"waited longer than {pool.queue.limits.deadline_s} s for KV"
-                self._emit(request_id, EventKind.REJECTED, time.monotonic_ns(), reason=reason)
+                self._emit(request_id, EventKind.REJECTED, self._clock.now_ns(), reason=reason)
             if ended:
                 self._admit(pool)
         events, self._events = self._events, []
@@ -162,10 +172,10 @@ class HostedSystem:
         return samples
 
     def stats(self) -> list[DeviceStats]:
-        elapsed_ns = time.monotonic_ns() - self._started_ns
+        elapsed_ns = self._clock.now_ns() - self._started_ns
         stats = []
         for worker, device in self._workers:
-            counted = worker.counters.read()
+            counted = worker.read_counters()
             stats.append(
                 DeviceStats(device.name, counted["busy_ns"], elapsed_ns, counted["bytes_crossed"], counted["steps"])
             )
@@ -201,7 +211,7 @@ class HostedSystem:
         for request_id in pool.queue.admit():
             live = self._live[request_id]
             live.admitted = True
-            self._emit(request_id, EventKind.ADMITTED, time.monotonic_ns())
+            self._emit(request_id, EventKind.ADMITTED, self._clock.now_ns())
             request = live.request
             stop_ids = () if request.ignore_eos else self._models[request.model].spec.eos_token_ids
             index = self._index_of_model[request.model]

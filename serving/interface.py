@@ -1,7 +1,7 @@
 """The one interface: a system is planned, started, fed and polled, and the runner does not know which one it drives.
 
     placement = system.plan(cluster, models, demand)     pure; raises CapacityError if it cannot fit
-    system.start(placement)                              loads weights, warms up
+    system.start(placement, backend)                     loads weights, warms up
     system.submit(request); system.poll() -> events      open loop; every request ends exactly once
     system.stop()                                        releases everything
 
@@ -14,9 +14,12 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from serving.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from serving.backend import Backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ class System(Protocol):
 
     def plan(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Placement: ...
 
-    def start(self, placement: Placement) -> None: ...
+    def start(self, placement: Placement, backend: Backend | None = None) -> None: ...
 
     def submit(self, request: Request) -> None: ...
 

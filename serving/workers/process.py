@@ -132,6 +132,10 @@ class WorkerProcess:
             messages.append(decode(data))
         return messages
 
+    def read_counters(self) -> dict[str, int]:
+        """The worker's counters as they are now."""
+        return self.counters.read()
+
     # -- the end -------------------------------------------------------------------------------------------------------
     def stop(self) -> None:
         """Ask, wait, then kill; afterwards no process and no shared memory is left. Safe to call twice."""

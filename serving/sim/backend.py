@@ -1,0 +1,60 @@
+"""The simulated backend: costs of a card or of a calibrated machine, on a virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from serving.cost.calibrated import CalibratedStages, read_calibration
+from serving.cost.hardware import load_hardware
+from serving.cost.operators import CostModel
+from serving.cost.stages import ModelStages, StageCosts
+from serving.interface import ServedModel
+from serving.sim.clock import VirtualClock
+from serving.sim.workers import SimulatedFFNWorker, SimulatedWorker, simulated_worker
+from serving.workers.config import ModelWorkerConfig, RelayConfig, Role
+
+
+class SimulatedBackend:
+    """Simulated workers whose stages cost what `stages_of(model)` says; `hardware` names what is simulated."""
+
+    name = "sim"
+
+    def __init__(self, hardware: str, stages_of: Callable[[ServedModel], ModelStages]) -> None:
+        self.hardware = hardware
+        self.clock = VirtualClock()
+        self._stages_of = stages_of
+        self._stages: dict[str, ModelStages] = {}
+        self._ffn_workers: dict[int, SimulatedFFNWorker] = {}  # by the mailbox both ends share
+
+    def start_worker(
+        self, name: str, core: int | None, role: Role, inherited_fds: Sequence[int], timeline: Path | None
+    ) -> SimulatedWorker:
+        if isinstance(role, RelayConfig):
+            return simulated_worker(name, self.clock, role, [], [])
+        stages = [self._stages_for(model) for model in role.models]
+        behind = []
+        if isinstance(role, ModelWorkerConfig):
+            behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
+        worker = simulated_worker(name, self.clock, role, stages, behind)
+        if isinstance(worker, SimulatedFFNWorker):
+            for mailbox in role.mailboxes:
+                self._ffn_workers[mailbox.region.fd] = worker
+        return worker
+
+    def _stages_for(self, model: ServedModel) -> ModelStages:
+        if model.name not in self._stages:
+            self._stages[model.name] = self._stages_of(model)
+        return self._stages[model.name]
+
+
+def simulate_card(card: str) -> SimulatedBackend:
+    """A backend with the fitted costs of `card` (conf/hardware). Raises UserError for an unknown one, listing the known."""
+    hardware = load_hardware(card)
+    return SimulatedBackend(card, lambda model: StageCosts(model.spec, CostModel(hardware)))
+
+
+def simulate_calibrated(path: str | Path) -> SimulatedBackend:
+    """A backend with the costs measured on this machine by `python -m serving.cost calibrate`, kept in `path`."""
+    found = read_calibration(path)
+    return SimulatedBackend(f"calibrated {Path(path).stem}", lambda model: CalibratedStages(model.spec, found))
