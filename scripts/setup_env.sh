@@ -51,8 +51,9 @@ _cp_install() {
     local own=() missing free_kib
     [ -e "$_cp_prefix/.crosspool-own" ] && own=(--own)
     free_kib=$(df -Pk "$_cp_prefix" | awk 'NR==2 {print $4}')
-    if [ "${free_kib:-0}" -lt 4000000 ]; then
-        _cp_fail "$_cp_prefix has $((free_kib / 1000)) MB free and the packages need 4000 MB; free some, or name another place in CROSSPOOL_VENV"
+    if [ "${free_kib:-0}" -lt 3000000 ]; then
+        _cp_fail "$_cp_prefix has $((free_kib / 1000)) MB free and the packages need 3000 MB (6000 MB where torch brings" \
+            "CUDA libraries); free some, or name another place in CROSSPOOL_VENV"
         return 1
     fi
     if ! python -m pip --version >/dev/null 2>&1 && ! python -m ensurepip >>"$_cp_log" 2>&1; then
