@@ -1,0 +1,121 @@
+"""`python -m workloads`: describe a workload or a trace file, generate a trace file, bench the package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from workloads.errors import WorkloadError
+
+_EPILOG = """examples:
+  python -m workloads describe skew0.9 workload.duration_s=600
+  python -m workloads describe cold --models 64 --plot cold.png
+  python -m workloads generate skew0.9 --out skew0.9.jsonl workload.seeds.schedule=1
+  python -m workloads describe skew0.9.jsonl
+  python -m workloads describe azure_llm_2023_conv.csv --format azure
+  python -m workloads bench"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except WorkloadError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m workloads", description=__doc__, epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(required=True)
+    describe = commands.add_parser("describe", help="print and draw what a workload or a trace file holds")
+    describe.add_argument("what", help="a preset, a YAML file, a trace file, or a real trace with --format")
+    describe.add_argument("--format", help="read WHAT as a real trace: azure, mooncake, burstgpt, lengths")
+    describe.add_argument(
+        "--window-s", type=float, help="for rates and active models over time; a twentieth by default"
+    )
+    describe.add_argument("--plot", type=Path, help="the figure; default results/local/workloads/WHAT.png")
+    describe.set_defaults(run=_describe)
+    generate = commands.add_parser("generate", help="write a trace file")
+    generate.add_argument("what", help="a preset or a YAML file")
+    generate.add_argument("--out", type=Path, required=True, help="a .jsonl or .parquet file")
+    generate.set_defaults(run=_generate)
+    for command in (describe, generate):
+        command.add_argument("overrides", nargs="*", help="key=value, as for bench.py")
+        command.add_argument("--models", type=int, help="so many made-up models instead of the preset's")
+    bench = commands.add_parser("bench", help="time and memory: generate, stream, write, read")
+    bench.add_argument("--models", type=int, default=1000)
+    bench.add_argument("--requests", type=int, default=1_000_000)
+    bench.add_argument("--out", type=Path, help="write the figures as JSON")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _describe(options: argparse.Namespace) -> None:
+    from workloads.report import source_report, trace_report
+
+    path = Path(options.what)
+    if options.format:
+        from workloads.config import Source, workload_from_dict
+        from workloads.known import known_by_checksum
+        from workloads.sources import load_source
+
+        source = workload_from_dict({"source": {"format": options.format, "path": options.what}}).source
+        rows = load_source(Source(source.format, source.path))
+        print(source_report(rows, known_by_checksum(rows.identity.get("sha256", ""))))
+        return
+    if path.suffix in (".jsonl", ".parquet"):
+        from workloads.files import read_trace
+
+        trace = read_trace(path)
+    else:
+        trace = _built(options)
+    window_s = options.window_s if options.window_s is not None else trace.duration_s / 20
+    if not 0 < window_s <= trace.duration_s:
+        raise WorkloadError(
+            f"--window-s is {window_s:g}; it must lie between 0 and the duration, {trace.duration_s:g} s"
+        )
+    print(trace_report(trace, window_s))
+    from workloads.draw import draw
+
+    figure = options.plot or Path("results/local/workloads") / f"{path.name.removesuffix('.yaml')}.png"
+    draw(trace, window_s, figure)
+    print(f"figure: {figure}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from workloads.files import write_trace
+
+    trace = _built(options)
+    digest = write_trace(trace, options.out)
+    print(json.dumps({"file": str(options.out), "requests": len(trace), "digest": digest}))
+
+
+def _built(options: argparse.Namespace):
+    from workloads.compose import compose
+    from workloads.generate import build_trace
+
+    if options.models is not None and options.models < 1:
+        raise WorkloadError(f"--models is {options.models}; it must be 1 or more")
+    return build_trace(*compose(options.what, options.overrides, options.models))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from workloads.bench import bench
+
+    found = bench(options.models, options.requests)
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
