@@ -12,7 +12,9 @@ from kernels.paged_kv import PagedKV
 pytestmark = pytest.mark.cpu
 
 RAGGED = {"one_token": (1,), "page_edges": (64, 63, 65), "ragged": (3, 400, 1)}
-SHAPES = [(4, 2, 16), (6, 2, 24)]
+# heads, KV heads, dim, tokens of a block: a block of 48 is no multiple of a tile, so every token is looked up
+SHAPES = [(4, 2, 16, 64), (6, 2, 24, 48)]
+MLA_SHAPES = [(4, 32, 8, 64), (20, 24, 4, 48)]  # heads, rank, rope dim, tokens of a block
 GLM_HEADS = 20  # query heads of GLM-4.7-Flash: no power of two
 
 
@@ -32,9 +34,8 @@ def paged(lengths, entry: tuple[int, ...], block_tokens: int, dtype, device) -> 
     return PagedKV(cache.to(device, dtype), block_tokens, table.to(device), lens)
 
 
-@pytest.mark.parametrize("block_tokens", [64, 48], ids=["page64", "page48"])
 @pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_tokens"), SHAPES)
 def test_decode_gqa(heads, kv_heads, dim, lengths, block_tokens, dtype, device, check):
     from kernels.attention import triton as form
 
@@ -52,13 +53,12 @@ def test_decode_mha_of_20_heads(lengths, device, check):
     check("out", form.decode_gqa(q, kv, 0.3), gqa_reference.decode_gqa(q, kv, 0.3))
 
 
-@pytest.mark.parametrize("block_tokens", [64, 48], ids=["page64", "page48"])
 @pytest.mark.parametrize(
     ("lengths", "rows"),
     [((1,), (1,)), ((70, 64, 9), (70, 3, 1)), ((130, 20), (40, 1))],
     ids=["one_token", "whole_and_chunks", "second_chunk"],
 )
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_tokens"), SHAPES)
 def test_prefill_gqa(heads, kv_heads, dim, lengths, rows, block_tokens, dtype, device, check):
     from kernels.attention import triton as form
 
@@ -76,9 +76,8 @@ def test_a_row_without_tokens_gives_zeros(device):
     assert not form.decode_gqa(torch.randn(2, 2, 16, device=device), kv, 0.25)[1].any()
 
 
-@pytest.mark.parametrize("block_tokens", [64, 48], ids=["page64", "page48"])
 @pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
-@pytest.mark.parametrize(("heads", "rank", "rope_dim"), [(4, 32, 8), (GLM_HEADS, 24, 4)])
+@pytest.mark.parametrize(("heads", "rank", "rope_dim", "block_tokens"), MLA_SHAPES)
 def test_decode_mla(heads, rank, rope_dim, lengths, block_tokens, dtype, device, check):
     from kernels.mla import triton as form
 
@@ -89,11 +88,10 @@ def test_decode_mla(heads, rank, rope_dim, lengths, block_tokens, dtype, device,
     check("o_latent", form.decode_mla(q_latent, q_rope, kv, 0.2), expected)
 
 
-@pytest.mark.parametrize("block_tokens", [64, 48], ids=["page64", "page48"])
 @pytest.mark.parametrize(
     ("lengths", "rows"), [((1,), (1,)), ((70, 64, 9), (11, 3, 1)), ((34,), (34,))], ids=["one", "chunks", "whole"]
 )
-@pytest.mark.parametrize(("heads", "rank", "rope_dim"), [(4, 32, 8), (GLM_HEADS, 24, 4)])
+@pytest.mark.parametrize(("heads", "rank", "rope_dim", "block_tokens"), MLA_SHAPES)
 def test_prefill_mla(heads, rank, rope_dim, lengths, rows, block_tokens, dtype, device, check):
     from kernels.mla import triton as form
 
