@@ -65,6 +65,7 @@ def panel_axes(figure: Figure, labels: Sequence[str]) -> list[Axes]:
     for axis, label in zip(axes, labels, strict=False):
         if len(labels) > 1:
             axis.set_title(label)
+        axis.tick_params(labelbottom=True)
     return axes[: len(labels)]
 
 

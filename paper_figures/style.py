@@ -67,10 +67,11 @@ def order(systems) -> list[str]:
 
 
 def plain_log_ticks(axis: Axis) -> None:
-    """Label a logarithmic axis at 1, 2 and 5 of each decade with plain numbers; powers of ten say little to a reader."""
+    """Label a logarithmic axis with plain numbers, and at more than powers of ten where it spans few of them."""
     low, high = axis.get_view_interval()
-    within_a_decade = low > 0 and high / low < 100
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if within_a_decade else (1,), numticks=12))
+    ratio = high / low if low > 0 else float("inf")
+    steps = (1, 1.5, 2, 3, 4, 5, 7) if ratio < 6 else (1, 2, 5) if ratio < 100 else (1,)
+    axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
