@@ -19,22 +19,22 @@ PAGE_BYTES = 4096
 
 def mha_spec(name="gqa", layers=3, kv_heads=2, head_dim=10, context=200):
     return spec_from_config(
-        dict(
-            model_type="mixtral", num_hidden_layers=layers, hidden_size=40, vocab_size=64, num_attention_heads=4,
-            num_key_value_heads=kv_heads, head_dim=head_dim, num_local_experts=4, num_experts_per_tok=2,
-            intermediate_size=32, max_position_embeddings=context,
-        ),
+        {
+            "model_type": "mixtral", "num_hidden_layers": layers, "hidden_size": 40, "vocab_size": 64, "num_attention_heads": 4,
+            "num_key_value_heads": kv_heads, "head_dim": head_dim, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "intermediate_size": 32, "max_position_embeddings": context,
+        },
         name,
     )  # fmt: skip
 
 
 def mla_spec(name="mla", context=333):
     return spec_from_config(
-        dict(
-            model_type="deepseek_v2", num_hidden_layers=2, hidden_size=40, vocab_size=64, num_attention_heads=4,
-            kv_lora_rank=28, qk_rope_head_dim=6, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4,
-            num_experts_per_tok=2, moe_intermediate_size=16, intermediate_size=32, max_position_embeddings=context,
-        ),
+        {
+            "model_type": "deepseek_v2", "num_hidden_layers": 2, "hidden_size": 40, "vocab_size": 64, "num_attention_heads": 4,
+            "kv_lora_rank": 28, "qk_rope_head_dim": 6, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 32, "max_position_embeddings": context,
+        },
         name,
     )  # fmt: skip
 

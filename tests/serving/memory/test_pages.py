@@ -1,5 +1,7 @@
 """The page lender: no interleaving of lending and returning loses a page or lends one twice."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,4 +51,4 @@ def test_lends_lowest_pages_first_so_that_runs_are_contiguous():
 def test_contiguous_runs_cover_exactly_the_pages(pages):
     runs = contiguous_runs(pages)
     assert [first + i for first, count in runs for i in range(count)] == pages
-    assert all(a[0] + a[1] < b[0] for a, b in zip(runs, runs[1:], strict=False))
+    assert all(a[0] + a[1] < b[0] for a, b in itertools.pairwise(runs))
