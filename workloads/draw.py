@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from workloads.columnar import Trace
 from workloads.errors import WorkloadError
@@ -18,7 +19,6 @@ from workloads.statistics import active_over_time, model_counts, rate_over_time
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#7F7F7F"  # told apart with colour-vision deficiencies (Okabe and Ito)
 _BARS = 24  # up to so many models have a bar each
-_LENGTH_BINS = 48
 
 
 def draw(trace: Trace, window_s: float, path: Path) -> None:
@@ -56,6 +56,7 @@ def _popularity(axes: Axes, trace: Trace) -> None:
     wanted = np.array([promised.get(trace.models[index].name, np.nan) for index in order])
     if len(counts) <= _BARS:
         axes.bar(ranks, shares, color=_BLUE, label="measured")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
         axes.plot(ranks, np.where(shares > 0, shares, np.nan), ".", color=_BLUE, markersize=3, label="measured")
         axes.set(xscale="log", yscale="log")
@@ -66,15 +67,17 @@ def _popularity(axes: Axes, trace: Trace) -> None:
 
 
 def _lengths(axes: Axes, trace: Trace) -> None:
-    longest = max(int(trace.prompt_tokens.max(initial=1)), int(trace.output_tokens.max(initial=1)))
-    bins = np.unique(np.geomspace(1, longest + 1, _LENGTH_BINS).astype(int))
     for tokens, color, name, line in (
         (trace.prompt_tokens, _BLUE, "prompt", "-"),
         (trace.output_tokens, _ORANGE, "output", "--"),
     ):
-        counts, edges = np.histogram(tokens, bins=np.append(bins, longest + 2))
-        axes.stairs(counts / max(len(trace), 1), edges, color=color, linestyle=line, label=name)
-    axes.set(xscale="log", xlabel="tokens", ylabel="share of requests", title="Lengths", ylim=(0, None))
+        values, counts = np.unique(tokens, return_counts=True)
+        if len(values):
+            at_most = np.append(0, counts.cumsum() / counts.sum())
+            axes.step(np.append(values[0], values), at_most, where="post", color=color, linestyle=line, label=name)
+    axes.set(
+        xscale="log", xlabel="tokens", ylabel="share of requests with so many at most", title="Lengths", ylim=(0, 1)
+    )
     axes.legend(frameon=False)
 
 

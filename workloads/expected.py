@@ -23,8 +23,14 @@ def expected(config: WorkloadConfig, rate_rps: float, shares: np.ndarray, source
     """Plain numbers for a record; None where only the file knows."""
     one_process = config.arrivals.process_of == "total" or len(shares) == 1
     laws = length_laws(config.lengths, source)
+    replayed = config.arrivals.kind == "replay"
+    rates = rate_rps * (shares if config.arrivals.process_of == "model" else np.ones(1))
+    variance = (
+        0.0 if replayed else sum(rate * count_dispersion(config.arrivals, rate) for rate in rates.tolist() if rate)
+    )
     return {
-        "rate_rps": None if config.arrivals.kind == "replay" else rate_rps,
+        "rate_rps": None if replayed else rate_rps,
+        "rate_std_rps": None if replayed else float(np.sqrt(variance / config.duration_s)),
         "gap_cv": gap_cv(config.arrivals, rate_rps) if one_process or config.arrivals.kind == "poisson" else None,
         "prompt_tokens": law_statistics(laws["prompt"]) if laws else None,
         "output_tokens": law_statistics(laws["output"]) if laws else None,
@@ -43,6 +49,17 @@ def gap_cv(arrivals: Arrivals, rate_rps: float) -> float | None:
     if arrivals.kind == "bursts":
         return _burst_gap_cv(arrivals, rate_rps)
     return {"poisson": 1.0, "constant": 0.0}[arrivals.kind]
+
+
+def count_dispersion(arrivals: Arrivals, rate_rps: float) -> float:
+    """Variance over mean of the number of arrivals in a long time: CV^2 for independent gaps; on/off bursts add that of
+    the time spent in bursts (Fischer and Meier-Hellstern, 1993)."""
+    if arrivals.kind == "bursts":
+        within, between = burst_rates(arrivals, rate_rps)
+        leave_on, leave_off = 1 / arrivals.on_s, 1 / arrivals.off_s
+        mixing = leave_on * leave_off / ((leave_on + leave_off) ** 2 * (within * leave_off + between * leave_on))
+        return 1 + 2 * (within - between) ** 2 * mixing
+    return gap_cv(arrivals, rate_rps) ** 2
 
 
 def active_models(rate_rps: float, shares: np.ndarray, window_s: float) -> float:

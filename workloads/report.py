@@ -28,18 +28,18 @@ def trace_report(trace: Trace, window_s: float) -> str:
         title,
         *([made["assignment"]] if "assignment" in made else []),
         "",
-        _row("", "expected", "measured", "difference"),
-        _compared("rate, req/s", promised.get("rate_rps"), found["rate_rps"]),
+        _row("", "expected", "measured", "difference", "std errors"),
+        _compared("rate, req/s", promised.get("rate_rps"), found["rate_rps"], promised.get("rate_std_rps")),
         _compared("CV of gaps", promised.get("gap_cv"), found["gap_cv"]),
         _compared("CV of gaps, top model", None, found["model_gap_cv"]),
     ]
     for part in ("prompt_tokens", "output_tokens"):
         law = promised.get(part) or {}
         for key in ("mean", "p50", "p90", "p95", "p99"):
-            lines.append(_compared(f"{part.replace('_', ' ')} {key}", law.get(key), found[part][key]))
-    if trace.prompts.kind != "none" or len(trace):
-        lines.append(_compared("context tokens, largest", None, found["context_tokens"]["max"]))
+            error = law["std"] / max(len(trace), 1) ** 0.5 if law and key == "mean" else None
+            lines.append(_compared(f"{part.replace('_', ' ')} {key}", law.get(key), found[part][key], error))
     lines += [
+        _compared("context tokens, largest", None, found["context_tokens"]["max"]),
         _compared("correlation of lengths", None, found["correlation"]),
         _compared(f"models active in {window_s:g} s", found["active_if_poisson"], found["active_models"]["mean"]),
         _compared("tokens to coldest 90 % of models", None, found["cold_token_share"]),
@@ -80,19 +80,23 @@ def source_statistics(rows: SourceRows) -> dict[str, float]:
 def _shares(trace: Trace, measured: np.ndarray) -> list[str]:
     promised = trace.made.get("expected_shares") or {}
     order = np.argsort(-measured, kind="stable")[:_MODELS_SHOWN]
-    lines = [_row("share of requests, most asked first", "expected", "measured", "difference")]
+    lines = [_row("share of requests, most asked first", "expected", "measured", "difference", "std errors")]
     for index in order:
         name = trace.models[index].name
-        lines.append(_compared(name, promised.get(name), float(measured[index])))
+        share = promised.get(name)
+        error = None if share is None else (share * (1 - share) / max(len(trace), 1)) ** 0.5
+        lines.append(_compared(name, share, float(measured[index]), error))
     rest = len(trace.models) - len(order)
     return lines + ([f"... and {rest} more"] if rest else [])
 
 
-def _compared(name: str, promised: float | None, found: float) -> str:
-    difference = ""
-    if promised is not None and not math.isnan(found) and promised != 0:
-        difference = f"{found / promised - 1:+.1%}"
-    return _row(name, "-" if promised is None else _text(promised), _text(found), difference)
+def _compared(name: str, promised: float | None, found: float, error: float | None = None) -> str:
+    """A line; `error` is the standard error of what is found, were it drawn from what was promised."""
+    cells = ["-" if promised is None else _text(promised), _text(found)]
+    if promised is not None and not math.isnan(found):
+        cells.append(f"{found / promised - 1:+.1%}" if promised else "")
+        cells.append(f"{(found - promised) / error:+.1f}" if error else "")
+    return _row(name, *cells)
 
 
 def _row(name: str, *cells: str) -> str:
