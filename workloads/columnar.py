@@ -41,6 +41,7 @@ class Trace:
     prompts: PromptPlan
     hashes: Ragged | None = None  # prefix block hashes of each request, where the source has them
     prompt_ids: Ragged | None = None  # token ids of each request, where prompts are text
+    prompt_keys: np.ndarray | None = None  # int64, what each prompt is drawn by; None: its number
     made: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -49,7 +50,9 @@ class Trace:
     def __iter__(self) -> Iterator[TraceRequest]:
         names = [limits.name for limits in self.models]
         vocabularies = [limits.vocab_size for limits in self.models]
-        prompts = make_prompts(self.prompts, vocabularies, self.model, self.prompt_tokens, self.hashes, self.prompt_ids)
+        prompts = make_prompts(
+            self.prompts, vocabularies, self.model, self.prompt_tokens, self.hashes, self.prompt_ids, self.prompt_keys
+        )
         for index, prompt in enumerate(prompts):
             yield TraceRequest(
                 index,
@@ -70,6 +73,8 @@ class Trace:
         for ragged in (self.hashes, self.prompt_ids):
             if ragged is not None:
                 state.update(ragged.offsets.tobytes() + ragged.values.tobytes())
+        if self.prompt_keys is not None:
+            state.update(np.ascontiguousarray(self.prompt_keys, dtype="<i8").tobytes())
         # where a tokenizer lies on one machine is no part of the trace: the ids it gave are
         models = [(limits.name, limits.vocab_size, limits.max_context_tokens) for limits in self.models]
         state.update(json.dumps([self.duration_s, asdict(self.prompts), models]).encode())

@@ -31,6 +31,7 @@ def expected(config: WorkloadConfig, rate_rps: float, shares: np.ndarray, source
     return {
         "rate_rps": None if replayed else rate_rps,
         "rate_std_rps": None if replayed else float(np.sqrt(variance / config.duration_s)),
+        "independent_choices": config.arrivals.process_of == "total" or config.arrivals.kind == "poisson",
         "gap_cv": gap_cv(config.arrivals, rate_rps) if one_process or config.arrivals.kind == "poisson" else None,
         "prompt_tokens": law_statistics(laws["prompt"]) if laws else None,
         "output_tokens": law_statistics(laws["output"]) if laws else None,

@@ -40,6 +40,7 @@ def write_trace(trace: Trace, path: Path) -> str:
         "models": [asdict(limits) for limits in trace.models],
         "prompts": asdict(trace.prompts),
         "ragged": [column for column, attribute in _RAGGED.items() if getattr(trace, attribute) is not None],
+        "keyed": trace.prompt_keys is not None,
         "made": dict(trace.made),
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -65,6 +66,7 @@ def read_trace(path: Path) -> Trace:
     else:
         header = _jsonl_header(path)
         fields = _FIELDS | dict.fromkeys(header["ragged"], TOKEN_LISTS)
+        fields |= {"prompt_key": TOKENS} if header["keyed"] else {}
         table, skip = (read_jsonl(path, fields, skip_lines=1) if header["requests"] else None), 1
     trace = _trace(path, header, table, skip)
     if trace.digest != header["digest"]:
@@ -120,7 +122,7 @@ def _write_jsonl(trace: Trace, header: dict[str, Any], path: Path) -> None:
 def _extras(trace: Trace, start: int, stop: int) -> Iterator[str]:
     """What stands at the end of each line: the lists of a request, where the trace has them."""
     for index in range(start, stop):
-        parts = ""
+        parts = "" if trace.prompt_keys is None else f',"prompt_key":{trace.prompt_keys[index]}'
         for column, attribute in _RAGGED.items():
             ragged: Ragged | None = getattr(trace, attribute)
             if ragged is not None:
@@ -138,6 +140,8 @@ def _write_parquet(trace: Trace, header: dict[str, Any], path: Path) -> None:
         "prompt_tokens": trace.prompt_tokens,
         "output_tokens": trace.output_tokens,
     }
+    if trace.prompt_keys is not None:
+        columns["prompt_key"] = trace.prompt_keys
     for column, attribute in _RAGGED.items():
         ragged: Ragged | None = getattr(trace, attribute)
         if ragged is not None:
@@ -170,7 +174,7 @@ def _jsonl_header(path: Path) -> dict[str, Any]:
 
 
 def _checked_header(path: Path, header: Any) -> dict[str, Any]:
-    wanted = ("version", "digest", "requests", "duration_s", "models", "prompts", "ragged", "made")
+    wanted = ("version", "digest", "requests", "duration_s", "models", "prompts", "ragged", "keyed", "made")
     missing = [key for key in wanted if not isinstance(header, dict) or key not in header]
     if missing:
         raise WorkloadError(f"{path}:1: the trace header has no {', '.join(missing)}")
@@ -196,9 +200,10 @@ def _trace(path: Path, header: dict[str, Any], table: pa.Table | None, skip: int
         raise WorkloadError(f"{at(int(backwards[0]) + 1)}: requests must be in order of arrival")
     lengths = [numpy_column(table, name).astype(np.int32) for name in ("prompt_tokens", "output_tokens")]
     ragged = {_RAGGED[name]: _ragged(table, name) for name in header["ragged"]}
+    keys = numpy_column(table, "prompt_key").astype(np.int64) if header["keyed"] else None
     return Trace(
         models, header["duration_s"], arrival_s, model, *lengths, PromptPlan(**header["prompts"]), **ragged,
-        made=header["made"],
+        prompt_keys=keys, made=header["made"],
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ from workloads.expected import expected
 from workloads.files import trace_for
 from workloads.lengths import Drawn, draw_lengths, resample, scaled
 from workloads.popularity import assign, model_shares, total_rate
-from workloads.prompts import PromptPlan, Ragged
+from workloads.prompts import INJECTED_KEYS, PromptPlan, Ragged
+from workloads.seeds import INJECTED, LENGTHS, MODEL, SCHEDULE, SHARES, stream
 from workloads.sources import SourceRows, load_source
 
 __all__ = ["ModelLimits", "Trace", "build_trace"]
-
-_MODEL, _LENGTHS, _SHARES, _INJECTED = 1, 2, 3, 4  # streams of a seed
 
 
 def build_trace(config: WorkloadConfig, models: Sequence[ModelLimits]) -> Trace:
@@ -33,10 +33,12 @@ def build_trace(config: WorkloadConfig, models: Sequence[ModelLimits]) -> Trace:
         return trace_for(Path(config.trace_file), models)
     names = [limits.name for limits in models]
     source = load_source(config.source) if _reads_source(config) else None
-    shares = model_shares(config.popularity, names, np.random.default_rng((_SHARES, config.seeds.model)))
-    per_model = config.arrivals.rate_of == "model"
+    shares = model_shares(config.popularity, names, stream(config.seeds.model, SHARES))
+    # what `power_law_top` fixes is one model's rate already
+    per_model = config.arrivals.rate_of == "model" and config.popularity.kind != "power_law_top"
     rate_rps = total_rate(config.popularity, config.arrivals.rate_rps * (len(models) if per_model else 1), shares)
     arrival_s, model = _schedule(config, rate_rps, shares, source)
+    duration_s = _duration(config, source)
     drawn = _lengths(config, len(arrival_s), source, models, model)
     made: dict[str, Any] = {
         "assignment": _assignment(config, source),
@@ -46,7 +48,7 @@ def build_trace(config: WorkloadConfig, models: Sequence[ModelLimits]) -> Trace:
         "injected": config.injection.requests,
         "source": source.identity if source else None,
     }
-    arrival_s, model, drawn = _inject(config, arrival_s, model, drawn, shares, names)
+    arrival_s, model, drawn, keys = _inject(config, arrival_s, model, drawn, shares, names)
     context = np.array([limits.max_context_tokens for limits in models])[model]
     prompt, output = _clipped(drawn.prompt, drawn.output, context)
     made["clipped"] = int(((prompt < drawn.prompt) | (output < drawn.output)).sum())
@@ -59,7 +61,7 @@ def build_trace(config: WorkloadConfig, models: Sequence[ModelLimits]) -> Trace:
         parts = {key: getattr(prompts, key) for key in ("prefix_tokens", "prefix_share", "prefix_groups")}
         plan = dataclasses.replace(plan, **parts)
     hashes, ids = _carried(config, source, drawn.rows, models, model, prompt)
-    return Trace(tuple(models), config.duration_s, arrival_s, model, prompt, output, plan, hashes, ids, made)
+    return Trace(tuple(models), duration_s, arrival_s, model, prompt, output, plan, hashes, ids, keys, made)
 
 
 def _check_models(models: Sequence[ModelLimits]) -> None:
@@ -89,9 +91,7 @@ def _schedule(
     arrivals, seeds = config.arrivals, config.seeds
     if arrivals.process_of == "model":
         times = [
-            arrival_times(
-                arrivals, rate_rps * share, config.duration_s, np.random.default_rng((number, seeds.schedule))
-            )
+            arrival_times(arrivals, rate_rps * share, config.duration_s, stream(seeds.schedule, SCHEDULE, 1 + number))
             if share > 0
             else np.empty(0)
             for number, share in enumerate(shares)
@@ -103,8 +103,17 @@ def _schedule(
     if arrivals.kind == "replay":
         arrival_s = replay_times(source.arrival_s, arrivals.rate_scale, config.duration_s)
     else:
-        arrival_s = arrival_times(arrivals, rate_rps, config.duration_s, np.random.default_rng(seeds.schedule))
-    return arrival_s, assign(shares, len(arrival_s), np.random.default_rng((_MODEL, seeds.model)))
+        arrival_s = arrival_times(arrivals, rate_rps, config.duration_s, stream(seeds.schedule, SCHEDULE))
+    return arrival_s, assign(shares, len(arrival_s), stream(seeds.model, MODEL))
+
+
+def _duration(config: WorkloadConfig, source: SourceRows | None) -> float:
+    """A replayed trace ends with its file: the time after that offers nothing, and would lower every rate."""
+    if config.arrivals.kind != "replay":
+        return config.duration_s
+    end_s = float(source.arrival_s[-1] - source.arrival_s[0]) / config.arrivals.rate_scale
+    end_s = max(end_s, config.injection.at_s + config.injection.over_s if config.injection.requests else 0.0)
+    return min(config.duration_s, math.nextafter(end_s, math.inf))
 
 
 def _lengths(
@@ -115,7 +124,7 @@ def _lengths(
     model: np.ndarray,
 ) -> Drawn:
     lengths = config.lengths
-    rng = np.random.default_rng((_LENGTHS, config.seeds.lengths))
+    rng = stream(config.seeds.lengths, LENGTHS)
     if lengths.kind == "replay":
         rows = np.arange(count)
         prompt, output = source.prompt_tokens[rows], source.output_tokens[rows]
@@ -134,27 +143,29 @@ def _inject(
     drawn: Drawn,
     shares: np.ndarray,
     names: Sequence[str],
-) -> tuple[np.ndarray, np.ndarray, Drawn]:
-    """The trace with the burst of long requests merged in; the requests around it stay what they were."""
+) -> tuple[np.ndarray, np.ndarray, Drawn, np.ndarray | None]:
+    """The trace with the burst of long requests merged in; the requests around it stay what they were, their prompts too:
+    the last part is what each prompt is drawn by, None where that is its number."""
     burst: Injection = config.injection
     if not burst.requests:
-        return arrival_s, model, drawn
+        return arrival_s, model, drawn, None
     if config.prompts.kind in ("text", "blocks"):
         raise WorkloadError(f"workload.injection has no prompts of kind {config.prompts.kind!r}: use random or prefix")
     if burst.model and burst.model not in names:
         raise WorkloadError(f"workload.injection.model: unknown model {burst.model!r}; known: {', '.join(names)}")
-    rng = np.random.default_rng((_INJECTED, config.seeds.schedule))
+    rng = stream(config.seeds.schedule, INJECTED)
     times = burst.at_s + burst.over_s * np.sort(rng.random(burst.requests))
     if burst.model:
         asked = np.full(burst.requests, names.index(burst.model), dtype=np.int32)
     else:
-        asked = assign(shares, burst.requests, np.random.default_rng((_INJECTED, config.seeds.model)))
+        asked = assign(shares, burst.requests, stream(config.seeds.model, INJECTED))
     merged = np.concatenate((arrival_s, times))
     order = np.argsort(merged, kind="stable")
     prompt = np.concatenate((drawn.prompt, np.full(burst.requests, burst.prompt_tokens, dtype=np.int32)))
     output = np.concatenate((drawn.output, np.full(burst.requests, burst.output_tokens, dtype=np.int32)))
     lengths = Drawn(prompt[order], output[order], drawn.cut_share)
-    return merged[order], np.concatenate((model, asked))[order], lengths
+    keys = np.concatenate((np.arange(len(arrival_s)), INJECTED_KEYS + np.arange(burst.requests)))
+    return merged[order], np.concatenate((model, asked))[order], lengths, keys[order]
 
 
 def _clipped(prompt: np.ndarray, output: np.ndarray, context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -27,8 +27,9 @@ def draw_lengths(lengths: Lengths, count: int, rng: np.random.Generator) -> Draw
     if lengths.kind == "fixed":
         prompt, output = np.full(count, lengths.prompt_max), np.full(count, lengths.output_max)
     elif lengths.kind == "uniform":
-        prompt = rng.integers(lengths.prompt_min, lengths.prompt_max, count, endpoint=True)
-        output = rng.integers(lengths.output_min, lengths.output_max, count, endpoint=True)
+        of_prompt, of_output = rng.spawn(2)  # streams apart: request i has its lengths whatever `count` is
+        prompt = of_prompt.integers(lengths.prompt_min, lengths.prompt_max, count, endpoint=True)
+        output = of_output.integers(lengths.output_min, lengths.output_max, count, endpoint=True)
     elif lengths.kind == "lognormal":
         return _lognormal(lengths, count, rng)
     else:
@@ -80,7 +81,7 @@ def _lognormal(lengths: Lengths, count: int, rng: np.random.Generator) -> Drawn:
     exactly the truncated law whatever the correlation, which is that of the underlying normals."""
     from scipy.special import ndtr, ndtri
 
-    normals = {"prompt": rng.standard_normal(count), "output": rng.standard_normal(count)}
+    normals = {part: own.standard_normal(count) for part, own in zip(("prompt", "output"), rng.spawn(2), strict=True)}
     tied = lengths.correlation * normals["prompt"]
     normals["output"] = tied + np.sqrt(1 - lengths.correlation**2) * normals["output"]
     parts, cut = {}, {}
@@ -101,7 +102,8 @@ def _lognormal(lengths: Lengths, count: int, rng: np.random.Generator) -> Drawn:
 
 def _bins(lengths: Lengths, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     edges = np.array([bin_tokens(name) for name in lengths.bins])
-    low, high = edges[rng.integers(0, len(edges), count)].T
-    context = rng.integers(low, high, endpoint=True)
-    output = rng.integers(lengths.output_min, lengths.output_max, count, endpoint=True)
+    of_bin, of_context, of_output = rng.spawn(3)
+    low, high = edges[of_bin.integers(0, len(edges), count)].T
+    context = of_context.integers(low, high, endpoint=True)
+    output = of_output.integers(lengths.output_min, lengths.output_max, count, endpoint=True)
     return context - output, output

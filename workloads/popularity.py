@@ -16,7 +16,7 @@ _BISECTIONS = 60
 def model_shares(popularity: Popularity, names: Sequence[str], rng: np.random.Generator) -> np.ndarray:
     """Shares [M] that sum to 1. `rng` is read by `dirichlet` only. Raises WorkloadError, for an unknown model too."""
     if popularity.kind == "dirichlet":
-        return _scaled(np.sort(rng.gamma(popularity.concentration, size=len(names)))[::-1])
+        return np.sort(rng.dirichlet(np.full(len(names), popularity.concentration)))[::-1]
     if popularity.kind == "shares":
         return _scaled(_measured(popularity.shares, names))
     if popularity.kind == "tail":

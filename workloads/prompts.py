@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+INJECTED_KEYS = 1 << 30  # prompts of injected requests are drawn by numbers from here on; no trace is as long
 BLOCK_TOKENS = 512  # of Mooncake's prefix hashes
 _CHUNK_TOKENS = 1 << 18
 _OWN, _PREFIX, _BLOCK, _CHOICE, _GROUP = range(1, 6)  # kinds of keys
@@ -47,6 +48,7 @@ def make_prompts(
     prompt_tokens: np.ndarray,
     hashes: Ragged | None = None,
     prompt_ids: Ragged | None = None,
+    prompt_keys: np.ndarray | None = None,
 ) -> Iterator[tuple[int, ...]]:
     """The prompt of each request in turn, `()` where there are lengths only. Made a chunk of requests at a time."""
     vocabulary = np.asarray(vocabularies, dtype=np.uint64)
@@ -62,7 +64,8 @@ def make_prompts(
         else:
             owner = np.repeat(requests, counts)
             position = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-            keys = _keys(plan, requests, counts, owner, position, hashes)
+            own = requests if prompt_keys is None else prompt_keys[start:stop]
+            keys = _keys(plan, own, counts, owner, position, hashes)
             ids = (_mix(keys + position.astype(np.uint64) * _GOLDEN) % vocabulary[model[owner]]).tolist()
         for first, end in zip((ends - counts).tolist(), ends.tolist(), strict=True):
             yield tuple(ids[first:end])

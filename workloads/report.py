@@ -79,12 +79,13 @@ def source_statistics(rows: SourceRows) -> dict[str, float]:
 
 def _shares(trace: Trace, measured: np.ndarray) -> list[str]:
     promised = trace.made.get("expected_shares") or {}
+    binomial = (trace.made.get("expected") or {}).get("independent_choices", False)
     order = np.argsort(-measured, kind="stable")[:_MODELS_SHOWN]
     lines = [_row("share of requests, most asked first", "expected", "measured", "difference", "std errors")]
     for index in order:
         name = trace.models[index].name
         share = promised.get(name)
-        error = None if share is None else (share * (1 - share) / max(len(trace), 1)) ** 0.5
+        error = (share * (1 - share) / max(len(trace), 1)) ** 0.5 if share is not None and binomial else None
         lines.append(_compared(name, share, float(measured[index]), error))
     rest = len(trace.models) - len(order)
     return lines + ([f"... and {rest} more"] if rest else [])
