@@ -98,6 +98,14 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         paper="Fig. 6",
     ),
     Experiment(
+        name="models",
+        question="What does one more model cost when memory and total rate stay as they are?",
+        base=("devices.0.memory_mib=12", "devices.1.memory_mib=12", "system.options.page_bytes=4096"),
+        sweeps={"full": {"conf": ("models-2", "models-4", "models-8"), _SEED: (0, 1, 2)}},
+        figures=("model_count", "outcomes", "summary"),
+        cell_s=45,
+    ),
+    Experiment(
         name="ablation",
         question="What do the pipeline and lowered control bring, alone and together, at saturation?",
         base=("conf=ablation",),
