@@ -33,3 +33,23 @@ def make() -> Callable[..., Trace]:
         return build_trace(workload_from_dict(content), limits)
 
     return built
+
+
+@pytest.fixture(scope="session")
+def text_models(tmp_path_factory) -> list[ModelLimits]:
+    """Two models whose tokenizers differ: one counts words, one counts letters."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    models = []
+    for name, by_letter in (("words", False), ("letters", True)):
+        tokens = "abcdefghij" if by_letter else ["ab", "cd", "ef", "gh", "ij"]
+        tokenizer = Tokenizer(WordLevel({"?": 0, **{token: index + 1 for index, token in enumerate(tokens)}}, "?"))
+        letters = [Split(Regex("."), "isolated")] if by_letter else []
+        tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), *letters])
+        directory = tmp_path_factory.mktemp(name)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(directory)
+        models.append(ModelLimits(name, 11, 4096, str(directory)))
+    return models
