@@ -7,6 +7,7 @@ status 2. Anything else that escapes is a bug and keeps its traceback.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -29,7 +30,8 @@ def one_line(message: object) -> str:
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorate a command's `main`: a :class:`UserError` becomes one line and status 2, an interrupt status 130."""
+    """Decorate a command's `main`: a :class:`UserError` becomes one line and status 2, an interrupt status 130,
+    a reader that went away status 141."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
@@ -41,5 +43,9 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:
+            # Whoever read our output (head, less) has enough; the interpreter must not complain when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
 
     return wrapped
