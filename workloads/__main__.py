@@ -20,7 +20,7 @@ _EPILOG = """examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         options.run(options)
         sys.stdout.flush()
@@ -33,6 +33,18 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """Options and overrides in any order, which argparse's sub-commands alone do not take."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
+    if wrong or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time and memory: generate, stream, write, read")
     bench.add_argument("--models", type=int, default=1000)
     bench.add_argument("--requests", type=int, default=1_000_000)
+    bench.add_argument("--source-mb", type=int, default=100, help="size of the real trace that is read")
     bench.add_argument("--out", type=Path, help="write the figures as JSON")
     bench.set_defaults(run=_bench)
     return parser
@@ -116,7 +129,7 @@ def _built(options: argparse.Namespace):
 def _bench(options: argparse.Namespace) -> None:
     from workloads.bench import bench
 
-    found = bench(options.models, options.requests)
+    found = bench(options.models, options.requests, options.source_mb)
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 

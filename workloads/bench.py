@@ -20,14 +20,13 @@ from workloads.generate import build_trace
 from workloads.sources import load_source
 
 _MB = 1e6
-_SOURCE_MB = 100
 Spent = tuple[float, float]  # seconds by the wall, of the processor
 
 
-def bench(models: int, requests: int) -> dict[str, Any]:
+def bench(models: int, requests: int, source_mb: int) -> dict[str, Any]:
     """Run and print every step. Returns seconds, MB/s and peak memory (MB) by step. Raises WorkloadError."""
-    if models < 1 or requests < 1:
-        raise WorkloadError(f"bench: {models} models and {requests} requests; both must be 1 or more")
+    if min(models, requests, source_mb) < 1:
+        raise WorkloadError(f"bench: {models} models, {requests} requests, {source_mb} MB; each must be 1 or more")
     found: dict[str, Any] = {"models": models, "requests": requests}
     with tempfile.TemporaryDirectory() as folder:
         jsonl, parquet, source = (Path(folder) / name for name in ("t.jsonl", "t.parquet", "s.jsonl"))
@@ -39,7 +38,7 @@ def bench(models: int, requests: int) -> dict[str, Any]:
             ("write Parquet", _write, (models, requests, parquet), parquet),
             ("read trace, JSON lines", _read, (jsonl,), jsonl),
             ("read trace, Parquet", _read, (parquet,), parquet),
-            ("make a Mooncake-like file", _make_source, (source,), source),
+            ("make a Mooncake-like file", _make_source, (source, source_mb), source),
             ("read Mooncake JSON lines", _load_source, (source,), source),
         )
         print(f"{models:,} models, {requests:,} requests; peak memory includes the interpreter's and libraries' own")
@@ -123,12 +122,12 @@ def _read(path: Path) -> Spent:
     return clock.spent()
 
 
-def _make_source(path: Path) -> Spent:
-    """`_SOURCE_MB` of JSON lines as Mooncake's: a dozen prefix hashes a row."""
+def _make_source(path: Path, size_mb: int) -> Spent:
+    """`size_mb` of JSON lines as Mooncake's: a dozen prefix hashes a row."""
     clock = _Clock()
     with path.open("w", encoding="utf-8") as file:
         row = 0
-        while file.tell() < _SOURCE_MB * _MB:
+        while file.tell() < size_mb * _MB:
             hashes = list(range(12 * row, 12 * row + 12))
             file.write(
                 f'{{"timestamp": {row * 3}, "input_length": 6100, "output_length": 350, "hash_ids": {hashes}}}\n'

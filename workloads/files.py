@@ -46,12 +46,13 @@ def write_trace(trace: Trace, path: Path) -> str:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        (_write_parquet if path.suffix == ".parquet" else _write_jsonl)(trace, header, partial)
-        os.replace(partial, path)
+        try:
+            (_write_parquet if path.suffix == ".parquet" else _write_jsonl)(trace, header, partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise WorkloadError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return header["digest"]
 
 

@@ -1,0 +1,136 @@
+"""`python -m workloads`: presets compose, statistics and figures come out, bad input is one line and status 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from workloads.__main__ import main
+from workloads.compose import compose
+from workloads.files import read_trace
+from workloads.generate import build_trace
+
+pytestmark = pytest.mark.cpu
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PRESETS = sorted(path.stem for group in ("workload", "conf") for path in (REPOSITORY / "conf" / group).glob("*.yaml"))
+NEEDS_FILES = {"azure", "mooncake", "burstgpt", "sharegpt"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_composes_and_builds(name, traces_directory, monkeypatch):
+    """Those of real traces too, where the file is there. No request is clipped at paper scale or on tiny models unnoticed:
+    the record has the count."""
+    monkeypatch.setenv("WORKLOAD_TRACES", str(traces_directory))
+    config, models = compose(name, [], None)
+    if name in NEEDS_FILES and not (traces_directory / config.source.path).is_file():
+        pytest.skip(f"{config.source.path} is not in the directory of traces")
+    trace = build_trace(config, models)
+    assert len(trace) > 0
+    if name.startswith("models-"):
+        assert len(models) == len({limits.name for limits in models}) == int(name.split("-")[1])
+
+
+def test_the_sweeps_that_are_asked_for_are_there():
+    for family, values in {
+        "models": ["2", "4", "8", "16", "32", "64"],
+        "context": ["4-8k", "8-16k", "16-32k", "32-64k", "64-128k"],
+        "cold": ["0.05", "0.1", "0.2", "0.5", "1.0"],
+        "paper-tbt": ["0.2", "0.5", "0.8", "1.0"],
+    }.items():
+        assert {f"{family}-{value}" for value in values} <= set(PRESETS)
+    assert {f"skew{alpha}" for alpha in ("0.0", "0.7", "0.9", "1.3", "1.7", "2.1")} <= set(PRESETS)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 0.9, 1.3, 1.7, 2.1])
+def test_skew_presets_say_their_alpha_and_leave_the_arrivals(alpha):
+    config, models = compose(f"skew{alpha}", [], None)
+    assert config.popularity.alpha == alpha
+    base = build_trace(*compose("poisson", [], None))
+    assert (build_trace(config, models).arrival_s == base.arrival_s).all()
+
+
+def test_describe_prints_expected_against_measured_and_draws(tmp_path, capsys):
+    figure = tmp_path / "figure.png"
+    overrides = ["workload.duration_s=300", "workload.arrivals.rate_rps=20"]
+    assert main(["describe", "tail", "--models", "40", "--plot", str(figure), *overrides]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "rate, req/s",
+        "CV of gaps",
+        "prompt tokens p99",
+        "models active in 15 s",
+        "coldest 90 %",
+        "std errors",
+    ):
+        assert part in printed
+    rate = next(line for line in printed.splitlines() if line.startswith("rate, req/s")).split()
+    assert rate[2] == "20" and float(rate[3]) == pytest.approx(20, rel=0.1)
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_generate_writes_what_describe_reads(tmp_path, capsys, suffix):
+    path = tmp_path / f"t{suffix}"
+    assert main(["generate", "skew0.9", "--out", str(path), "workload.seeds.schedule=4"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["digest"] == read_trace(path).digest
+    assert main(["describe", str(path), "--plot", str(tmp_path / "f.pdf")]) == 0
+    assert said["digest"][:16] in capsys.readouterr().out
+
+
+def test_a_yaml_file_of_ones_own(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("duration_s: 10\narrivals: {rate_rps: 5.0}\n")
+    assert main(["generate", str(path), "--out", str(tmp_path / "t.jsonl"), "workload.duration_s=20"]) == 0
+    assert read_trace(tmp_path / "t.jsonl").duration_s == 20
+
+
+def test_describe_of_a_real_trace(traces_directory, capsys):
+    assert main(["describe", str(traces_directory / "azure_llm_2023_conv.csv"), "--format", "azure"]) == 0
+    printed = capsys.readouterr().out
+    assert "19,366" in printed and "CC-BY-4.0" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["describe", "no-such-preset"], "no preset, no YAML and no trace file; presets: ablation"),
+        (["describe", "gone.yaml"], "gone.yaml: no such file"),
+        (["describe", "gone.jsonl"], "gone.jsonl: no such trace file"),
+        (["describe", "skew0.9", "workload.arrivals.rate_rps=-4"], "rate_rps is -4; it must be a positive number"),
+        (["describe", "skew0.9", "workload.popularity.alpha=nan"], "alpha is nan"),
+        (["describe", "gamma", "workload.arrivals.cv=20"], "cv is 20; it must be between 0.5 and 8"),
+        (["describe", "skew0.9", "workload.nonsense=1"], "nonsense"),
+        (["describe", "skew0.9", "--window-s", "-1"], "--window-s is -1"),
+        (["describe", "skew0.9", "--models", "0"], "--models is 0"),
+        (["describe", "x.csv", "--format", "parchment"], "format is 'parchment'; known: azure"),
+        (["generate", "skew0.9", "--out", "t.txt"], "ends in .jsonl or .parquet"),
+        (["bench", "--requests", "0"], "each must be 1 or more"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, says, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_the_commands_exit_status_and_speed():
+    """As a process: a bad file's one line with no traceback; a small bench prints each step."""
+    command = [sys.executable, "-m", "workloads"]
+    bad = subprocess.run(
+        [*command, "describe", "gone.csv", "--format", "azure"],
+        check=False,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and bad.stderr.startswith("error: workload.source.path")
+    small = ["bench", "--models", "10", "--requests", "2000", "--source-mb", "1"]
+    bench = subprocess.run([*command, *small], check=False, cwd=REPOSITORY, capture_output=True, text=True)
+    assert bench.returncode == 0, bench.stderr
+    assert "read Mooncake JSON lines" in bench.stdout
