@@ -102,7 +102,9 @@ def _finished(directory: Path) -> Record | None:
 
 def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
     models = [_served_model(entry) for entry in config.models]
-    limits = [ModelLimits(m.name, m.spec.vocab_size, m.spec.max_context_tokens) for m in models]
+    limits = [
+        ModelLimits(m.name, m.spec.vocab_size, m.spec.max_context_tokens, tokenizer=str(m.checkpoint)) for m in models
+    ]
     workload = workload_from_dict(config.workload)
     trace = build_trace(workload, limits)
     system: System = registry.create(config.system.name, config.system.options)
