@@ -7,8 +7,12 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workloads.errors import WorkloadError
+
+if TYPE_CHECKING:
+    from workloads.columnar import Trace
 
 _EPILOG = """examples:
   python -m workloads describe skew0.9 workload.duration_s=600
@@ -68,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (describe, generate):
         command.add_argument("overrides", nargs="*", help="key=value, as for bench.py")
         command.add_argument("--models", type=int, help="so many made-up models instead of the preset's")
+        command.add_argument("--vocab-size", type=int, default=32_000, help="of models without a checkpoint")
+        command.add_argument("--context-tokens", type=int, default=1 << 18, help="of models without a checkpoint")
     bench = commands.add_parser("bench", help="time and memory: generate, stream, write, read")
     bench.add_argument("--models", type=int, default=1000)
     bench.add_argument("--requests", type=int, default=1_000_000)
@@ -117,13 +123,24 @@ def _generate(options: argparse.Namespace) -> None:
     print(json.dumps({"file": str(options.out), "requests": len(trace), "digest": digest}))
 
 
-def _built(options: argparse.Namespace):
+def _built(options: argparse.Namespace) -> Trace:
+    from workloads.columnar import ModelLimits
     from workloads.compose import compose
     from workloads.generate import build_trace
 
-    if options.models is not None and options.models < 1:
-        raise WorkloadError(f"--models is {options.models}; it must be 1 or more")
-    return build_trace(*compose(options.what, options.overrides, options.models))
+    for name in ("models", "vocab_size", "context_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise WorkloadError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+    limits = ModelLimits("", options.vocab_size, options.context_tokens)
+    config, models, assumed = compose(options.what, options.overrides, options.models, limits)
+    if assumed and not config.trace_file:
+        print(
+            f"note: no checkpoint of {', '.join(assumed[:4])}{' and others' if len(assumed) > 4 else ''}: a vocabulary of "
+            f"{limits.vocab_size} and contexts of {limits.max_context_tokens} tokens are assumed",
+            file=sys.stderr,
+        )
+    return build_trace(config, models)
 
 
 def _bench(options: argparse.Namespace) -> None:

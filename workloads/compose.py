@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,42 +14,53 @@ from workloads.errors import WorkloadError
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _CONF = _REPOSITORY / "conf"
-ASSUMED_VOCABULARY = 32_000
-ASSUMED_CONTEXT = 1 << 18
+_CHECKPOINTS = _REPOSITORY / "checkpoints"  # where checkpoints are made
+ASSUMED = ModelLimits("", vocab_size=32_000, max_context_tokens=1 << 18)
 
 
-def compose(config: str, overrides: Sequence[str], models: int | None) -> tuple[WorkloadConfig, list[ModelLimits]]:
+def compose(
+    config: str, overrides: Sequence[str], models: int | None, assumed: ModelLimits = ASSUMED
+) -> tuple[WorkloadConfig, list[ModelLimits], list[str]]:
     """The workload of `config`, a scenario (`conf/conf`), a workload preset (`conf/workload`) or a YAML file of the same
-    content, with Hydra's overrides. `models` puts so many made-up models in the place of those named there. Raises
-    WorkloadError."""
+    content, with Hydra's overrides; its models; and the names of those whose limits are `assumed`, for want of a
+    checkpoint. `models` puts so many made-up models in the place of those named there. Raises WorkloadError."""
     path = Path(config)
     is_preset = path.suffix not in (".yaml", ".yml") or _CONF in path.resolve().parents
     content = _preset(config, overrides) if is_preset else _plain(path, overrides)
-    workload = content["workload"]
-    if models is not None:
-        return workload_from_dict(workload), [_made_up(f"model-{number:04d}") for number in range(models)]
     entries = content.get("models") or [{"name": f"model-{number}"} for number in range(4)]
-    return workload_from_dict(workload), [limits_of(entry) for entry in entries]
+    if models is not None:
+        entries = [{"name": f"model-{number:04d}"} for number in range(models)]
+    found = {str(entry["name"]): checkpoint_limits(entry) for entry in entries}
+    limits = [known or dataclasses.replace(assumed, name=name) for name, known in found.items()]
+    return workload_from_dict(content["workload"]), limits, [name for name, known in found.items() if known is None]
 
 
-def limits_of(entry: Mapping[str, Any]) -> ModelLimits:
-    """A model's limits from its checkpoint's `config.json`; where there is none yet, a wide context and a usual
-    vocabulary."""
-    directory = _REPOSITORY / str(entry.get("checkpoint") or "")
-    if not entry.get("checkpoint") or not (directory / "config.json").is_file():
-        return _made_up(str(entry["name"]))
+def checkpoint_limits(entry: Mapping[str, Any]) -> ModelLimits | None:
+    """A model's limits from the `config.json` of its checkpoint, or of one that was made of the same architecture and size;
+    None where there is none."""
+    directory = _checkpoint(entry)
+    if directory is None:
+        return None
     try:
         found = json.loads((directory / "config.json").read_text())
         vocabulary, context = int(found["vocab_size"]), int(found["max_position_embeddings"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise WorkloadError(
             f"{directory / 'config.json'}: no vocab_size and max_position_embeddings ({error})"
         ) from None
     return ModelLimits(str(entry["name"]), vocabulary, context, str(directory))
 
 
-def _made_up(name: str) -> ModelLimits:
-    return ModelLimits(name, ASSUMED_VOCABULARY, ASSUMED_CONTEXT)
+def _checkpoint(entry: Mapping[str, Any]) -> Path | None:
+    if entry.get("checkpoint"):
+        directory = _REPOSITORY / str(entry["checkpoint"])
+        return directory if directory.is_dir() else None
+    wanted = entry.get("make") or {}
+    for made in sorted(_CHECKPOINTS.glob("*/made.json")):
+        content = json.loads(made.read_text())
+        if wanted and (content.get("architecture"), content.get("size")) == (wanted.get("arch"), wanted.get("size")):
+            return made.parent
+    return None
 
 
 def _preset(config: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -23,10 +23,9 @@ NEEDS_FILES = {"azure", "mooncake", "burstgpt", "sharegpt"}
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_composes_and_builds(name, traces_directory, monkeypatch):
-    """Those of real traces too, where the file is there. No request is clipped at paper scale or on tiny models unnoticed:
-    the record has the count."""
+    """Those of real traces too, where the file is there."""
     monkeypatch.setenv("WORKLOAD_TRACES", str(traces_directory))
-    config, models = compose(name, [], None)
+    config, models, _ = compose(name, [], None)
     if name in NEEDS_FILES and not (traces_directory / config.source.path).is_file():
         pytest.skip(f"{config.source.path} is not in the directory of traces")
     trace = build_trace(config, models)
@@ -48,9 +47,9 @@ def test_the_sweeps_that_are_asked_for_are_there():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 0.9, 1.3, 1.7, 2.1])
 def test_skew_presets_say_their_alpha_and_leave_the_arrivals(alpha):
-    config, models = compose(f"skew{alpha}", [], None)
+    config, models, _ = compose(f"skew{alpha}", [], None)
     assert config.popularity.alpha == alpha
-    base = build_trace(*compose("poisson", [], None))
+    base = build_trace(*compose("poisson", [], None)[:2])
     assert (build_trace(config, models).arrival_s == base.arrival_s).all()
 
 
@@ -81,6 +80,16 @@ def test_generate_writes_what_describe_reads(tmp_path, capsys, suffix):
     assert said["digest"] == read_trace(path).digest
     assert main(["describe", str(path), "--plot", str(tmp_path / "f.pdf")]) == 0
     assert said["digest"][:16] in capsys.readouterr().out
+
+
+def test_limits_come_from_the_checkpoint_and_assumed_ones_are_said(tmp_path, capsys, tiny_checkpoints):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"workload: {{duration_s: 10}}\nmodels: [{{name: a, checkpoint: {tiny_checkpoints['mixtral']}}}, {{name: b}}]\n"
+    )
+    assert main(["generate", str(path), "--out", str(tmp_path / "t.jsonl"), "--context-tokens", "300"]) == 0
+    assert [(m.name, m.max_context_tokens) for m in read_trace(tmp_path / "t.jsonl").models] == [("a", 512), ("b", 300)]
+    assert "no checkpoint of b: a vocabulary of 32000 and contexts of 300 tokens" in capsys.readouterr().err
 
 
 def test_a_yaml_file_of_ones_own(tmp_path, capsys):
@@ -115,8 +124,8 @@ def test_describe_of_a_real_trace(traces_directory, capsys):
 )
 def test_bad_input_is_one_line_and_status_2(arguments, says, capsys):
     assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert says in error and error.startswith("error: ") and error.count("\n") == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
 
 
 def test_the_commands_exit_status_and_speed():
