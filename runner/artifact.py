@@ -89,6 +89,11 @@ def preflight(mode: str, machine: Machine) -> None:
     findings = [finding for finding in doctor.examine() if finding.verdict != doctor.OK]
     for finding in findings:
         print(f"  {finding.verdict}: {finding.what}: {finding.detail}")
+    load = os.getloadavg()[0]
+    if load > 0.5 * machine.cores:
+        print(
+            f"  note: load average {load:.1f}: other processes run here, and slow CrossPool most, which needs every core"
+        )
     missing = [f"{finding.what}: {finding.detail}" for finding in findings if finding.verdict == doctor.MISSING]
     if missing:
         raise UserError(f"this machine cannot run the CPU backend: {'; '.join(missing)}")
