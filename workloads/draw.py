@@ -50,10 +50,10 @@ def _arrivals(axes: Axes, trace: Trace, window_s: float) -> None:
 
 def _popularity(axes: Axes, trace: Trace) -> None:
     counts = model_counts(trace)
-    order = np.argsort(-counts, kind="stable")
-    shares, ranks = counts[order] / max(counts.sum(), 1), np.arange(1, len(counts) + 1)
     promised = trace.made.get("expected_shares") or {}
-    wanted = np.array([promised.get(trace.models[index].name, np.nan) for index in order])
+    wanted = np.array([promised.get(limits.name, np.nan) for limits in trace.models])
+    order = np.argsort(-counts if np.isnan(wanted).any() else -wanted, kind="stable")
+    shares, wanted, ranks = counts[order] / max(counts.sum(), 1), wanted[order], np.arange(1, len(counts) + 1)
     if len(counts) <= _BARS:
         axes.bar(ranks, shares, color=_BLUE, label="measured")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -75,9 +75,7 @@ def _lengths(axes: Axes, trace: Trace) -> None:
         if len(values):
             at_most = np.append(0, counts.cumsum() / counts.sum())
             axes.step(np.append(values[0], values), at_most, where="post", color=color, linestyle=line, label=name)
-    axes.set(
-        xscale="log", xlabel="tokens", ylabel="share of requests with so many at most", title="Lengths", ylim=(0, 1)
-    )
+    axes.set(xscale="log", xlabel="tokens", ylabel="share of requests up to it", title="Lengths", ylim=(0, 1))
     axes.legend(frameon=False)
 
 

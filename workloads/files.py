@@ -19,7 +19,7 @@ import pyarrow as pa
 from workloads.columnar import ModelLimits, Trace
 from workloads.errors import WorkloadError
 from workloads.prompts import PromptPlan, Ragged
-from workloads.tables import NAME, SECONDS, TOKEN_LISTS, TOKENS, line_of_row, numpy_column, read_jsonl
+from workloads.tables import NAME, SECONDS, TOKEN_LISTS, TOKENS, line_of_row, numbers, numpy_column, read_jsonl
 
 SUFFIXES = (".jsonl", ".parquet")
 _VERSION = 1
@@ -215,7 +215,7 @@ def _model_indices(table: pa.Table, names: list[str], at: Any) -> np.ndarray:
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.chunk(0) if encoded.num_chunks else pa.array([], pa.string()).dictionary_encode()
     own = encoded.dictionary.to_pylist()
-    indices = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int32)
+    indices = numbers(encoded.indices).astype(np.int32)
     place = {name: index for index, name in enumerate(names)}
     for code, name in enumerate(own):
         if name not in place and (indices == code).any():
@@ -227,7 +227,5 @@ def _model_indices(table: pa.Table, names: list[str], at: Any) -> np.ndarray:
 def _ragged(table: pa.Table, column: str) -> Ragged:
     """One list column; hashes are 64 bit, token ids 32 bit, as they were."""
     lists = table.column(column).combine_chunks()
-    offsets = lists.offsets.to_numpy().astype(np.int64)
-    return Ragged(
-        offsets - offsets[0], lists.flatten().to_numpy().astype(np.int64 if column == "hash_ids" else np.int32)
-    )
+    offsets = numbers(lists.offsets).astype(np.int64)
+    return Ragged(offsets - offsets[0], numbers(lists.flatten()).astype(np.int64 if column == "hash_ids" else np.int32))

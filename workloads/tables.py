@@ -27,6 +27,12 @@ _ARROW = {
     TOKEN_LISTS: pa.list_(pa.int64()),
     NAME: pa.string(),
 }
+_NUMPY = {
+    pa.int32(): np.int32,
+    pa.int64(): np.int64,
+    pa.float64(): np.float64,
+    pa.timestamp("ns"): np.dtype("datetime64[ns]"),
+}
 _JSON_BLOCK_BYTES = 4 << 20
 MOST_TOKENS = 2**31 - 1
 
@@ -66,7 +72,15 @@ def read_jsonl(path: Path, fields: Mapping[str, str], skip_lines: int = 0) -> pa
 
 def numpy_column(table: pa.Table, name: str) -> np.ndarray:
     """One column without nulls as an array."""
-    return table.column(name).combine_chunks().to_numpy(zero_copy_only=False)
+    return numbers(table.column(name).combine_chunks())
+
+
+def numbers(array: pa.Array) -> np.ndarray:
+    """Numbers without nulls, as they lie in Arrow's memory. Arrow's own conversion imports pandas first, 0.3 s."""
+    if not len(array):
+        return np.empty(0, dtype=_NUMPY[array.type])
+    values = np.frombuffer(array.buffers()[1], dtype=_NUMPY[array.type])
+    return values[array.offset : array.offset + len(array)]
 
 
 def line_of_row(path: Path, row: int, skip_lines: int) -> int:
@@ -103,7 +117,7 @@ def _checked(path: Path, table: pa.Table, fields: Mapping[str, str], rows: Any, 
 def _in_range(column: pa.ChunkedArray, kind: str) -> bool:
     if kind not in (TOKENS, SECONDS):
         return True
-    values = column.combine_chunks().to_numpy(zero_copy_only=False)
+    values = numbers(column.combine_chunks())
     most = MOST_TOKENS if kind == TOKENS else np.finfo(float).max
     return bool(((values >= 0) & (values <= most)).all())
 
