@@ -156,11 +156,16 @@ _PARTS = {
 
 
 def workload_from_dict(content: Mapping[str, Any]) -> WorkloadConfig:
-    """The workload that a plain dict describes. Raises WorkloadError for unknown keys and values out of range."""
+    """The workload that a plain dict describes; `rate`, where it is given and not null, is short for `arrivals.rate_rps` and
+    stronger. Raises WorkloadError for unknown keys and values out of range."""
     from workloads.validate import validate
 
     if not isinstance(content, Mapping):
         raise WorkloadError(f"workload: a mapping is wanted, got {content!r}")
+    content = dict(content)
+    rate_rps = content.pop("rate", None)
+    if rate_rps is not None and isinstance(content.setdefault("arrivals", {}), Mapping):
+        content["arrivals"] = {**content["arrivals"], "rate_rps": rate_rps}
     built = {
         key: _build(_PARTS[key], value, f"workload.{key}") if key in _PARTS else value for key, value in content.items()
     }

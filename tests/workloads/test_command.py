@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from workloads.__main__ import main
 from workloads.compose import compose
+from workloads.config import workload_from_dict
 from workloads.files import read_trace
 from workloads.generate import build_trace
 
@@ -32,6 +37,27 @@ def test_every_preset_composes_and_builds(name, traces_directory, monkeypatch):
     assert len(trace) > 0
     if name.startswith("models-"):
         assert len(models) == len({limits.name for limits in models}) == int(name.split("-")[1])
+
+
+def header_commands() -> list[str]:
+    """The commands that stand above the presets of workloads and of scenarios made of them."""
+    files = [path for group in ("workload", "conf") for path in (REPOSITORY / "conf" / group).glob("*.yaml")]
+    lines = [line for path in files for line in path.read_text().splitlines() if line.startswith("#   ")]
+    return sorted({line.removeprefix("#   ").removeprefix("WORKLOAD_TRACES=DIR ") for line in lines})
+
+
+@pytest.mark.parametrize("command", header_commands())
+def test_the_command_above_a_preset_composes(command):
+    """The first cell of a sweep."""
+    words = [word for word in shlex.split(command) if word != "-m"]
+    overrides = [re.sub(r"=(\[[^\]]*\]|[^\[{,]*),.*", r"=\1", word) for word in words if "=" in word]
+    if words[1] == "bench.py":
+        with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+            content = OmegaConf.to_container(hydra.compose("bench", overrides), resolve=True)
+        workload_from_dict(content["workload"])
+    else:
+        words = words[words.index("describe") + 1 :]
+        compose(words[0], overrides, None)
 
 
 def test_the_sweeps_that_are_asked_for_are_there():

@@ -183,6 +183,15 @@ def test_a_bad_description_is_one_clear_line(make, content, says):
     assert "\n" not in str(caught.value)
 
 
+def test_rate_is_short_for_the_arrivals_rate_and_stronger():
+    content = {"arrivals": {"kind": "gamma", "rate_rps": 3.0}}
+    assert workload_from_dict({**content, "rate": 7.0}).arrivals.rate_rps == 7.0
+    assert workload_from_dict({**content, "rate": None}) == workload_from_dict(content)
+    assert workload_from_dict({"rate": 2}).arrivals.rate_rps == 2
+    with pytest.raises(WorkloadError, match="rate_rps is -2"):
+        workload_from_dict({"rate": -2})
+
+
 def test_defaults_are_valid_and_models_are_needed():
     assert workload_from_dict({}) == WorkloadConfig()
     with pytest.raises(WorkloadError, match="no model is given"):
