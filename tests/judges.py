@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import psutil
 import torch
 from reference_deepseek import ReferenceDeepseek
 
@@ -40,3 +41,15 @@ def _greedy(directory: str, prompt: tuple[int, ...], count: int) -> tuple[int, .
 def greedy_reference(directory: str | Path, prompt: tuple[int, ...], count: int) -> list[int]:
     """The `count` greedy tokens after `prompt`, each from a fresh forward pass over everything before it."""
     return list(_greedy(str(directory), tuple(prompt), count))
+
+
+def worker_processes() -> list[psutil.Process]:
+    """Workers that this process has started and that still live; other children (of test tools) are none of ours."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if "serving.workers" in child.cmdline():
+                found.append(child)
+        except psutil.Error:
+            continue  # gone meanwhile
+    return found

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import judges
 import psutil
 import pytest
 
@@ -39,7 +40,7 @@ def test_a_killed_worker_is_named_within_seconds_and_nothing_is_left(victim, con
         for number in range(6):
             system.submit(Request(number, "model", tuple(rng.randrange(300) for _ in range(20)), 400))
         time.sleep(rng.uniform(0.05, 0.3))
-        child = psutil.Process().children()[victim]
+        child = judges.worker_processes()[victim]
         os.kill(child.pid, signal.SIGKILL)
         deadline = time.monotonic() + 5
         with pytest.raises(WorkerDied, match=r"worker crosspool/(cpu:\d|relay) was killed by signal 9"):
@@ -48,7 +49,7 @@ def test_a_killed_worker_is_named_within_seconds_and_nothing_is_left(victim, con
                 time.sleep(0.002)
     finally:
         system.stop()
-    assert not psutil.Process().children(recursive=True)
+    assert not judges.worker_processes()
     assert model.name == "model"
 
 
@@ -148,7 +149,7 @@ def test_generate_says_what_is_wrong_in_one_line(case, tiny_checkpoints, capsys)
     captured = capsys.readouterr()
     assert words in captured.err or "missing" in captured.err
     assert len(captured.err.strip().splitlines()) == 1 and not captured.out
-    assert not psutil.Process().children()
+    assert not judges.worker_processes()
 
 
 def test_starting_twice_is_refused(tiny_checkpoints):

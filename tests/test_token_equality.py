@@ -10,7 +10,6 @@ import random
 import time
 
 import judges
-import psutil
 import pytest
 
 from serving import registry
@@ -96,7 +95,7 @@ def test_tokens_equal_the_judge_and_nothing_is_left(system_name, pair, tiny_chec
         assert sum(last.pages_in_use.values()) == 0
     finally:
         system.stop()
-    assert not psutil.Process().children(recursive=True)
+    assert not judges.worker_processes()
     assert open_descriptors() == descriptors
 
 
