@@ -3,50 +3,63 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt while the packages load simply ends the command
 os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that this file decides what a person reads
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import sweep
-from runner.config import bench_from_dict
-from serving.errors import UserError, one_line
-from workloads.errors import WorkloadError
+from runner.overrides import explain
 
-_BAD_INPUT = (UserError, WorkloadError, HydraException, OmegaConfBaseException)
+CONFIGURATION = Path(__file__).resolve().parent / "conf"
 
 
 @hydra.main(config_path="conf", config_name="bench", version_base="1.3")
 def task(config: DictConfig) -> None:
-    sweep.run_cell(bench_from_dict, OmegaConf.to_container(config, resolve=True))
+    overrides = list(HydraConfig.get().overrides.task)
+    sweep.run_cell(OmegaConf.to_container(config, resolve=True), overrides)
 
 
 def main() -> int:
+    _interrupt_on(signal.SIGINT, signal.SIGTERM)
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # it may stand anywhere
     with tempfile.TemporaryDirectory(prefix="crosspool-sweep-") as folder:
         log = Path(folder) / "cells.jsonl"
         os.environ[sweep.LOG_VARIABLE] = str(log)
         try:
             task()
-        except _BAD_INPUT as error:
-            print(f"error: {one_line(_first_sentence(error))}", file=sys.stderr)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # of composing: a cell keeps its own
+            print(f"error: {explain(error, CONFIGURATION, sys.argv[1:])}", file=sys.stderr)
             return 2
+        except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except KeyboardInterrupt:
+            sweep.report(log)
             print("interrupted; finished runs are kept and will not be run again", file=sys.stderr)
             return 130
         return sweep.report(log)
 
 
-def _first_sentence(error: Exception) -> str:
-    """Hydra spreads its messages over lines of search paths; what is wrong and what is known stand in the first ones."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    keep = [line for line in lines if not line.startswith(("provider=", "Config search path", "Set the env"))]
-    return "; ".join(keep[:1]) + (" " + ", ".join(keep[1:13]) if len(keep) > 1 else "")
+def _interrupt_on(*signals: signal.Signals) -> None:
+    """Let these end a run as Ctrl-C does, record kept, unless whoever started the command ignores them."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in signals:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 if __name__ == "__main__":

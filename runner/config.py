@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from serving.errors import UserError
+from serving.spec import element_bytes
 
 BACKENDS = ("real", "sim")
 TRACKING_MODES = ("offline", "online", "disabled")
@@ -93,8 +95,9 @@ class BenchConfig:
 
 def bench_from_dict(content: Mapping[str, Any]) -> BenchConfig:
     """The configuration that a plain dict (a resolved Hydra config) describes. Raises UserError for a key that is unknown
-    or missing and for a value that makes no sense."""
+    or missing and for a value that makes no sense. `workload.rate` is short for `workload.arrivals.rate_rps`."""
     content = {key: value for key, value in content.items() if key not in ("conf", "hydra")}
+    content["workload"] = _with_rate(content.get("workload"))
     models = _entries(ModelEntry, content.pop("models", None), "models")
     devices = _entries(DeviceEntry, content.pop("devices", None), "devices")
     config = _build(
@@ -114,9 +117,22 @@ def bench_from_dict(content: Mapping[str, Any]) -> BenchConfig:
     return config
 
 
+def _with_rate(workload: Any) -> Any:
+    """`workload` with its shorthand `rate` spelled out, so that both spellings are one run."""
+    if not isinstance(workload, Mapping):
+        return workload
+    workload = dict(workload)
+    rate = workload.pop("rate", None)
+    if rate is not None:
+        workload["arrivals"] = {**(workload.get("arrivals") or {}), "rate_rps": rate}
+    return workload
+
+
 def _entries(cls: type, entries: Any, where: str) -> tuple:
     if not entries:
         raise UserError(f"{where}: none given; name at least one")
+    if not isinstance(entries, list | tuple):
+        raise UserError(f"{where}: a list is wanted, got {entries!r}")
     return tuple(_build(cls, entry, f"{where}[{number}]") for number, entry in enumerate(entries))
 
 
@@ -127,10 +143,34 @@ def _build(cls: type, content: Any, where: str) -> Any:
     for key in content:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(known)}")
+    hints = typing.get_type_hints(cls)
+    values = {
+        key: _checked(value, hints[key], key if cls is BenchConfig else f"{where}.{key}")
+        for key, value in content.items()
+    }
     try:
-        return cls(**content)
+        return cls(**values)
     except TypeError as error:
         raise UserError(f"{where}: {str(error).split('__init__() ')[-1]}") from None
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the field's type wants it: YAML gives 3 where a name or a number with a fraction may stand."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float and number and math.isfinite(value):
+        return float(value)
+    if hint is str and (number or isinstance(value, str)):
+        return str(value)
+    if hint is int and number and isinstance(value, int) or hint is bool and isinstance(value, bool):
+        return value
+    if typing.get_origin(hint) is Mapping and isinstance(value, Mapping):
+        return value
+    if hint not in _IN_WORDS and typing.get_origin(hint) is not Mapping:
+        return value  # built and checked already
+    raise UserError(f"{where} is {value!r}; it must be {_IN_WORDS.get(hint, 'a mapping')}")
+
+
+_IN_WORDS = {float: "a number", str: "text", int: "a whole number", bool: "true or false"}
 
 
 def _validate(config: BenchConfig) -> None:
@@ -144,15 +184,16 @@ def _validate(config: BenchConfig) -> None:
     names = [model.name for model in config.models]
     if len(set(names)) < len(names):
         raise UserError(f"models: names must differ, got {', '.join(names)}")
+    for model in config.models:
+        element_bytes(model.dtype)  # raises for a dtype that nothing computes in
     for name in ("drain_timeout_s", "poll_interval_ms"):
-        value = getattr(config, name)
-        if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
-            raise UserError(f"{name} is {value!r}; it must be a positive number")
+        if getattr(config, name) <= 0:
+            raise UserError(f"{name} is {getattr(config, name):g}; it must be a positive number")
     for slo in ("ttft_ms", "tpot_ms"):
         if not getattr(config.slo, slo) > 0:
-            raise UserError(f"slo.{slo} is {getattr(config.slo, slo)!r}; it must be a positive number of milliseconds")
+            raise UserError(f"slo.{slo} is {getattr(config.slo, slo):g}; it must be a positive number of milliseconds")
     for device in config.devices:
         if device.memory_mib < 1:
             raise UserError(f"device {device.name}: memory_mib is {device.memory_mib}; it must be at least 1")
-    if Path(config.experiment).name != config.experiment:
+    if Path(config.experiment).name != config.experiment or config.experiment[:1] in ("", "."):
         raise UserError(f"experiment {config.experiment!r} must be a plain folder name")

@@ -135,6 +135,14 @@ def device_metrics(observation: Observation) -> dict[str, float | None]:
     return metrics
 
 
+def load_metrics(observation: Observation) -> dict[str, float | None]:
+    """Whether the run was what it claims: how late the host handed requests over, and what others took of the cores."""
+    lags_ms = [
+        (row.submitted_ns - row.planned_ns) / 1e6 for row in observation.requests if row.submitted_ns is not None
+    ]
+    return {"p99_submit_lag_ms": statistics(lags_ms)["p99"], "other_cpu_share": observation.other_cpu_share}
+
+
 def summarise(observation: Observation, slo: SLO, offered_s: float) -> dict[str, float | None]:
     """All metrics of a run. `offered_s` is the length of the trace, which the offered rate is counted over."""
     rows = observation.requests
@@ -143,6 +151,7 @@ def summarise(observation: Observation, slo: SLO, offered_s: float) -> dict[str,
         **latency_metrics(rows),
         **pool_metrics(observation.pools),
         **device_metrics(observation),
+        **load_metrics(observation),
     }
 
 

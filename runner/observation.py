@@ -46,10 +46,12 @@ class PoolRow:
 
 @dataclass
 class Observation:
-    """Everything a replay leaves behind. `interrupted` says why it ended early, or is empty."""
+    """Everything a replay leaves behind. `interrupted` says why it ended early, or is empty; `other_cpu_share` is the share
+    of the devices' cores that other programs took meanwhile, None where nothing computed here."""
 
     requests: list[RequestRow]
     pools: list[PoolRow] = field(default_factory=list)
     devices: list[DeviceStats] = field(default_factory=list)
     duration_ns: int = 0
     interrupted: str = ""
+    other_cpu_share: float | None = None

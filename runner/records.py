@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -14,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,22 @@ from serving.errors import UserError
 SCHEMA_VERSION = 1
 RECORD_FILE, REQUESTS_FILE, SERIES_FILE = "record.json", "requests.parquet", "series.parquet"
 COMPLETE, INTERRUPTED, FAILED = "complete", "interrupted", "failed"
-_REQUIRED = (
-    "schema_version",
-    "run_id",
-    "config_hash",
-    "status",
-    "config",
-    "system",
-    "backend",
-    "metrics",
-    "provenance",
-)
+STATUSES = (COMPLETE, INTERRUPTED, FAILED)
+_TYPES = {
+    "schema_version": int,
+    "run_id": str,
+    "config_hash": str,
+    "status": str,
+    "error": str,
+    "experiment": str,
+    "system": str,
+    "backend": str,
+    "hardware": str,
+    "config": dict,
+    "provenance": dict,
+    "metrics": dict,
+}
+_TYPES_OF_COMPLETE = {"metrics_by_model": dict, "seeds": dict, "trace": dict, "placement": list}
 
 _REQUEST_SCHEMA = pa.schema(
     [
@@ -84,10 +90,12 @@ class Record:
         return self.content["metrics"]
 
     def requests(self) -> pa.Table:
-        return pq.read_table(self.path / REQUESTS_FILE)
+        """One row a request. Raises UserError where the file is damaged."""
+        return _read_rows(self.path / REQUESTS_FILE)
 
     def series(self) -> pa.Table:
-        return pq.read_table(self.path / SERIES_FILE)
+        """Pages in use over time. Raises UserError where the file is damaged."""
+        return _read_rows(self.path / SERIES_FILE)
 
 
 def write_record(
@@ -107,9 +115,9 @@ def write_record(
             file.flush()
             os.fsync(file.fileno())
         _swap_in(partial, directory)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full" if full else (error.strerror or str(error))
+    except (OSError, pa.ArrowException) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))
         raise UserError(f"record {directory}: cannot be written: {what}; nothing was kept of this run") from None
     finally:
         if partial is not None:
@@ -123,20 +131,38 @@ def _write_rows(path: Path, rows: Sequence[RequestRow] | Sequence[PoolRow], sche
 
 
 def _swap_in(partial: Path, directory: Path) -> None:
-    """Put `partial` in the place of `directory`; whoever reads meanwhile sees the old record or the new one."""
-    old = None
-    if directory.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent)) / "record"
-        directory.rename(old)
+    """Put `partial` in the place of `directory`; an older record is left in `partial`, for the caller to remove. Whoever
+    reads meanwhile sees the old record or the new one, where the file system can exchange two directories."""
     try:
         partial.rename(directory)
-    except OSError:
-        # Another process wrote the same run in between; its record is as good as this one.
-        if not (directory / RECORD_FILE).exists():
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    finally:
-        if old is not None:
-            shutil.rmtree(old.parent, ignore_errors=True)
+    if not _exchange(partial, directory):
+        old = partial.with_name(f"{partial.name}-old")
+        directory.rename(old)
+        partial.rename(directory)
+        old.rename(partial)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two directories in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    return renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0
+
+
+def require_writable(directory: Path) -> None:
+    """Raises UserError unless records can be written below `directory`: better before a run than after it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"results directory {directory} cannot be written: {error.strerror or error}") from None
 
 
 def read_record(directory: str | Path) -> Record:
@@ -149,17 +175,40 @@ def read_record(directory: str | Path) -> Record:
         raise UserError(f"{path}: no such record") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is corrupt ({error})") from None
-    missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise UserError(f"{path}: is corrupt (missing {', '.join(missing)})")
-    if content["schema_version"] != SCHEMA_VERSION:
-        raise UserError(f"{path}: has schema version {content['schema_version']}, this code reads {SCHEMA_VERSION}")
-    for name in (REQUESTS_FILE, SERIES_FILE):
+    wrong = _what_is_wrong(content)
+    if wrong:
+        raise UserError(f"{path}: {wrong}")
+    for name, schema in ((REQUESTS_FILE, _REQUEST_SCHEMA), (SERIES_FILE, _SERIES_SCHEMA)):
         try:
-            pq.read_metadata(directory / name)
+            found = pq.read_schema(directory / name)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{directory / name}: is corrupt ({str(error).splitlines()[0]})") from None
+        if not found.equals(schema):
+            raise UserError(f"{directory / name}: is corrupt (its columns are not those of the schema)")
     return Record(directory, content)
+
+
+def _what_is_wrong(content: Any) -> str:
+    """What keeps `content` of a record.json from being one; empty where nothing does."""
+    if not isinstance(content, dict):
+        return "is corrupt (no mapping)"
+    if content.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        return f"has schema version {content['schema_version']}, this code reads {SCHEMA_VERSION}"
+    types = _TYPES | (_TYPES_OF_COMPLETE if content.get("status") == COMPLETE else {})
+    missing = [key for key in types if key not in content]
+    if missing:
+        return f"is corrupt (missing {', '.join(missing)})"
+    wrong = [key for key, kind in types.items() if not isinstance(content[key], kind)]
+    if wrong or content["status"] not in STATUSES:
+        return f"is corrupt ({', '.join(wrong) or 'status'} makes no sense)"
+    return ""
+
+
+def _read_rows(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: is corrupt ({str(error).splitlines()[0]})") from None
 
 
 def record_directories(root: str | Path) -> Iterator[Path]:
@@ -179,8 +228,3 @@ def read_records(root: str | Path) -> tuple[list[Record], int]:
             print(f"warning: skipped {error}", file=sys.stderr)
             skipped += 1
     return records, skipped
-
-
-def plain(value: Any) -> dict[str, Any]:
-    """A dataclass as plain data, for `record.json`."""
-    return asdict(value)

@@ -15,6 +15,7 @@ from workloads.trace import TraceRequest
 
 _OUTCOMES = {EventKind.COMPLETED: COMPLETED, EventKind.REJECTED: REJECTED, EventKind.FAILED: FAILED}
 _SHORTEST_SLEEP_S = 1e-6  # a virtual clock must move on, however near the next arrival is
+INTERRUPTED = "interrupted"
 UNFINISHED = "unfinished when the drain timeout ended"
 
 
@@ -50,7 +51,7 @@ class Replay:
             except WorkerDied as error:
                 observation.interrupted = one_line(error)
             except KeyboardInterrupt:
-                observation.interrupted = "interrupted"
+                observation.interrupted = INTERRUPTED
         observation.duration_ns = self._clock.now_ns() - self._origin_ns
         observation.requests = list(self._rows.values())
         self._close_open_requests(observation.interrupted or UNFINISHED)

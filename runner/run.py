@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from runner import metrics, records
+from runner import locks, machine, metrics, records
 from runner.config import BackendConfig, BenchConfig, ModelEntry
 from runner.identity import config_hash, run_id
-from runner.observation import FAILED, Observation
+from runner.observation import FAILED, Observation, RequestRow
 from runner.provenance import provenance
 from runner.records import Record
-from runner.replay import Replay
+from runner.replay import INTERRUPTED, Replay
 from runner.tracking import track
 from serving import registry
 from serving.backend import Backend, RealBackend
@@ -33,10 +31,11 @@ _MOST_LENGTH_SAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run: its record, and whether it was done already."""
+    """What became of a run: its record, whether it was done already, and why it is not in W&B where it should be."""
 
     record: Record
     reused: bool
+    untracked: str = ""
 
 
 def record_directory(config: BenchConfig) -> Path:
@@ -46,15 +45,29 @@ def record_directory(config: BenchConfig) -> Path:
     return root / config.experiment / run_id(config.system.name, config.identity())
 
 
-def execute(config: BenchConfig) -> Outcome:
-    """Run `config` unless its complete record is there. Raises UserError for bad input (a failed record says why), and
-    KeyboardInterrupt after the record of an interrupted run is written."""
+def execute(config: BenchConfig, command: str = "") -> Outcome:
+    """Run `config` unless its complete record is there. `command` is the command line that runs it again. Raises UserError
+    for bad input (a failed record says why), and KeyboardInterrupt after the record of an interrupted run is written."""
     directory = record_directory(config)
-    if not config.force:
+    records.require_writable(directory.parent)
+    with locks.exclusive(directory.parent / ".locks" / directory.name, f"run {directory.name}"):
         done = _finished(directory)
-        if done is not None:
+        if done is not None and not config.force:
             return Outcome(done, reused=True)
-    started_at = datetime.now(UTC)
+        record = _run(config, directory, command)
+    if record.content["error"] == INTERRUPTED:
+        raise KeyboardInterrupt
+    if record.status != records.COMPLETE:
+        raise UserError(f"{directory.name}: {record.content['error']}; what was seen is kept at {directory}")
+    try:
+        track(record, config.tracking, directory.parent)
+    except UserError as error:
+        return Outcome(record, reused=False, untracked=one_line(error))
+    return Outcome(record, reused=False)
+
+
+def _run(config: BenchConfig, directory: Path, command: str) -> Record:
+    """Run `config` and leave a record whatever happens."""
     content: dict[str, Any] = {
         "run_id": directory.name,
         "config_hash": config_hash(config.identity()),
@@ -63,33 +76,35 @@ def execute(config: BenchConfig) -> Outcome:
         "backend": config.backend.name,
         "hardware": _hardware(config),
         "config": asdict(config),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command,
         "provenance": provenance(),
-        "started_at": started_at.isoformat(),
+        "started_at": datetime.now(UTC).isoformat(),
     }
+
+    def written(status: str, error: str, rows: Observation, **more: Any) -> Record:
+        ended = {"status": status, "error": error, "ended_at": datetime.now(UTC).isoformat()}
+        whole = {"metrics": {}, "metrics_by_model": {}, **content, **ended, **more}
+        return records.read_record(records.write_record(directory, whole, rows.requests, rows.pools))
+
     try:
         observation, more = _observe(config)
+    except KeyboardInterrupt:
+        return written(records.INTERRUPTED, INTERRUPTED, Observation([]))
     except (UserError, WorkloadError) as error:
-        ended = {"status": records.FAILED, "error": one_line(error), "metrics": {}, "metrics_by_model": {}}
-        ended["ended_at"] = datetime.now(UTC).isoformat()
-        records.write_record(directory, {**content, **ended}, [], [])
+        written(records.FAILED, one_line(error), Observation([]))
         raise UserError(one_line(error)) from None
+    except Exception as error:
+        written(records.FAILED, one_line(f"{type(error).__name__}: {error}"), Observation([]))
+        raise
     offered_s = more["trace"]["duration_s"]
-    content |= more | {
-        "status": records.INTERRUPTED if observation.interrupted else records.COMPLETE,
-        "error": observation.interrupted,
-        "metrics": metrics.summarise(observation, config.slo, offered_s),
-        "metrics_by_model": metrics.by_model(observation, config.slo, offered_s),
-        "ended_at": datetime.now(UTC).isoformat(),
-    }
-    records.write_record(directory, content, observation.requests, observation.pools)
-    record = records.read_record(directory)
-    if observation.interrupted == "interrupted":
-        raise KeyboardInterrupt
-    if observation.interrupted:
-        raise UserError(f"{directory.name}: {observation.interrupted}; what was seen is kept at {directory}")
-    track(record, config.tracking, directory.parent)
-    return Outcome(record, reused=False)
+    return written(
+        records.INTERRUPTED if observation.interrupted else records.COMPLETE,
+        observation.interrupted,
+        observation,
+        metrics=metrics.summarise(observation, config.slo, offered_s),
+        metrics_by_model=metrics.by_model(observation, config.slo, offered_s),
+        **more,
+    )
 
 
 def _finished(directory: Path) -> Record | None:
@@ -109,14 +124,19 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
     trace = build_trace(workload, limits)
     system: System = registry.create(config.system.name, config.system.options)
     devices = tuple(Device(d.name, d.kind, d.index, d.memory_mib << 20) for d in config.devices)
+    computing = machine.cores_of(config.devices) if config.backend.name == "real" else ()
     placement = system.plan(Cluster(devices), models, _demand(trace, trace.duration_s))
-    try:
-        backend = _backend(config.backend)
-        system.start(placement, backend)
-        replay = Replay(system, trace, config.drain_timeout_s, config.poll_interval_ms / 1e3, backend.clock)
-        observation = replay.run(len(trace), f"{config.system.name} {config.experiment}")
-    finally:
-        system.stop()
+    with locks.cores(computing):
+        try:
+            backend = _backend(config.backend)
+            system.start(placement, backend)
+            before = machine.CpuUse.now(computing)
+            replay = Replay(system, trace, config.drain_timeout_s, config.poll_interval_ms / 1e3, backend.clock)
+            observation = replay.run(len(trace), f"{config.system.name} {config.experiment}")
+            if computing:
+                observation.other_cpu_share = machine.CpuUse.now(computing).others_share_since(before)
+        finally:
+            system.stop()
     _count_never_submitted(observation, trace)
     more = {
         "placement": _describe(placement),
@@ -148,8 +168,6 @@ def _hardware(config: BenchConfig) -> str:
 
 def _count_never_submitted(observation: Observation, trace: Any) -> None:
     """Requests that the run ended before they were due miss like any other that did not finish."""
-    from runner.observation import RequestRow
-
     seen = {row.request_id for row in observation.requests}
     for planned in trace:
         if planned.request_id not in seen:

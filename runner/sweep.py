@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runner.config import BenchConfig
+from runner.config import bench_from_dict
 from runner.records import Record
 from runner.run import execute
 from serving.errors import UserError, one_line
 from workloads.errors import WorkloadError
 
 LOG_VARIABLE = "CROSSPOOL_SWEEP_LOG"
+_UNSAID = ("results_dir=", "tracking", "force=", "experiment=", "hydra")  # of no use to tell cells apart
+_OTHERS, _MOST_FOR_OTHERS = "other_cpu_share", 0.1
 DONE, REUSED, FAILED = "done", "done already", "FAILED"
 _SHOWN = (
     ("completed", "completed", "{:.0f}"),
@@ -34,27 +38,27 @@ _SHOWN = (
 )
 
 
-def run_cell(parse: Callable[[Mapping[str, Any]], BenchConfig], content: Mapping[str, Any]) -> None:
-    """Run one configuration and log what became of it. Only an interrupt leaves this function."""
-    label = str(content.get("experiment", "run"))
+def run_cell(content: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Run one configuration, which `overrides` chose, and log what became of it. Only an interrupt leaves this function: a
+    bug is told with its traceback and costs its own cell."""
+    system = content.get("system")
+    name = f"{content.get('experiment')} {system.get('name') if isinstance(system, Mapping) else system}"
+    cell = {"name": name, "overrides": [part for part in overrides if not part.startswith(_UNSAID)]}
+    command = shlex.join(["python", "bench.py", *overrides])
     try:
-        config = parse(content)
-        label = f"{config.experiment} {config.system.name}"
-        outcome = execute(config)
+        outcome = execute(bench_from_dict(content), command)
     except (UserError, WorkloadError) as error:
-        _log({"label": label, "state": FAILED, "why": one_line(error)})
-        return
-    _log(_row(outcome.record, REUSED if outcome.reused else DONE))
+        _log({**cell, "state": FAILED, "why": one_line(error)})
+    except Exception as error:  # noqa: BLE001 - a bug in one cell must not cost the others
+        traceback.print_exc()
+        _log({**cell, "state": FAILED, "why": one_line(f"{type(error).__name__}: {error} (a bug; see above)")})
+    else:
+        _log({**cell, **_seen(outcome.record), "state": REUSED if outcome.reused else DONE, "why": outcome.untracked})
 
 
-def _row(record: Record, state: str) -> dict[str, Any]:
-    content = record.content
-    return {
-        "label": f"{content['experiment']} {content['run_id']}",
-        "state": state,
-        "path": str(record.path),
-        "metrics": {name: content["metrics"].get(name) for name, _, _ in _SHOWN},
-    }
+def _seen(record: Record) -> dict[str, Any]:
+    names = [name for name, _, _ in _SHOWN] + [_OTHERS]
+    return {"path": str(record.path), "metrics": {name: record.metrics.get(name) for name in names}}
 
 
 def _log(row: dict[str, Any]) -> None:
@@ -67,10 +71,11 @@ def _log(row: dict[str, Any]) -> None:
 
 
 def report(log: Path) -> int:
-    """Print what became of every cell; the exit status is 2 when any failed."""
+    """Print what became of every cell; the exit status is 2 when any failed or could not be tracked."""
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if not rows:
         return 0
+    _label(rows)
     failed = [row for row in rows if row["state"] == FAILED]
     good = [row for row in rows if row["state"] != FAILED]
     if good:
@@ -78,11 +83,31 @@ def report(log: Path) -> int:
         print("times in ms; records:")
         for row in good:
             print(f"  {row['state']:<12} {row['path']}")
-    for row in failed:
+        _warn_of_others(good)
+    complaints = [row for row in rows if row["why"]]
+    for row in complaints:
         print(f"error: {row['label']}: {row['why']}", file=sys.stderr)
     if len(rows) > 1:
         print(f"{len(good)} of {len(rows)} cells done, {len(failed)} failed")
-    return 2 if failed else 0
+    return 2 if complaints else 0
+
+
+def _label(rows: list[dict[str, Any]]) -> None:
+    """Give each row what tells its cell from the others."""
+    common = set.intersection(*(set(row["overrides"]) for row in rows)) if len(rows) > 1 else set()
+    for row in rows:
+        own = [part for part in row["overrides"] if part not in common] if len(rows) > 1 else []
+        row["label"] = " ".join(own) or row["name"]
+
+
+def _warn_of_others(rows: Sequence[Mapping[str, Any]]) -> None:
+    shares = [row["metrics"][_OTHERS] or 0.0 for row in rows if row["state"] == DONE]
+    if shares and max(shares) > _MOST_FOR_OTHERS:
+        print(
+            f"note: other programs took up to {max(shares):.0%} of the devices' cores; these are not the times of a quiet "
+            f"machine ({_OTHERS} in each record)",
+            file=sys.stderr,
+        )
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import runpy
+import shlex
 import signal
 import struct
 import subprocess
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import hydra
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+import runner.run
 from runner.config import bench_from_dict
 from runner.records import read_record, read_records
 from serving.registry import create
@@ -41,10 +45,17 @@ def compose(*overrides):
         return OmegaConf.to_container(hydra.compose("bench", list(overrides)), resolve=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def checkpoints(tmp_path_factory):
+    """Made once for all runs of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CROSSPOOL_CHECKPOINTS", str(tmp_path_factory.mktemp("checkpoints")))
+        yield
+
+
 def environment(tmp_path):
     return {
         **os.environ,
-        "CROSSPOOL_CHECKPOINTS": str(tmp_path / "checkpoints"),
         "WANDB_SILENT": "true",
         "WANDB_DIR": str(tmp_path),
     }
@@ -127,25 +138,132 @@ def assert_mirrored_in_wandb(record):
         assert mirrored[key] == pytest.approx(record.metrics[key]), key
 
 
+@pytest.fixture
+def bench_here(tmp_path, monkeypatch, capsys):
+    """`bench.py` in this process, for what ends before anything is served: its status, and what it printed."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(REPOSITORY / "bench.py"), run_name="__main__")
+        return ended.value.code or 0, capsys.readouterr()
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    GlobalHydra.instance().clear()
+
+
 ERRORS = {
-    "unknown preset": (["conf=nothing"], "Could not find 'conf/nothing'"),
-    "unknown system": (["system=magic"], "Could not find 'system/magic'"),
-    "unknown key": (["speed=1"], "Could not override 'speed'"),
+    "unknown preset": (["conf=skew0.8"], "unknown conf 'skew0.8' (did you mean 'skew0.9'?); known: ablation"),
+    "unknown system": (["system=magic"], "unknown system 'magic'; known: crosspool, static"),
+    "unknown system in a sweep": (["-m", "system=crosspool,magic"], "unknown system 'magic'"),
+    "unknown key": (["speed=1"], "unknown key 'speed'; known in the configuration: system, models,"),
+    "unknown nested key": (["workload.arrivals.rat=1"], "known in workload.arrivals: kind, rate_rps"),
+    "unknown option of a system": (["system=static", "system.options.lanes=2"], "known in system.options: max_batch"),
+    "no such device": (["devices.4.index=1"], "devices has 2 entries, numbered from 0"),
+    "part of a value": (["slo.ttft_ms.p99=1"], "slo.ttft_ms is one value and has no parts"),
+    "no value": (["workload.rate"], "missing EQUAL"),
+    "no group": (["workload=null"], "must be a string or a list"),
     "zero rate": (["workload.arrivals.rate_rps=0"], "workload.arrivals.rate_rps is 0"),
+    "zero rate, short": (["workload.rate=0"], "workload.arrivals.rate_rps is 0"),
     "negative slo": (["slo.ttft_ms=-1"], "slo.ttft_ms is -1"),
     "no such checkpoint": (["models=[{name: m, checkpoint: /nowhere}]"], "/nowhere/config.json: no such file"),
+    "unknown architecture": (
+        ["models=[{name: m, make: {arch: gpt, size: tiny}}]"],
+        "unknown architecture 'gpt'; known: ",
+    ),
+    "unknown size": (["models=[{name: m, make: {arch: mixtral, size: big}}]"], "unknown size 'big'; known: tiny"),
     "does not fit": (["devices.0.memory_mib=1"], "bytes"),
     "bad option": (["system.options.lanes=0"], "option lanes is 0"),
+    "not this hardware": (["devices.0.kind=cuda"], "the real backend computes on cpu devices, not on cuda"),
+    "unknown card": (["backend=sim", "backend.card=b200"], "unknown hardware 'b200'; known: "),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_bad_input_is_one_clear_line(case, tmp_path):
+def test_bad_input_is_one_clear_line(case, tmp_path, bench_here):
     arguments, words = ERRORS[case]
-    done = bench(tmp_path, *arguments, "tracking=disabled")
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2
-    assert words in lines[-1] and lines[-1].startswith("error: ") and "Traceback" not in done.stderr
+    status, printed = bench_here(*arguments, "tracking=disabled", f"results_dir={tmp_path}/results")
+    assert status == 2
+    *before, line = printed.err.strip().splitlines()
+    assert words in line and line.startswith("error: ") and "Traceback" not in printed.err
+    assert not [word for word in before if "error" in word]  # checkpoints may be made before, with a progress bar
+
+
+def test_a_place_for_records_that_cannot_be_written_is_said_before_the_run(tmp_path, bench_here):
+    (tmp_path / "file").write_text("")
+    status, printed = bench_here("tracking=disabled", f"results_dir={tmp_path}/file/results")
+    assert status == 2 and "cannot be written" in printed.err and len(printed.err.splitlines()) == 1
+
+
+def test_a_bug_costs_its_own_cell_and_is_recorded(tmp_path, bench_here, monkeypatch):
+    real = runner.run.build_trace
+    monkeypatch.setattr(runner.run, "build_trace", lambda w, m: real(w, m) if w.duration_s == 1 else 1 / 0)
+    quick = [word for word in QUICK if "duration" not in word]
+    arguments = [
+        "workload.duration_s=2,1",
+        "backend=sim",
+        *quick,
+        "tracking=disabled",
+        f"results_dir={tmp_path}/results",
+    ]
+    status, printed = bench_here(*arguments, "-m")
+    assert status == 2 and "1 of 2 cells done, 1 failed" in printed.out
+    assert "error: workload.duration_s=2: ZeroDivisionError: division by zero (a bug; see above)" in printed.err
+    found, _ = read_records(tmp_path / "results")
+    assert sorted((r.status, r.content["error"]) for r in found) == [
+        ("complete", ""),
+        ("failed", "ZeroDivisionError: division by zero"),
+    ]
+
+
+def test_the_command_of_a_record_runs_that_cell_again(tmp_path, bench_here):
+    common = ["backend=sim", *QUICK, "tracking=disabled", f"results_dir={tmp_path}/results"]
+    assert bench_here("-m", "conf=skew0.9", "system=crosspool,static", *common)[0] == 0
+    found, _ = read_records(tmp_path / "results")
+    for record in found:
+        python, script, *arguments = shlex.split(record.content["command"])
+        assert (python, script) == ("python", "bench.py") and "-m" not in arguments
+        status, printed = bench_here(*arguments)
+        assert status == 0 and f"done already {record.path}" in printed.out
+
+
+def test_a_run_that_wandb_refuses_is_done_and_says_so(tmp_path, bench_here, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "wrong")
+    status, printed = bench_here("backend=sim", *QUICK, "tracking=online", f"results_dir={tmp_path}/results")
+    assert (
+        status == 2
+        and "error: default crosspool: W&B (online): " in printed.err
+        and "the record is kept" in printed.err
+    )
+    (record,), _ = read_records(tmp_path / "results")
+    assert record.status == "complete" and str(record.path) in printed.out
+
+
+def test_two_sweeps_at_once_share_the_work_and_spoil_nothing(tmp_path):
+    command = [sys.executable, "bench.py", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    command += ["system=crosspool,static", *QUICK, "tracking=disabled", f"results_dir={tmp_path}/results"]
+    sweeps = [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment(tmp_path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    printed = [sweep.communicate(timeout=240)[0] for sweep in sweeps]
+    assert [sweep.returncode for sweep in sweeps] == [0, 0], printed
+    assert all("2 of 2 cells done, 0 failed" in text for text in printed)
+    assert sum(text.count("done already") for text in printed) == 2
+    found, skipped = read_records(tmp_path / "results")
+    assert [record.status for record in found] == ["complete"] * 2 and not skipped
 
 
 def test_a_failing_cell_does_not_end_the_sweep(tmp_path):
@@ -156,7 +274,8 @@ def test_a_failing_cell_does_not_end_the_sweep(tmp_path):
     assert sorted(record.status for record in found) == ["complete", "failed"]
 
 
-def test_an_interrupt_keeps_what_was_seen_and_leaves_no_process(tmp_path):
+@pytest.mark.parametrize("moment", ["starting", "serving", "terminated"])
+def test_an_interrupt_keeps_what_was_seen_and_leaves_no_process(moment, tmp_path):
     command = [
         sys.executable,
         "bench.py",
@@ -164,16 +283,23 @@ def test_an_interrupt_keeps_what_was_seen_and_leaves_no_process(tmp_path):
         "tracking=disabled",
         "workload.duration_s=600",
     ]
-    run = subprocess.Popen(command, cwd=REPOSITORY, env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment(tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not _serving(run.pid):
-        time.sleep(0.2)
-    time.sleep(4)
-    run.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    if moment != "starting":
+        time.sleep(3)
+    if moment == "terminated":
+        run.terminate()
+    else:
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does it: to the workers too
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
     (record,), _ = read_records(tmp_path / "results")
-    assert record.status == "interrupted"
+    assert (record.status, record.content["error"]) == ("interrupted", "interrupted")
+    assert {row["outcome"] for row in record.requests().to_pylist()} <= {"completed", "failed"}
     assert not _serving(None, since=str(tmp_path))
 
 
@@ -185,9 +311,7 @@ def _serving(pid, since=""):
     for process in psutil.process_iter(["cmdline", "ppid"]):
         if "serving.workers" in (process.info["cmdline"] or []):
             try:
-                ours = (
-                    process.info["ppid"] == pid if pid else since in process.environ().get("CROSSPOOL_CHECKPOINTS", "")
-                )
+                ours = process.info["ppid"] == pid if pid else since in process.environ().get("WANDB_DIR", "")
             except psutil.Error:
                 continue
             if ours:

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import shutil
+import threading
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.cpu
 CONTENT = {
     "run_id": "static-1", "config_hash": "1", "status": "complete", "config": {"a": {"b": 1}}, "system": "static",
     "backend": "real", "hardware": "cpu", "experiment": "e", "error": "", "provenance": {},
-    "metrics": {"completed": 1, "p99_itl_ms": None},
+    "metrics": {"completed": 1, "p99_itl_ms": None}, "metrics_by_model": {}, "seeds": {}, "trace": {}, "placement": [],
 }  # fmt: skip
 
 
@@ -81,7 +83,24 @@ def damage_parquet(directory):
     (directory / records.REQUESTS_FILE).write_bytes(b"PAR1")
 
 
-@pytest.mark.parametrize("damage", [damage_json, damage_keys, damage_version, damage_parquet], ids=lambda f: f.__name__)
+def damage_columns(directory):
+    shutil.copy(directory / records.SERIES_FILE, directory / records.REQUESTS_FILE)
+
+
+def damage_status(directory):
+    content = json.loads((directory / records.RECORD_FILE).read_text())
+    (directory / records.RECORD_FILE).write_text(json.dumps({**content, "status": "fine"}))
+
+
+def damage_types(directory):
+    content = json.loads((directory / records.RECORD_FILE).read_text())
+    (directory / records.RECORD_FILE).write_text(json.dumps({**content, "metrics": []}))
+
+
+DAMAGES = [damage_json, damage_keys, damage_version, damage_parquet, damage_columns, damage_status, damage_types]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
 def test_a_corrupt_record_is_named_skipped_and_counted(damage, tmp_path, capsys):
     write(tmp_path / "good")
     damage(write(tmp_path / "bad"))
@@ -90,6 +109,64 @@ def test_a_corrupt_record_is_named_skipped_and_counted(damage, tmp_path, capsys)
     found, skipped = records.read_records(tmp_path)
     assert [record.path.name for record in found] == ["good"] and skipped == 1
     assert "warning: skipped" in capsys.readouterr().err
+
+
+def test_rows_that_are_damaged_inside_are_named_when_read(tmp_path):
+    record = records.read_record(write(tmp_path / "r"))
+    path = record.path / records.REQUESTS_FILE
+    data = bytearray(path.read_bytes())
+    data[4:200] = bytes(196)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="requests.parquet: is corrupt"):
+        records.read_record(tmp_path / "r").requests()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_a_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="results directory .* cannot be written"):
+        records.require_writable(tmp_path / "file" / "e")
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_readers_see_one_whole_record_while_another_replaces_it(exchanges, tmp_path, monkeypatch):
+    if not exchanges:
+        monkeypatch.setattr(records, "_exchange", lambda one, other: False)
+    write(tmp_path / "r", error="0")
+    seen, stop = set(), threading.Event()
+
+    def read():
+        while not stop.is_set():
+            try:
+                seen.add(records.read_record(tmp_path / "r").content["error"])
+            except UserError:
+                seen.add("torn")
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(1, 60):
+        write(tmp_path / "r", error=str(number))
+    stop.set()
+    reader.join()
+    assert not exchanges or "torn" not in seen or not _exchange_works(tmp_path)
+    assert records.read_record(tmp_path / "r").content["error"] == "59"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def _exchange_works(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    return records._exchange(one, other)
+
+
+def test_the_table_tells_apart_what_was_swept_and_says_why_a_run_failed(tmp_path, capsys):
+    for rate in (1, 2):
+        write(tmp_path / f"r{rate}", config={"workload": {"rate_rps": rate, "fixed": 3}, "results_dir": f"/{rate}"})
+    write(tmp_path / "bad", status="failed", error="17 bytes are missing", metrics={})
+    assert table_main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "workload.rate_rps" in printed and "results_dir" not in printed.splitlines()[0]
+    assert "failed: " in printed and "17 bytes are missing" in printed
 
 
 def test_the_table_has_a_row_a_record_and_a_column_a_setting(tmp_path, capsys):

@@ -1,0 +1,73 @@
+"""The machine a real run computes on: the cores its devices stand for, and how much of them others took meanwhile."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from runner.config import DeviceEntry
+from serving.errors import UserError
+
+
+def cores_of(devices: Sequence[DeviceEntry]) -> tuple[int, ...]:
+    """The core of each device, in order. Raises UserError for a device that this machine does not have: a record must not
+    name hardware that did not compute."""
+    usable = sorted(os.sched_getaffinity(0))
+    for number, device in enumerate(devices):
+        if device.kind != "cpu":
+            raise UserError(
+                f"device {device.name}: the real backend computes on cpu devices, not on {device.kind}; "
+                f"backend=sim backend.card=NAME simulates cards"
+            )
+        if not 0 <= device.index < len(usable):
+            raise UserError(
+                f"device {device.name}: index is {device.index}, this process may use {len(usable)} cores "
+                f"(index 0 to {len(usable) - 1})"
+            )
+        sharing = [other.name for other in devices[:number] if other.index == device.index]
+        if sharing:
+            raise UserError(f"device {device.name}: has the core of {sharing[0]}; each device needs one of its own")
+    return tuple(usable[device.index] for device in devices)
+
+
+@dataclass(frozen=True)
+class CpuUse:
+    """CPU seconds so far: `all_s` by everyone on the cores of a run (stolen time counts), `own_s` by this process and its
+    descendants; `at_s` is the monotonic clock."""
+
+    all_s: float
+    own_s: float
+    at_s: float
+    cores: int
+
+    @classmethod
+    def now(cls, cores: Sequence[int]) -> CpuUse:
+        by_core = psutil.cpu_times(percpu=True)
+        all_s = sum(sum(by_core[core]) - by_core[core].idle - by_core[core].iowait for core in cores)
+        # guest time is in user time already
+        all_s -= sum(by_core[core].guest + by_core[core].guest_nice for core in cores)
+        return cls(all_s, _own_s(), time.monotonic(), len(cores))
+
+    def others_share_since(self, earlier: CpuUse) -> float | None:
+        """Share of the cores' time since `earlier` that went to other processes, from 0 to 1."""
+        available_s = (self.at_s - earlier.at_s) * self.cores
+        if available_s <= 0:
+            return None
+        others_s = (self.all_s - earlier.all_s) - (self.own_s - earlier.own_s)
+        return min(max(others_s / available_s, 0.0), 1.0)
+
+
+def _own_s() -> float:
+    """CPU seconds of this process, of its living descendants and of those that were waited for."""
+    total = 0.0
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        try:
+            total += sum(process.cpu_times()[:4])  # user, system, and the same of children waited for
+        except psutil.Error:  # ended in between
+            continue
+    return total

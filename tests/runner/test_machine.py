@@ -1,0 +1,75 @@
+"""A record names the hardware that computed, runs do not share cores, and what others took of them is seen."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from runner import locks
+from runner.config import DeviceEntry
+from runner.machine import CpuUse, cores_of
+from serving.errors import UserError
+
+pytestmark = pytest.mark.cpu
+
+BURN = "import time\nend = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
+
+
+def test_devices_are_cores_in_the_order_that_they_are_named():
+    usable = sorted(os.sched_getaffinity(0))
+    assert cores_of([DeviceEntry("cpu:0", 1, index=0)]) == (usable[0],)
+
+
+@pytest.mark.parametrize(
+    ("devices", "words"),
+    [
+        ([DeviceEntry("gpu", 1, kind="cuda")], "gpu: the real backend computes on cpu devices, not on cuda"),
+        ([DeviceEntry("far", 1, index=4096)], "far: index is 4096, this process may use"),
+        ([DeviceEntry("neg", 1, index=-1)], "neg: index is -1"),
+        ([DeviceEntry("a", 1, index=0), DeviceEntry("b", 1, index=0)], "b: has the core of a"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(devices, words):
+    with pytest.raises(UserError, match=words):
+        cores_of(devices)
+
+
+def test_what_a_child_computes_is_our_own_and_not_others():
+    core = min(os.sched_getaffinity(0))
+    before = CpuUse.now([core])
+    with subprocess.Popen([sys.executable, "-c", BURN]) as child:
+        os.sched_setaffinity(child.pid, {core})
+        time.sleep(0.5)
+        after = CpuUse.now([core])
+        child.kill()
+    assert after.own_s - before.own_s > 0.05
+    assert after.all_s - before.all_s >= after.own_s - before.own_s - 0.1
+    assert 0 <= after.others_share_since(before) <= 1
+
+
+@pytest.mark.parametrize(
+    ("all_s", "own_s", "share"), [(3.0, 1.0, 0.5), (1.0, 1.0, 0.0), (9.0, 0.0, 1.0), (0.5, 1.0, 0.0)]
+)
+def test_the_share_of_others_is_what_is_left(all_s, own_s, share):
+    before, after = CpuUse(10.0, 5.0, 100.0, cores=2), CpuUse(10.0 + all_s, 5.0 + own_s, 102.0, cores=2)
+    assert after.others_share_since(before) == pytest.approx(share)
+    assert before.others_share_since(before) is None
+
+
+def test_a_lock_makes_the_second_wait_and_ends_with_its_process(tmp_path, capfd):
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom runner import locks\n"
+        "with locks.exclusive(Path(sys.argv[1]), 'it'):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}) as holder:
+        assert holder.stdout.readline() == "held\n"
+        killer = subprocess.Popen(["sh", "-c", f"sleep 0.4; kill -9 {holder.pid}"])
+        started = time.monotonic()
+        with locks.exclusive(tmp_path / "lock", "the thing"):
+            waited_s = time.monotonic() - started
+        killer.wait()
+    assert waited_s > 0.2
+    assert "waiting for the thing, which another run is using" in capfd.readouterr().err
