@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.attention import reference as host_form
+from kernels.attention import cpu as host_form
 from kernels.dispatch import cuda_form
 from kernels.paged_kv import PagedKV
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.dense_ffn import reference as host_form
+from kernels.dense_ffn import cpu as host_form
 from kernels.dispatch import cuda_form
 
 

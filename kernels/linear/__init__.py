@@ -5,6 +5,6 @@ Measured on an AVX-512 core at 1 to 8 rows, float32: packed 11-17 GB/s of weight
 
 from __future__ import annotations
 
-from kernels.linear.cpu import linear, pack, packed_bytes
+from kernels.linear.cpu import linear, pack, packed_bytes, padding
 
-__all__ = ["linear", "pack", "packed_bytes"]
+__all__ = ["linear", "pack", "packed_bytes", "padding"]

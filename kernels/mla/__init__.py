@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.dispatch import cuda_form
-from kernels.mla import reference as host_form
+from kernels.mla import cpu as host_form
 from kernels.paged_kv import PagedKV
 
 

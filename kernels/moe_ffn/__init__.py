@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.dispatch import cuda_form
-from kernels.moe_ffn import reference as host_form
+from kernels.moe_ffn import cpu as host_form
 from kernels.moe_ffn.weights import ExpertWeights
 
 __all__ = ["ExpertWeights", "moe_ffn"]

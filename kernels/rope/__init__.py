@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.dispatch import cuda_form
-from kernels.rope import reference as host_form
+from kernels.rope import cpu as host_form
 from kernels.rope.table import RopeTable
 
 __all__ = ["RopeTable", "rope_write_gqa", "rope_write_mla"]

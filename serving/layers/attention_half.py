@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from kernels.linear import linear, pack
+from kernels.rms_norm import add_rms_norm, rms_norm
 from serving.checkpoints.weights import Weights
 from serving.layers.batch import BatchLayout
 from serving.layers.gqa import GQALayer
 from serving.layers.mla import MLALayer
-from serving.layers.norm import rms_norm
 from serving.layers.rope import RotaryTable
 from serving.layers.sizes import weight_bytes_attention
 from serving.spec import MLASpec, ModelSpec
@@ -51,18 +51,21 @@ class AttentionHalf:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One layer: residual of the FFN before (`ffn_out` [T, D], None for layer 0), norm, attention with its KV written
         into `cache` (this layer's slots), residual, norm. Returns (hidden [T, D], rows for this layer's FFN [T, D])."""
-        if ffn_out is not None:
-            hidden = hidden + ffn_out
-        if layout.rope is None:
-            layout.rope = self._rotary.rows(layout.positions, max(layout.kv_lens) - 1)
-        input_norm, post_norm = self._norms[layer]
-        normed = rms_norm(hidden, input_norm, self.spec.norm_eps)
-        hidden = hidden + self._layers[layer].forward(normed, cache, layout)
-        return hidden, rms_norm(hidden, post_norm, self.spec.norm_eps)
+        if layout.turns is None:
+            layout.turns = self._rotary.rows(layout.positions, max(layout.kv_lens) - 1)
+        (input_norm, post_norm), eps = self._norms[layer], self.spec.norm_eps
+        if ffn_out is None:
+            normed = rms_norm(hidden, input_norm, eps)
+        else:
+            normed, hidden = add_rms_norm(hidden, ffn_out, input_norm, eps)
+        attended = self._layers[layer].forward(normed, cache, layout)
+        ffn_in, hidden = add_rms_norm(attended, hidden, post_norm, eps)
+        return hidden, ffn_in
 
     def logits(self, hidden: torch.Tensor, ffn_out: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """Logits [len(logit_rows), V] float32 after the last layer's residual."""
         if len(layout.logit_rows) < layout.rows:
             rows = torch.tensor(layout.logit_rows)
             hidden, ffn_out = hidden.index_select(0, rows), ffn_out.index_select(0, rows)
-        return linear(rms_norm(hidden + ffn_out, self._final_norm, self.spec.norm_eps), self._head).float()
+        normed, _ = add_rms_norm(hidden, ffn_out, self._final_norm, self.spec.norm_eps)
+        return linear(normed, self._head).float()

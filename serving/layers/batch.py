@@ -6,14 +6,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kernels.paged_kv import PagedKV
+
 
 @dataclass(slots=True)
 class BatchLayout:
     """One step of one model: S sequences, T rows in all; the rows of a sequence are adjacent and are its last tokens.
 
     `run_starts` are the first slots of the sequences' contiguous runs, the same in every layer. `logit_rows` are the rows
-    whose next token is wanted. `positions` and `slots` [T] are derived once and serve every layer, as does `rope`, the
-    cosines and sines that the first layer looks up.
+    whose next token is wanted. `positions` and `slots` [T] are derived once and serve every layer, as do `turns`, the rows
+    of the rotary table that the first layer looks up.
     """
 
     query_lens: tuple[int, ...]
@@ -22,9 +24,11 @@ class BatchLayout:
     logit_rows: tuple[int, ...]
     positions: torch.Tensor = field(init=False)
     slots: torch.Tensor = field(init=False)
-    rope: tuple[torch.Tensor, torch.Tensor] | None = field(init=False, default=None)
+    decode_only: bool = field(init=False)  # every sequence contributes exactly one row
+    turns: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self.decode_only = len(self.query_lens) == sum(self.query_lens)
         if self.decode_only:
             positions = [length - 1 for length in self.kv_lens]
             slots = [start + position for start, position in zip(self.run_starts, positions, strict=True)]
@@ -40,7 +44,6 @@ class BatchLayout:
     def rows(self) -> int:
         return self.positions.shape[0]
 
-    @property
-    def decode_only(self) -> bool:
-        """Whether every sequence contributes exactly one row."""
-        return len(self.query_lens) == sum(self.query_lens)
+    def runs(self, cache: torch.Tensor) -> PagedKV:
+        """The sequences' KV in one layer, whose slots are `cache`."""
+        return PagedKV(cache, 1, None, None, self.run_starts, self.kv_lens)

@@ -1,7 +1,6 @@
 """Rotary position tables for the scalings that these models use.
 
-Pairs are rotated as x * cos + swap(x) * sin: `cos` repeats each angle's cosine for both channels of its pair and `sin`
-carries the sign of the channel, so one multiply and one fused multiply-add rotate all heads at once.
+A pair of channels is turned as one complex number, so a table holds complex numbers: the turn of each pair at a position.
 """
 
 from __future__ import annotations
@@ -44,39 +43,23 @@ def attention_temperature(rope: RopeSpec) -> float:
 
 
 class RotaryTable:
-    """`cos` and `sin` [positions, dim], signed as the module says, made for `max_positions` in steps as they are needed."""
+    """`turns` [positions, dim / 2] complex64, made for `max_positions` in steps as they are needed."""
 
     _GROW_POSITIONS = 4096
 
     def __init__(self, rope: RopeSpec, max_positions: int) -> None:
         self._rope = rope
         self._max_positions = max_positions
-        self.cos = self.sin = torch.empty(0, rope.dim)
+        self.turns = torch.empty(0, rope.dim // 2, dtype=torch.complex64)
         self._extend(min(max_positions, self._GROW_POSITIONS))
 
-    def rows(self, positions: torch.Tensor, last_position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin) of `positions` [T], each [T, dim]; `last_position` is their maximum."""
-        if last_position >= self.cos.shape[0]:
+    def rows(self, positions: torch.Tensor, last_position: int) -> torch.Tensor:
+        """Turns of `positions` [T], [T, 1, dim / 2]; `last_position` is their maximum."""
+        if last_position >= self.turns.shape[0]:
             wanted = -(-(last_position + 1) // self._GROW_POSITIONS) * self._GROW_POSITIONS
-            self._extend(min(max(wanted, 2 * self.cos.shape[0]), max(self._max_positions, last_position + 1)))
-        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+            self._extend(min(max(wanted, 2 * self.turns.shape[0]), max(self._max_positions, last_position + 1)))
+        return self.turns.index_select(0, positions).unsqueeze(1)
 
     def _extend(self, positions: int) -> None:
         angles = torch.outer(torch.arange(positions, dtype=torch.float32), inverse_frequencies(self._rope))
-        temperature = attention_temperature(self._rope)
-        cos, sin = angles.cos() * temperature, angles.sin() * temperature  # [P, dim / 2]
-        if self._rope.interleaved:
-            self.cos = torch.stack((cos, cos), -1).flatten(1)
-            self.sin = torch.stack((-sin, sin), -1).flatten(1)
-        else:
-            self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
-def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> None:
-    """Rotate `x` [T, heads, dim] in place by `cos` and `sin` [T, dim]."""
-    rows, heads, dim = x.shape
-    if interleaved:
-        swapped = x.reshape(rows, heads, dim // 2, 2).flip(3).view(rows, heads, dim)
-    else:
-        swapped = x.reshape(rows, heads, 2, dim // 2).flip(2).view(rows, heads, dim)
-    x.mul_(cos.unsqueeze(1).to(x.dtype)).addcmul_(swapped, sin.unsqueeze(1).to(x.dtype))
+        self.turns = torch.polar(torch.full_like(angles, attention_temperature(self._rope)), angles)  # [P, dim / 2]
