@@ -33,9 +33,9 @@ def task(config: DictConfig) -> None:
 def main() -> int:
     _interrupt_on(signal.SIGINT, signal.SIGTERM)
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # it may stand anywhere
-    with tempfile.TemporaryDirectory(prefix="crosspool-sweep-") as folder:
+    with tempfile.TemporaryDirectory(prefix="sweep-", dir=_folder_that_nodes_share()) as folder:
         log = Path(folder) / "cells.jsonl"
-        os.environ[sweep.LOG_VARIABLE] = str(log)
+        sys.argv.append(f"+hydra.job.env_set.{sweep.LOG_VARIABLE}={log}")  # reaches cells wherever a launcher runs them
         try:
             task()
         except (HydraException, OmegaConfBaseException, ValueError) as error:  # of composing: a cell keeps its own
@@ -49,6 +49,16 @@ def main() -> int:
             print("interrupted; finished runs are kept and will not be run again", file=sys.stderr)
             return 130
         return sweep.report(log)
+
+
+def _folder_that_nodes_share() -> Path | None:
+    """Where cells on other nodes of a cluster can say what became of them; None, a local one, where that is not writable."""
+    folder = CONFIGURATION.parent / "results" / "local" / ".sweeps"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _interrupt_on(*signals: signal.Signals) -> None:

@@ -119,6 +119,10 @@ class Replay:
         elif event.kind is EventKind.PREEMPTED:
             row.preemptions += 1
         else:
+            if event.kind is EventKind.COMPLETED and len(row.token_ids) != row.output_tokens:
+                raise RuntimeError(
+                    f"request {event.request_id} completed with {len(row.token_ids)} tokens, {row.output_tokens} were asked for"
+                )
             row.outcome, row.reason, row.ended_ns = _OUTCOMES[event.kind], event.reason, time_ns
             self._open -= 1
             if self._bar is not None:

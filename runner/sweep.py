@@ -58,7 +58,12 @@ def run_cell(content: Mapping[str, Any], overrides: Sequence[str]) -> None:
 
 def _seen(record: Record) -> dict[str, Any]:
     names = [name for name, _, _ in _SHOWN] + [_OTHERS]
-    return {"path": str(record.path), "metrics": {name: record.metrics.get(name) for name in names}}
+    clipped = record.content["trace"].get("summary", {}).get("clipped", 0)
+    return {
+        "path": str(record.path),
+        "metrics": {name: record.metrics.get(name) for name in names},
+        "clipped": clipped,
+    }
 
 
 def _log(row: dict[str, Any]) -> None:
@@ -83,6 +88,7 @@ def report(log: Path) -> int:
         print("times in ms; records:")
         for row in good:
             print(f"  {row['state']:<12} {row['path']}")
+        _warn_of_clipping(good)
         _warn_of_others(good)
     complaints = [row for row in rows if row["why"]]
     for row in complaints:
@@ -98,6 +104,15 @@ def _label(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         own = [part for part in row["overrides"] if part not in common] if len(rows) > 1 else []
         row["label"] = " ".join(own) or row["name"]
+
+
+def _warn_of_clipping(rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        if row["clipped"]:
+            print(
+                f"note: {row['label']}: {row['clipped']} requests were longer than their model's context and were cut to it",
+                file=sys.stderr,
+            )
 
 
 def _warn_of_others(rows: Sequence[Mapping[str, Any]]) -> None:

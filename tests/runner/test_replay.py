@@ -42,6 +42,8 @@ class ScriptedSystem:
         tokens = [Event(request.request_id, EventKind.TOKENS, ns, (7,)) for _ in range(request.max_new_tokens)]
         admitted, done = (Event(request.request_id, kind, ns) for kind in (EventKind.ADMITTED, EventKind.COMPLETED))
         extra = [done] if fate == "twice" else []
+        if fate == "short":
+            tokens.pop()
         return [admitted, *tokens, done, *extra]
 
     def pool_samples(self):
@@ -86,3 +88,8 @@ def test_a_dead_worker_ends_the_replay_and_keeps_the_rows():
 def test_a_request_that_ends_twice_is_a_bug_that_shows():
     with pytest.raises(RuntimeError, match="ended as completed and then had completed"):
         replay(ScriptedSystem(fate={0: "twice"}), trace(1))
+
+
+def test_a_request_that_completes_short_of_tokens_is_a_bug_that_shows():
+    with pytest.raises(RuntimeError, match="completed with 2 tokens, 3 were asked for"):
+        replay(ScriptedSystem(fate={0: "short"}), trace(1))
