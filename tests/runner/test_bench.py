@@ -287,7 +287,13 @@ def test_an_interrupt_keeps_what_was_seen_and_leaves_no_process(moment, tmp_path
         "workload.duration_s=600",
     ]
     run = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment(tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=REPOSITORY,
+        env=environment(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_take_interrupts,  # noqa: PLW1509  one call, before exec
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not _serving(run.pid):
@@ -303,6 +309,11 @@ def test_an_interrupt_keeps_what_was_seen_and_leaves_no_process(moment, tmp_path
     assert (record.status, record.content["error"]) == ("interrupted", "interrupted")
     assert {row["outcome"] for row in record.requests().to_pylist()} <= {"completed", "failed"}
     assert not _serving(None, since=str(tmp_path))
+
+
+def _take_interrupts():
+    """As a terminal's job has it: a suite that runs in the background was started with interrupts ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _serving(pid, since=""):
