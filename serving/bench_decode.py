@@ -1,158 +1,32 @@
-"""`python -m serving.bench_decode`: decode tokens/s of the engine against `transformers`, like with like, in one run.
+"""`python -m serving.bench_decode`: decode and prefill tokens/s against `transformers`, like with like, in one run.
 
-One device is one core, so a static partition on one device stands against `transformers` with one thread, and CrossPool's
-two devices against two threads. Sides alternate, round after round, because the machine's speed drifts; medians are quoted.
-Beside them stands the bandwidth floor: the bytes that a step must read, over what this machine streams in the same run.
+One device is one core, so a static partition on one device, and the two halves of a model without an engine, stand against
+`transformers` with one thread, and CrossPool's two devices against two threads. Sides alternate, round after round, because
+the machine's speed drifts; medians are quoted. A bfloat16 cell has `transformers` in float32 taking its turns too. Beside
+all stands the bandwidth floor: the bytes that a decode step must read, over what this machine streams in the same run.
 
-    python -m serving.bench_decode --checkpoint DIR --batch 1 8 --dtype float32
+    python -m serving.bench_decode --checkpoint DIR --batch 1 8 32 --dtype float32 bfloat16
+    python -m serving.bench_decode --checkpoint DIR --batch 1 --prompt-tokens 4096 --prefill-chunk 512 --new-tokens 8
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from serving import registry
+from serving.bench_sides import EngineSide, HalvesSide, Side, TransformersSide
 from serving.errors import UserError, command
-from serving.generate import cpu_cluster
-from serving.interface import Demand, Request, ServedModel
+from serving.interface import ServedModel
 from serving.spec import BYTES_PER_ELEMENT, ModelSpec, element_bytes, load_spec
 
-_MEMORY_BYTES = 6 << 30
 _STREAM_BYTES = 512 << 20
-
-
-class Side(Protocol):
-    """One contestant: `run` decodes and returns (decode tokens/s, prefill seconds)."""
-
-    name: str
-
-    def run(self, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> tuple[float, float]: ...
-
-    def close(self) -> None: ...
-
-
-class EngineSide:
-    """A system of this project. `batches` batches of the same size are kept in flight, one a lane."""
-
-    def __init__(self, system: str, devices: int, model: ServedModel, options: dict[str, object], batches: int) -> None:
-        self.name = f"{system}, {devices} device{'s' if devices > 1 else ''}"
-        self._model, self._batches = model, batches
-        self._system = registry.create(system, options)
-        self._system.start(self._system.plan(cpu_cluster(devices, _MEMORY_BYTES), [model], Demand()))
-        self._next_id = 0
-
-    def run(self, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> tuple[float, float]:
-        wanted = list(prompts) * self._batches
-        first_id, self._next_id = self._next_id, self._next_id + len(wanted)
-        started_ns = time.monotonic_ns()
-        for number, prompt in enumerate(wanted):
-            self._system.submit(Request(first_id + number, self._model.name, prompt, new_tokens))
-        times: dict[int, list[int]] = {first_id + number: [] for number in range(len(wanted))}
-        left = len(wanted)
-        while left:
-            for event in self._system.poll():
-                if event.tokens:
-                    times[event.request_id].append(event.time_ns)
-                if event.kind.terminal:
-                    left -= 1
-                    if event.reason:
-                        raise UserError(f"{self.name}: {event.reason}")
-            time.sleep(0.002)
-        begin, end = max(t[0] for t in times.values()), min(t[-1] for t in times.values())
-        decoded = sum(begin < moment <= end for moments in times.values() for moment in moments)
-        return decoded / (end - begin) * 1e9, (begin - started_ns) / 1e9
-
-    def close(self) -> None:
-        self._system.stop()
-
-
-class TransformersSide:
-    """`generate` of `transformers`, in a process of its own with `threads` threads on as many cores."""
-
-    def __init__(self, checkpoint: Path, threads: int, dtype: str, mode: str) -> None:
-        self.name = f"transformers ({mode}), {threads} thread{'s' if threads > 1 else ''}"
-        context = multiprocessing.get_context("spawn")
-        self._connection, far = context.Pipe()
-        self._process = context.Process(target=_transformers_server, args=(far, str(checkpoint), threads, dtype, mode))
-        self._process.start()
-        far.close()
-        self._receive()
-
-    def _receive(self) -> object:
-        try:
-            answer = self._connection.recv()
-        except EOFError:
-            raise UserError(f"{self.name}: its process ended") from None
-        if isinstance(answer, str):
-            raise UserError(f"{self.name}: {answer}")
-        return answer
-
-    def run(self, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> tuple[float, float]:
-        self._connection.send((list(prompts), new_tokens))
-        return self._receive()
-
-    def close(self) -> None:
-        self._connection.close()
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
-
-
-def _transformers_server(connection: Connection, checkpoint: str, threads: int, dtype: str, mode: str) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, set(cores[:threads]))
-    torch.set_num_threads(threads)
-    from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
-
-    class Clock(StoppingCriteria):
-        """Never stops; notes when each token was there."""
-
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-            self.times.append(time.perf_counter())
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=getattr(torch, dtype), attn_implementation="sdpa", experts_implementation=mode
-        ).eval()
-    except (ValueError, OSError) as error:
-        connection.send(str(error).splitlines()[0])
-        return
-    connection.send((0.0, 0.0))
-    with torch.inference_mode():
-        while True:
-            try:
-                prompts, new_tokens = connection.recv()
-            except EOFError:
-                return
-            clock = Clock()
-            ids = torch.tensor(prompts)
-            started = time.perf_counter()
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-                stopping_criteria=StoppingCriteriaList([clock]),
-            )
-            decoded = len(prompts) * (len(clock.times) - 1)
-            connection.send((decoded / (clock.times[-1] - clock.times[0]), clock.times[0] - started))
+_OURS = ("halves", "static", "crosspool")
 
 
 def step_bytes(spec: ModelSpec, dtype: str, batch: int, context_tokens: int) -> float:
@@ -180,31 +54,41 @@ def stream_bandwidth(threads: int) -> float:
     return best
 
 
-def measure(sides: Sequence[Side], spec: ModelSpec, batch: int, args: argparse.Namespace) -> list[list[float]]:
-    """Decode tokens/s of every side, one list a side, sides taking turns; a first round warms up and is not counted."""
+def measure(
+    sides: Sequence[Side], spec: ModelSpec, batch: int, args: argparse.Namespace
+) -> list[list[tuple[float, float]]]:
+    """(decode tokens/s, prefill tokens/s) of every round, one list a side, sides taking turns; a first round warms up and
+    is not counted."""
     generator = torch.Generator().manual_seed(0)
     prompts = [
         tuple(torch.randint(0, spec.vocab_size, (args.prompt_tokens,), generator=generator).tolist())
         for _ in range(batch)
     ]
-    rates: list[list[float]] = [[] for _ in sides]
+    rates: list[list[tuple[float, float]]] = [[] for _ in sides]
     for round_number in range(args.rounds + 1):
         for side, measured in zip(sides, rates, strict=True):
-            rate, _ = side.run(prompts, args.new_tokens)
+            decoded, prefill_s = side.run(prompts, args.new_tokens)
             if round_number:
-                measured.append(rate)
+                measured.append((decoded, batch * args.prompt_tokens / prefill_s))
     return rates
 
 
-def open_sides(args: argparse.Namespace, model: ServedModel, dtype: str, batch: int) -> list[Side]:
-    """All sides for one batch size; engines are given room to prefill the whole batch in one step."""
-    options = {"max_batch": batch, "prefill_chunk": batch * args.prompt_tokens}
-    sides: list[Side] = [EngineSide("static", 1, model, options, batches=1)]
-    if args.two_cores:
+def open_sides(args: argparse.Namespace, model: ServedModel, batch: int) -> list[Side]:
+    """All sides of one cell; engines are given room to prefill the whole batch in one step, if no chunk is set."""
+    chunk = args.prefill_chunk or args.prompt_tokens
+    options = {"max_batch": batch, "prefill_chunk": batch * chunk}
+    sides: list[Side] = []
+    if "halves" in args.sides:
+        sides.append(HalvesSide(model, chunk))
+    if "static" in args.sides:
+        sides.append(EngineSide("static", 1, model, options, batches=1))
+    two_cores = "crosspool" in args.sides
+    if two_cores:
         sides.append(EngineSide("crosspool", 2, model, options, batches=2))
-    threads = (1, 2) if args.two_cores else (1,)
     if model.spec.architecture != "deepseek":  # which transformers does not have
-        sides += [TransformersSide(model.checkpoint, n, dtype, mode) for n in threads for mode in args.transformers]
+        for dtype in dict.fromkeys((model.dtype, "float32")):
+            for threads in (1, 2) if two_cores else (1,):
+                sides += [TransformersSide(model.checkpoint, threads, dtype, mode) for mode in args.transformers]
     return sides
 
 
@@ -215,12 +99,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=sorted(BYTES_PER_ELEMENT))
     parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--prefill-chunk", type=int, default=0, help="prompt tokens a step; 0: the whole prompt")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--two-cores", action="store_true", help="also CrossPool on two devices, and two threads")
+    parser.add_argument(
+        "--sides", nargs="+", default=["halves", "static"], choices=_OURS,
+        help="crosspool takes two devices, and two threads of transformers beside them",
+    )  # fmt: skip
     parser.add_argument("--transformers", nargs="+", default=["grouped_mm"], help="its expert implementations to try")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args(argv)
+    if args.new_tokens < 2 or args.prompt_tokens < 1 or args.prefill_chunk < 0 or min(args.batch) < 1:
+        raise UserError("a decode rate needs a batch and a prompt of 1 or more, and 2 or more new tokens")
     torch.set_num_threads(1)
     spec = load_spec(args.checkpoint)
     figures = []
@@ -228,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{spec.name}: prompt {args.prompt_tokens}, {args.new_tokens} new tokens, median of {args.rounds} alternated rounds"
     )
     print(
-        f"{'dtype':<9} {'batch':>5}  {'side':<34} {'tok/s':>8} {'min':>8} {'max':>8} {'of floor':>9} {'x first hf':>10}"
+        f"{'dtype':<9} {'batch':>5}  {'side':<36} {'tok/s':>8} {'min':>8} {'max':>8} {'of floor':>9} {'x best hf':>10} "
+        f"{'x hf f32':>9} {'prefill/s':>10} {'x best hf':>10}"
     )
     for dtype in args.dtype:
         for batch in args.batch:
@@ -239,33 +130,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cell(args: argparse.Namespace, spec: ModelSpec, dtype: str, batch: int) -> list[dict[str, object]]:
-    model = ServedModel(spec, args.checkpoint, dtype)
-    sides = open_sides(args, model, dtype, batch)
+    """Measure and print one dtype and batch size; the rows of its table."""
+    sides = open_sides(args, ServedModel(spec, args.checkpoint, dtype), batch)
     try:
         rates = measure(sides, spec, batch, args)
     finally:
         for side in sides:
             side.close()
-    bandwidth = {threads: stream_bandwidth(threads) for threads in (1, 2)}
-    bytes_read = step_bytes(spec, dtype, batch, args.prompt_tokens + args.new_tokens // 2)
-    peers = [statistics.median(r) for side, r in zip(sides, rates, strict=True) if isinstance(side, TransformersSide)]
+    bandwidth = {cores: stream_bandwidth(cores) for cores in {side.cores for side in sides}}
     rows = []
     for side, measured in zip(sides, rates, strict=True):
-        cores = 2 if side.name.endswith(("2 devices", "2 threads")) else 1
-        floor = batch * bandwidth[cores] / bytes_read
-        median = statistics.median(measured)
-        row = {
-            "model": spec.name, "dtype": dtype, "batch": batch, "side": side.name, "median_tok_s": median,
-            "min_tok_s": min(measured), "max_tok_s": max(measured), "floor_tok_s": floor,
-            "stream_gb_s": bandwidth[cores] / 1e9,
-        }  # fmt: skip
-        rows.append(row)
-        ratio = f"{median / peers[0]:.2f}" if peers else "-"
-        print(
-            f"{dtype:<9} {batch:>5}  {side.name:<34} {median:>8.1f} {min(measured):>8.1f} {max(measured):>8.1f} "
-            f"{median / floor:>8.0%} {ratio:>10}"
-        )
+        decoded, prefilled = (statistics.median(values) for values in zip(*measured, strict=True))
+        bytes_read = step_bytes(spec, side.dtype, batch, args.prompt_tokens + args.new_tokens // 2)
+        rows.append(
+            {
+                "model": spec.name, "dtype": side.dtype, "batch": batch, "side": side.name, "cores": side.cores,
+                "peer": isinstance(side, TransformersSide), "median_tok_s": decoded,
+                "min_tok_s": min(measured)[0], "max_tok_s": max(measured)[0], "prefill_tok_s": prefilled,
+                "floor_tok_s": batch * bandwidth[side.cores] / bytes_read, "stream_gb_s": bandwidth[side.cores] / 1e9,
+            }
+        )  # fmt: skip
+    for row in rows:
+        _print_row(row, [peer for peer in rows if peer["peer"] and peer["cores"] == row["cores"]])
     return rows
+
+
+def _print_row(row: dict[str, object], peers: Sequence[dict[str, object]]) -> None:
+    def times(key: str, dtype: str | None = None) -> str:
+        """This row's rate over that of the fastest of its peers, or of those in `dtype`."""
+        rates = [peer[key] for peer in peers if dtype in (None, peer["dtype"])]
+        return f"{row[key] / max(rates):.2f}" if rates else "-"
+
+    print(
+        f"{row['dtype']:<9} {row['batch']:>5}  {row['side']:<36} {row['median_tok_s']:>8.1f} {row['min_tok_s']:>8.1f} "
+        f"{row['max_tok_s']:>8.1f} {row['median_tok_s'] / row['floor_tok_s']:>8.0%} {times('median_tok_s'):>10} "
+        f"{times('median_tok_s', 'float32'):>9} {row['prefill_tok_s']:>10.0f} {times('prefill_tok_s'):>10}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ QWEN3 = (2048, 768, 128, 8)
 MIXTRAL = (4096, 14336, 8, 2)
 DEEPSEEK = (2048, 1408, 64, 6)
 MIXTRAL_110M = (512, 1024, 8, 2)
+MIXTRAL_600M = (1024, 2048, 8, 2)  # an expert is 25 MB in float32: no cache holds two
 
 
 def _moe_cases(name: str, layer: tuple[int, ...], targets: dict[int, Target | None]) -> list[Case]:
@@ -138,6 +139,7 @@ CPU_CASES = [
     _case("prefill_mla", "128 of 512, 8 heads", problems.prefill_mla, 512, 128, 8, 128, 32),
     _case("router", "T=8, 8 experts", problems.routing, 8, 8, 2, "softmax_topk_renorm", (1, 1)),
     *_moe_cases("Mixtral-110M", MIXTRAL_110M, {1: None, 8: None, 128: None}),
+    *_moe_cases("Mixtral-600M", MIXTRAL_600M, {1: None, 8: None}),
     _case("dense_ffn", "T=1, 512x1024", problems.dense, 1, 512, 1024),
     _case("lm_head", "8 x 4K", problems.greedy, 8, 4096),
 ]

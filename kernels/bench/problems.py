@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from kernels import attention, dense_ffn, lm_head, mla, moe_ffn, rms_norm, rope, router
 from kernels.attention import reference as attention_reference
 from kernels.dense_ffn import reference as dense_reference
+from kernels.linear import pack
 from kernels.lm_head import reference as head_reference
 from kernels.mla import reference as mla_reference
 from kernels.moe_ffn import ExpertWeights
@@ -229,6 +230,13 @@ def expert_weights(num_experts: int, depth: int, width: int, device: torch.devic
     return ExpertWeights(fill(num_experts, 2 * width, depth), fill(num_experts, depth, width))
 
 
+def _as_held(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
+    """`weights` as a loaded model holds them on `device`: packed on the CPU."""
+    if device.type == "cuda":
+        return weights
+    return ExpertWeights(*([pack(matrix) for matrix in stack] for stack in weights))
+
+
 def _grouped_mm_peer(
     x: torch.Tensor, weights: ExpertWeights, topk_weights: torch.Tensor, topk_experts: torch.Tensor
 ) -> Callable[[], object]:
@@ -259,8 +267,9 @@ def moe(
     distinct = sum(len(experts.unique()) for _, experts in choices) / len(choices)
     moved = x.element_size() * (distinct * 3 * depth * width + 2 * x.numel())
     choices = choices[: _variants(moved, device)]
+    held = _as_held(weights, device)
     return Problem(
-        [lambda routed=routed: (moe_ffn.moe_ffn(x, weights, *routed),) for routed in choices],
+        [lambda routed=routed: (moe_ffn.moe_ffn(x, held, *routed),) for routed in choices],
         lambda i: (moe_reference.moe_ffn(x, weights, *choices[i]),),
         moved,
         6 * rows * top_k * depth * width,
@@ -272,9 +281,10 @@ def dense(rows: int, depth: int, width: int, device: torch.device, dtype: torch.
     moved = torch.tensor([], dtype=dtype).element_size() * (3 * depth * width + 2 * rows * depth)
     count = _variants(moved, device)
     layers = expert_weights(count, depth, width, device, dtype)
+    held = _as_held(layers, device)
     x = torch.randn(rows, depth, device=device).to(dtype)
     return Problem(
-        [lambda i=i: (dense_ffn.dense_ffn(x, layers.gate_up[i], layers.down[i]),) for i in range(count)],
+        [lambda i=i: (dense_ffn.dense_ffn(x, held.gate_up[i], held.down[i]),) for i in range(count)],
         lambda i: (dense_reference.dense_ffn(x, layers.gate_up[i], layers.down[i]),),
         moved,
         6 * rows * depth * width,
