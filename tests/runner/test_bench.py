@@ -125,18 +125,28 @@ def assert_mirrored_in_wandb(record):
     """Read the offline run back from its own file and find the record's numbers in it."""
     from wandb.proto import wandb_internal_pb2
 
-    summaries = {}
+    mirrored = {}
     for path in record.path.parent.glob("wandb/offline-run-*/*.wandb"):
-        summary, name = {}, ""
+        seen = {"summary": {}, "config": {}, "pages": [], "artifacts": []}
         for data in wandb_entries(path.read_bytes()):
             entry = wandb_internal_pb2.Record()
             entry.ParseFromString(data)
-            name = entry.run.display_name or name
-            summary |= {item.key: json.loads(item.value_json) for item in entry.summary.update}
-        summaries[name] = summary
-    mirrored = summaries[record.content["run_id"]]
+            if entry.run.display_name:
+                mirrored[entry.run.display_name] = seen
+                seen["group"], seen["job"] = entry.run.run_group, entry.run.job_type
+                seen["config"] |= {item.key: json.loads(item.value_json) for item in entry.run.config.update}
+            seen["summary"] |= {item.key: json.loads(item.value_json) for item in entry.summary.update}
+            keys = ["/".join(item.nested_key) or item.key for item in entry.history.item]
+            seen["pages"] += [key for key in keys if key.startswith("kv_pages/")]
+            seen["artifacts"] += [file.path for file in entry.request.log_artifact.artifact.manifest.contents]
+            seen["artifacts"] += [file.path for file in entry.artifact.manifest.contents]
+    run = mirrored[record.content["run_id"]]
     for key in ("completed", "p99_itl_ms", "median_ttft_ms", "output_throughput"):
-        assert mirrored[key] == pytest.approx(record.metrics[key]), key
+        assert run["summary"][key] == pytest.approx(record.metrics[key]), key
+    assert (run["group"], run["job"]) == (record.content["experiment"], record.content["system"])
+    assert run["config"]["workload"] == record.content["config"]["workload"]
+    assert run["pages"], "no pages over time"
+    assert {"record.json", "requests.parquet", "series.parquet"} <= set(run["artifacts"])
 
 
 @pytest.fixture
