@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--sides", nargs="+", default=["halves", "static"], choices=_OURS,
         help="crosspool takes two devices, and two threads of transformers beside them",
     )  # fmt: skip
-    parser.add_argument("--transformers", nargs="+", default=["grouped_mm"], help="its expert implementations to try")
+    parser.add_argument("--transformers", nargs="+", default=["grouped_mm", "eager"], help="its expert modes")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args(argv)
     if args.new_tokens < 2 or args.prompt_tokens < 1 or args.prefill_chunk < 0 or min(args.batch) < 1:

@@ -6,6 +6,8 @@ is gathered or expanded, and no score leaves the fused kernel's cache blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -17,11 +19,12 @@ def decode_gqa(q: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
     batch, heads, dim = q.shape
     kv_heads = kv.cache.shape[2]
     # The batch of the fused kernel is the KV heads: its output is then already in the order of the query heads.
-    queries = q.view(batch, kv_heads, 1, heads // kv_heads, dim)
-    parts = []
-    for sequence in range(batch):
-        keys, values = _keys_and_values(kv, sequence)  # [KH, 1, L, d] each
-        parts.append(scaled_dot_product_attention(queries[sequence], keys, values, scale=scale))  # [KH, 1, G, d]
+    queries = q.view(batch, kv_heads, 1, heads // kv_heads, dim).unbind(0)
+    pairs = _runs(kv) if kv.run_starts else (_keys_and_values(kv, sequence) for sequence in range(batch))
+    parts = [
+        scaled_dot_product_attention(query, keys, values, scale=scale)  # [KH, 1, G, d]
+        for query, (keys, values) in zip(queries, pairs, strict=True)
+    ]
     return (parts[0] if batch == 1 else torch.cat(parts)).view(batch, heads, dim)
 
 
@@ -56,3 +59,10 @@ def causal_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tens
 def _keys_and_values(kv: PagedKV, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of one sequence, [KH, 1, L, d] each; views where the sequence is one run of slots."""
     return sequence_tokens(kv, sequence).permute(1, 2, 0, 3).unsqueeze(2).unbind(0)
+
+
+def _runs(kv: PagedKV) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """:func:`_keys_and_values` of every sequence, with two views each: at decode, views are a third of the time."""
+    keys, values = kv.cache.permute(1, 2, 0, 3).unsqueeze(2).unbind(0)  # [KH, 1, S, d]
+    for start, length in zip(kv.run_starts, kv.run_lens, strict=True):
+        yield keys.narrow(2, start, length), values.narrow(2, start, length)

@@ -78,6 +78,7 @@ def test_sizes_that_give_no_rate_are_refused(wrong, tiny_checkpoints, capsys):
 def test_the_command_lets_real_sides_take_turns(tiny_checkpoints, tmp_path):
     out = tmp_path / "figures.json"
     arguments = ["--checkpoint", str(tiny_checkpoints["mixtral"]), "--batch", "2", "--rounds", "1", "--new-tokens", "4"]
+    arguments += ["--transformers", "grouped_mm"]
     assert bench_decode.main([*arguments, "--prompt-tokens", "9", "--prefill-chunk", "4", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())
     assert [row["side"].split(",")[0] for row in rows] == ["halves", "static", "transformers (grouped_mm)"]
