@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 
@@ -137,7 +138,7 @@ class ShareOfWeights:
     def close(self) -> None:
         self._weights.close()
 
-    def __enter__(self) -> ShareOfWeights:
+    def __enter__(self) -> Self:
         self._weights.__enter__()
         return self
 
