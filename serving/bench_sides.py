@@ -174,6 +174,9 @@ def _transformers_server(connection: Connection, checkpoint: str, threads: int, 
     os.sched_setaffinity(0, set(cores[:threads]))
     torch.set_num_threads(threads)
     from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     class Clock(StoppingCriteria):
         """Never stops; notes when each token was there."""
