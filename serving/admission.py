@@ -62,10 +62,20 @@ class AdmissionQueue:
         self._promised: dict[int, _Waiting] = {}
         self._running = dict.fromkeys(self._geometries, 0)
         self.promised_pages = 0
+        self._waiting_pages = 0
 
     @property
     def queued(self) -> int:
         return len(self._waiting)
+
+    @property
+    def free_pages(self) -> int:
+        """What would be left if everything in the queue were admitted; negative where the queue is longer than that."""
+        return self.limits.budget_pages - self.promised_pages - self._waiting_pages
+
+    def holds(self, model: str, tokens: int) -> bool:
+        """Whether a request of so many tokens fits the pool when it is alone."""
+        return self._geometries[model].pages(tokens, self.limits.page_bytes) <= self.limits.budget_pages
 
     def offer(self, request_id: int, model: str, prompt_tokens: int, output_tokens: int, now_s: float = 0.0) -> str:
         """Queue a request. Returns why it is rejected, or an empty string."""
@@ -82,6 +92,7 @@ class AdmissionQueue:
             promised = min(output_tokens, limits.promised_output_tokens.get(model, output_tokens))
             pages = geometry.pages(prompt_tokens + promised, limits.page_bytes)
         self._waiting.append(_Waiting(request_id, model, pages, now_s))
+        self._waiting_pages += pages
         return ""
 
     def admit(self) -> list[int]:
@@ -96,6 +107,7 @@ class AdmissionQueue:
             self._promised[head.request_id] = head
             self._running[head.model] += 1
             self.promised_pages += head.pages
+            self._waiting_pages -= head.pages
             admitted.append(head.request_id)
         return admitted
 
@@ -106,6 +118,7 @@ class AdmissionQueue:
         late = [waiting.request_id for waiting in self._waiting if now_s - waiting.since_s > self.limits.deadline_s]
         if late:
             gone = set(late)
+            self._waiting_pages -= sum(waiting.pages for waiting in self._waiting if waiting.request_id in gone)
             self._waiting = deque(waiting for waiting in self._waiting if waiting.request_id not in gone)
         return late
 
@@ -114,6 +127,14 @@ class AdmissionQueue:
         held = self._promised.pop(request_id)
         self._running[held.model] -= 1
         self.promised_pages -= held.pages
+
+
+def most_free(queues: Sequence[AdmissionQueue], model: str, tokens: int) -> int:
+    """Which of a model's pools takes a request of so many tokens: of those that can ever hold it, the one with most free KV
+    once its queue is served (the paper's rule for data-parallel ranks), which under overload is the one with the shortest
+    backlog. Ties to the first."""
+    eligible = [index for index, queue in enumerate(queues) if queue.holds(model, tokens)] or [0]
+    return max(eligible, key=lambda index: (queues[index].free_pages, -index))
 
 
 def safe(free_pages: int, claims: Iterable[tuple[int, int]]) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving.admission import AdmissionLimits, AdmissionQueue
+from serving.admission import AdmissionLimits, AdmissionQueue, most_free
 from serving.backend import Backend, RealBackend, Worker
 from serving.errors import UserError
 from serving.interface import Device, DeviceStats, Event, EventKind, Placement, PoolSample, Request, ServedModel
@@ -27,12 +27,14 @@ START_TIMEOUT_S = 600.0
 
 @dataclass
 class _Pool:
-    """A KV pool as the host knows it: its admission queue, and the worker whose lanes serve it."""
+    """A KV pool as the host knows it: its admission queue, and the worker that serves it, which knows the pool's models by
+    numbers."""
 
     name: str
     worker: Worker
     device: Device
     queue: AdmissionQueue
+    index_of_model: dict[str, int]
 
 
 @dataclass
@@ -57,8 +59,7 @@ class HostedSystem:
         self._mailbox_regions: list[SharedRegion] = []
         self._bells: list[Bells] = []
         self._pools: list[_Pool] = []
-        self._pool_of_model: dict[str, _Pool] = {}
-        self._index_of_model: dict[str, int] = {}  # within its worker
+        self._pools_of_model: dict[str, list[_Pool]] = {}  # several where replicas of a model serve it
         self._models: dict[str, ServedModel] = {}
         self._live: dict[int, _Live] = {}
         self._events: list[Event] = []
@@ -89,20 +90,32 @@ class HostedSystem:
 
     def _register_pools(self, worker: Worker, role: ModelWorkerConfig, options: EngineOptions) -> None:
         for config in role.pools:
-            hosted = [role.models[index] for index in config.models]
-            limits = AdmissionLimits(
-                budget_pages=config.num_pages,
-                page_bytes=config.page_bytes,
-                max_running=config.max_runs,
-                max_queued=options.max_queued,
-                deadline_s=options.queue_deadline_s,
-            )
-            queue = AdmissionQueue(limits, [KVGeometry.of(model.spec, model.dtype) for model in hosted])
-            pool = _Pool(config.name, worker, role.device, queue)
-            self._pools.append(pool)
-            for index in config.models:
-                self._pool_of_model[role.models[index].name] = pool
-                self._index_of_model[role.models[index].name] = index
+            hosted = {index: role.models[index] for index in config.models}
+            geometries = [KVGeometry.of(model.spec, model.dtype) for model in hosted.values()]
+            numbers = {model.name: index for index, model in hosted.items()}
+            self._register_pool(worker, role.device, config, geometries, numbers, options)
+
+    def _register_pool(
+        self,
+        worker: Worker,
+        device: Device,
+        config: PoolConfig,
+        geometries: Sequence[KVGeometry],
+        index_of_model: dict[str, int],
+        options: EngineOptions,
+    ) -> None:
+        """Let requests of the models in `index_of_model` into a pool; of several pools of a model, the emptiest takes one."""
+        limits = AdmissionLimits(
+            budget_pages=config.num_pages,
+            page_bytes=config.page_bytes,
+            max_running=config.max_runs,
+            max_queued=options.max_queued,
+            deadline_s=options.queue_deadline_s,
+        )
+        pool = _Pool(config.name, worker, device, AdmissionQueue(limits, geometries), index_of_model)
+        self._pools.append(pool)
+        for name in index_of_model:
+            self._pools_of_model.setdefault(name, []).append(pool)
 
     # -- the one interface ---------------------------------------------------------------------------------------------
     def start(self, placement: Placement, backend: Backend | None = None) -> None:
@@ -131,7 +144,9 @@ class HostedSystem:
             raise UserError(f"request id {request.request_id} is in use")
         problem = self._problem_with(request)
         if not problem:
-            pool = self._pool_of_model[request.model]
+            pools = self._pools_of_model[request.model]
+            tokens = len(request.prompt) + request.max_new_tokens
+            pool = pools[most_free([pool.queue for pool in pools], request.model, tokens)]
             problem = pool.queue.offer(
                 request.request_id,
                 request.model,
@@ -193,7 +208,7 @@ class HostedSystem:
             for doorbell in self._bells.pop().doorbells:
                 doorbell.close()
         self._pools.clear()
-        self._pool_of_model.clear()
+        self._pools_of_model.clear()
         self._live.clear()
 
     # -- inside --------------------------------------------------------------------------------------------------------
@@ -214,7 +229,7 @@ class HostedSystem:
             self._emit(request_id, EventKind.ADMITTED, self._clock.now_ns())
             request = live.request
             stop_ids = () if request.ignore_eos else self._models[request.model].spec.eos_token_ids
-            index = self._index_of_model[request.model]
+            index = pool.index_of_model[request.model]
             pool.worker.send(Submit(request_id, index, request.prompt, request.max_new_tokens, stop_ids))
 
     def _take_tokens(self, message: Tokens) -> bool:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.admission import AdmissionLimits, AdmissionQueue, safe
+from serving.admission import AdmissionLimits, AdmissionQueue, most_free, safe
 from serving.errors import UserError
 from serving.memory.kv_pool import KVGeometry
 
@@ -94,3 +94,21 @@ def test_safe_is_true_exactly_when_some_order_lets_all_finish(free, claims):
         )
 
     assert safe(free, claims) == some_order(free, claims)
+
+
+@given(st.lists(st.tuples(st.integers(2, 40), st.integers(0, 90)), min_size=1, max_size=6), st.integers(2, 90))
+def test_of_the_pools_that_can_hold_a_request_the_emptiest_takes_it(pools, tokens):
+    """Each pool of so many pages has one request of so many tokens already, promised or queued."""
+    queues = []
+    for budget, held in pools:
+        queues.append(queue_of(budget))
+        if held > 1:
+            queues[-1].offer(0, "a", held - 1, 1)
+    before = [queue.free_pages for queue in queues]
+    chosen = most_free(queues, "a", tokens)
+    eligible = [queue for queue in queues if queue.holds("a", tokens)]
+    if eligible:
+        assert queues[chosen].free_pages == max(queue.free_pages for queue in eligible) and queues[chosen] in eligible
+    for queue in queues:
+        queue.admit()
+    assert [queue.free_pages for queue in queues] == before
