@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -44,8 +45,11 @@ def make_checkpoint(
         if _read_stamp(out) == stamp:
             return out
         raise UserError(f"{out}: exists and is not this checkpoint; remove it or choose another directory")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     try:
         _write_weights(partial, config, seed, dtype, shard_bytes, progress)
         _write_json(partial / "config.json", config)
@@ -54,10 +58,10 @@ def make_checkpoint(
         _write_json(partial / _STAMP_FILE, stamp)
         partial.chmod(0o755)
         partial.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if out.exists() and _read_stamp(out) == stamp:
             return out  # another process made it meanwhile
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{out}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class _Entry:
     """Where a tensor lies: `start` is from the beginning of the file."""
 
     path: Path
-    dtype: torch.dtype
+    dtype: str  # as safetensors calls it
     shape: tuple[int, ...]
     start: int
     length: int
@@ -66,8 +67,9 @@ class CheckpointWeights(NamedWeights):
                 # A private mapping is writable, which torch wants; nothing is written, so no page is ever copied.
                 mapped = self._maps[entry.path] = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
         self._drop_old_pages(mapped, entry)
-        count = entry.length // entry.dtype.itemsize
-        return torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=entry.start).view(entry.shape)
+        dtype = _DTYPES[entry.dtype]
+        count = entry.length // dtype.itemsize
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
 
     def _drop_old_pages(self, mapped: mmap.mmap, entry: _Entry) -> None:
         self._resident.append((mapped, entry.start, entry.length))
@@ -99,7 +101,7 @@ class CheckpointWeights(NamedWeights):
 
 def open_checkpoint(directory: str | Path, name: str | None = None) -> CheckpointWeights:
     """Open the checkpoint in `directory`. Raises UserError, one line, for a missing, truncated or foreign shard, a tensor
-    that is missing or has another shape, and an unknown architecture."""
+    that is missing, has another shape or a dtype that nothing computes from, and an unknown architecture."""
     directory = Path(directory)
     spec = load_spec(directory, name)
     entries: dict[str, _Entry] = {}
@@ -113,6 +115,8 @@ def open_checkpoint(directory: str | Path, name: str | None = None) -> Checkpoin
             raise UserError(
                 f"{entry.path}: tensor {tensor} has shape {list(entry.shape)}, config.json asks for {list(shape)}"
             )
+        if entry.dtype not in _DTYPES:
+            raise UserError(f"{entry.path}: tensor {tensor} is stored as {entry.dtype}; known: {', '.join(_DTYPES)}")
     return CheckpointWeights(spec, entries)
 
 
@@ -128,13 +132,16 @@ def _shards(directory: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index}: is not a safetensors index ({error})") from None
     for file in files:
-        if not (directory / file).exists():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index}: {file!r} is not the name of a shard beside it")
+        if not (directory / file).is_file():
             raise UserError(f"{directory}: shard {file} is missing; {INDEX_FILE} names {len(files)} shards")
     return [directory / file for file in files]
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
-    """Tensors of one shard. The format: 8 bytes of header length, a JSON header, then the data it gives offsets into."""
+    """Tensors of one shard. The format: 8 bytes of header length, a JSON header, then the data it gives offsets into, one
+    tensor after another without a gap, to the end of the file."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -144,22 +151,26 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         entries = {name: _entry(path, 8 + length, info) for name, info in header.items()}
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        end = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].length)):
+            if entry.start != end:
+                raise ValueError(f"tensor {name} begins at byte {entry.start}, the one before it ends at {end}")
+            end += entry.length
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: is not a whole safetensors file ({error})") from None
-    end = max((entry.start + entry.length for entry in entries.values()), default=0)
     if end > size:
         raise UserError(f"{path}: is truncated, {end - size} of {end} bytes are missing")
+    if end < size:
+        raise UserError(f"{path}: has {size - end} bytes after its last tensor; it is not the file that was written")
     return entries
 
 
 def _entry(path: Path, data_start: int, info: dict) -> _Entry:
     begin, end = info["data_offsets"]
-    # A tensor that no layer here asks for may have any dtype; bytes stand for it.
-    dtype = _DTYPES.get(info["dtype"], torch.uint8)
     shape = tuple(info["shape"])
-    count = 1
-    for size in shape:
-        count *= size
-    if dtype is not torch.uint8 and count * dtype.itemsize != end - begin:
+    if not all(isinstance(value, int) and value >= 0 for value in (begin, end, *shape)) or end < begin:
+        raise ValueError(f"offsets {begin} to {end} and shape {list(shape)} do not describe a tensor")
+    dtype = _DTYPES.get(info["dtype"])  # a tensor that no layer here asks for may have any
+    if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"a tensor of shape {list(shape)} cannot have {end - begin} bytes")
-    return _Entry(path, dtype, shape, data_start + begin, end - begin)
+    return _Entry(path, info["dtype"], shape, data_start + begin, end - begin)

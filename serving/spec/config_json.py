@@ -12,6 +12,7 @@ from typing import Any
 
 from serving.errors import UserError
 from serving.spec.shapes import GQASpec, MLASpec, ModelSpec, MoESpec, RopeSpec, element_bytes
+from serving.spec.unsupported import refuse_unsupported
 
 
 def load_spec(directory: str | Path, name: str | None = None) -> ModelSpec:
@@ -21,12 +22,16 @@ def load_spec(directory: str | Path, name: str | None = None) -> ModelSpec:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a checkpoint directory holds config.json and *.safetensors") from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds a JSON {type(config).__name__}; an object with the model's sizes is wanted")
     try:
         return spec_from_config(config, name or Path(directory).resolve().name)
     except KeyError as error:
         raise UserError(f"{path}: missing key {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: a value is not of the kind that its key asks for ({error})") from None
 
 
 def spec_from_config(config: dict[str, Any], name: str) -> ModelSpec:
@@ -36,9 +41,9 @@ def spec_from_config(config: dict[str, Any], name: str) -> ModelSpec:
         parse = _PARSERS[architecture]
     except KeyError:
         raise UserError(f"{name}: unknown architecture {architecture!r}; known: {', '.join(_PARSERS)}") from None
+    refuse_unsupported(config, name)
     attention, moe, dense_layers, interleaved = parse(config)
     rope_dim = attention.rope_dim if isinstance(attention, MLASpec) else attention.head_dim
-    eos = config.get("eos_token_id")
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     element_bytes(dtype)
     return ModelSpec(
@@ -52,19 +57,33 @@ def spec_from_config(config: dict[str, Any], name: str) -> ModelSpec:
         rope=_rope(config, rope_dim, interleaved, name),
         dense_width=config["intermediate_size"] if dense_layers else 0,
         dense_layers=dense_layers,
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        norm_eps=_positive(config, "rms_norm_eps", 1e-6),
         max_context_tokens=config["max_position_embeddings"],
         tied_head=bool(config.get("tie_word_embeddings", False)),
         dtype=dtype,
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        eos_token_ids=_token_ids(config.get("eos_token_id")),
     )
+
+
+def _positive(config: dict[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise TypeError(f"{key} is {value!r}, not a positive number")
+    return value
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(token, int) for token in ids):
+        raise TypeError(f"eos_token_id is {value!r}, neither a token id nor a list of them")
+    return ids
 
 
 def _rope(config: dict[str, Any], dim: int, interleaved: bool, name: str) -> RopeSpec:
     new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     scaling = {**old, **new}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = new.get("rope_theta", config.get("rope_theta", 10000.0))
+    theta = _positive({**config, **new}, "rope_theta", 10000.0)
     if kind == "default":
         return RopeSpec(theta=theta, dim=dim, interleaved=interleaved)
     if kind not in ("linear", "yarn"):

@@ -8,6 +8,7 @@ import sys
 import judges
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from serving.checkpoints import DummyWeights, open_checkpoint
@@ -132,8 +133,66 @@ def break_config(directory):
     return "config.json: no such file"
 
 
+def rewrite_header(path, change):
+    """Let `change` edit the header of one shard in place; the data stays where the new header ends."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+
+
+def break_dtype(directory):
+    def to_fp8(header):
+        info = next(info for name, info in header.items() if name != "__metadata__")
+        info |= {"dtype": "F8_E4M3"}
+
+    rewrite_header(shards(directory)[0], to_fp8)
+    return "is stored as F8_E4M3; known: F32, BF16, F16"
+
+
+def break_offsets(directory):
+    def negative(header):
+        next(info for name, info in header.items() if name != "__metadata__")["data_offsets"][0] = -4
+
+    rewrite_header(shards(directory)[0], negative)
+    return "do not describe a tensor"
+
+
+def break_gap(directory):
+    """Two tensors over the same bytes."""
+
+    def overlap(header):
+        infos = [info for name, info in header.items() if name != "__metadata__"]
+        first, second = next(
+            (one, other)
+            for one in infos
+            for other in infos
+            if one is not other and one["shape"] == other["shape"] and one["dtype"] == other["dtype"]
+        )
+        second["data_offsets"] = first["data_offsets"]
+
+    rewrite_header(shards(directory)[1], overlap)
+    return "the one before it ends at"
+
+
+def break_trailing(directory):
+    with shards(directory)[0].open("ab") as file:
+        file.write(b"rest")
+    return "has 4 bytes after its last tensor"
+
+
+def break_elsewhere(directory):
+    index = json.loads((directory / INDEX_FILE).read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../elsewhere.safetensors")
+    (directory / INDEX_FILE).write_text(json.dumps(index))
+    return "is not the name of a shard beside it"
+
+
 BREAKAGES = [
     break_missing, break_truncated, break_garbage, break_index, break_tensor, break_shape, break_architecture, break_config,
+    break_dtype, break_offsets, break_gap, break_trailing, break_elsewhere,
 ]  # fmt: skip
 
 
@@ -144,6 +203,55 @@ def test_a_broken_checkpoint_is_one_clear_line(damage, sharded, capsys):
         open_checkpoint(sharded)
     assert main(["inspect", str(sharded)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "weights are quantised"),
+        ({"attention_bias": True}, "attention_bias is set"),
+        ({"sliding_window": 128}, "sliding_window is 128"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; it must be a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"rope_parameters": 7}, "a value is not of the kind"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_no_layer_computes_is_refused(change, message, sharded, capsys):
+    path = sharded / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(sharded)
+    assert main(["inspect", str(sharded)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"[1, 2]", b"\xff\xfe", b"{", b"null"])
+def test_a_config_that_is_none_is_one_clear_line(content, sharded):
+    (sharded / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json"):
+        open_checkpoint(sharded)
+
+
+def test_a_window_that_is_switched_off_or_covers_the_context_is_none(sharded):
+    path = sharded / "config.json"
+    config = json.loads(path.read_text())
+    for change in ({"sliding_window": 64, "use_sliding_window": False}, {"sliding_window": 10**6}):
+        path.write_text(json.dumps({**config, **change}))
+        open_checkpoint(sharded).close()
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("serving.checkpoints.make.save_file", full)
+    with pytest.raises(UserError, match="cannot be written .*No space left"):
+        make_checkpoint("mixtral", "tiny", tmp_path / "model", progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 PEAK_PROGRAM = """
