@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner import sweep
 from runner.overrides import explain
+from serving.errors import UserError, one_line
 
 CONFIGURATION = Path(__file__).resolve().parent / "conf"
 
@@ -44,10 +45,17 @@ def main() -> int:
         except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except UserError as error:  # of a launcher: no cell has run
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         except KeyboardInterrupt:
             sweep.report(log)
             print("interrupted; finished runs are kept and will not be run again", file=sys.stderr)
             return 130
+        except Exception as error:  # noqa: BLE001 - a launcher lost a job: cells tell of their own failures
+            sweep.report(log)
+            print(f"error: the launcher lost a cell: {one_line(f'{type(error).__name__}: {error}')}", file=sys.stderr)
+            return 2
         return sweep.report(log)
 
 

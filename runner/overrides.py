@@ -26,6 +26,8 @@ def explain(error: Exception, configuration: Path, arguments: Sequence[str]) -> 
         found = _unknown_key(unknown_key[1] or unknown_key[2], configuration, arguments)
         if found:
             return found
+    if "'hydra/launcher/submitit_" in str(error):
+        return "SLURM's launcher needs an optional package: python -m pip install -c constraints.txt '.[slurm]'"
     unknown_choice = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
     if unknown_choice:
         return _unknown_choice(*unknown_choice.groups(), configuration)

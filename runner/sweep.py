@@ -41,9 +41,7 @@ _SHOWN = (
 def run_cell(content: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Run one configuration, which `overrides` chose, and log what became of it. Only an interrupt leaves this function: a
     bug is told with its traceback and costs its own cell."""
-    system = content.get("system")
-    name = f"{content.get('experiment')} {system.get('name') if isinstance(system, Mapping) else system}"
-    cell = {"name": name, "overrides": [part for part in overrides if not part.startswith(_UNSAID)]}
+    cell = _identified(content, overrides)
     command = shlex.join(["python", "bench.py", *overrides])
     try:
         outcome = execute(bench_from_dict(content), command)
@@ -54,6 +52,17 @@ def run_cell(content: Mapping[str, Any], overrides: Sequence[str]) -> None:
         _log({**cell, "state": FAILED, "why": one_line(f"{type(error).__name__}: {error} (a bug; see above)")})
     else:
         _log({**cell, **_seen(outcome.record), "state": REUSED if outcome.reused else DONE, "why": outcome.untracked})
+
+
+def log_lost(content: Mapping[str, Any], overrides: Sequence[str], why: str) -> None:
+    """Log a cell that could not say itself what became of it: its process or its node died, or none could take it."""
+    _log({**_identified(content, overrides), "state": FAILED, "why": why})
+
+
+def _identified(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    system = content.get("system")
+    name = f"{content.get('experiment')} {system.get('name') if isinstance(system, Mapping) else system}"
+    return {"name": name, "overrides": [part for part in overrides if not part.startswith(_UNSAID)]}
 
 
 def _seen(record: Record) -> dict[str, Any]:
