@@ -44,7 +44,10 @@ def commands() -> list[str]:
 def compose(arguments: list[str]) -> None:
     """Check the first cell of a `bench.py` command line."""
     overrides = [re.sub(r"=([^\[{,]*),.*", r"=\1", argument) for argument in arguments if argument != "-m"]
-    if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None and "hydra/launcher=slurm" in overrides:
+    if (
+        importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None
+        and "hydra/launcher=slurm" in overrides
+    ):
         overrides = [word for word in overrides if not word.startswith(("hydra/launcher", "hydra.launcher"))]
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         content = OmegaConf.to_container(hydra.compose("bench", overrides), resolve=True)
