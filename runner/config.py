@@ -45,11 +45,12 @@ class DeviceEntry:
 @dataclass(frozen=True)
 class BackendConfig:
     """`real` computes; `sim` takes time as a `card` of conf/hardware would, or as the `calibration` file says this machine
-    does."""
+    does. `oversubscribe` lets more CPU devices compute than there are cores, which the record then says."""
 
     name: str = "real"
     card: str = ""
     calibration: str = ""
+    oversubscribe: bool = False
 
 
 @dataclass(frozen=True)

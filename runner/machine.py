@@ -13,9 +13,9 @@ from runner.config import DeviceEntry
 from serving.errors import UserError
 
 
-def cores_of(devices: Sequence[DeviceEntry]) -> tuple[int, ...]:
+def cores_of(devices: Sequence[DeviceEntry], oversubscribe: bool = False) -> tuple[int, ...]:
     """The core of each device, in order. Raises UserError for a device that this machine does not have: a record must not
-    name hardware that did not compute."""
+    name hardware that did not compute. With `oversubscribe`, devices beyond the cores share them from the first on."""
     usable = sorted(os.sched_getaffinity(0))
     for number, device in enumerate(devices):
         if device.kind != "cpu":
@@ -23,15 +23,15 @@ def cores_of(devices: Sequence[DeviceEntry]) -> tuple[int, ...]:
                 f"device {device.name}: the real backend computes on cpu devices, not on {device.kind}; "
                 f"backend=sim backend.card=NAME simulates cards"
             )
-        if not 0 <= device.index < len(usable):
+        if device.index < 0 or (device.index >= len(usable) and not oversubscribe):
             raise UserError(
                 f"device {device.name}: index is {device.index}, this process may use {len(usable)} cores "
-                f"(index 0 to {len(usable) - 1})"
+                f"(index 0 to {len(usable) - 1}); backend.oversubscribe=true lets devices share cores"
             )
         sharing = [other.name for other in devices[:number] if other.index == device.index]
         if sharing:
             raise UserError(f"device {device.name}: has the core of {sharing[0]}; each device needs one of its own")
-    return tuple(usable[device.index] for device in devices)
+    return tuple(usable[device.index % len(usable)] for device in devices)
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,12 @@ def execute(config: BenchConfig, command: str = "") -> Outcome:
         done = _finished(directory)
         if done is not None and not config.force:
             return Outcome(done, reused=True)
-        record = _run(config, directory, command)
+        record = _run(config, directory, command, done)
     if record.content["error"] == INTERRUPTED:
         raise KeyboardInterrupt
     if record.status != records.COMPLETE:
-        raise UserError(f"{directory.name}: {record.content['error']}; what was seen is kept at {directory}")
+        kept = "what was seen" if done is None else "the complete record of before"
+        raise UserError(f"{directory.name}: {record.content['error']}; {kept} is kept at {directory}")
     try:
         track(record, config.tracking, directory.parent)
     except UserError as error:
@@ -66,8 +67,8 @@ def execute(config: BenchConfig, command: str = "") -> Outcome:
     return Outcome(record, reused=False)
 
 
-def _run(config: BenchConfig, directory: Path, command: str) -> Record:
-    """Run `config` and leave a record whatever happens."""
+def _run(config: BenchConfig, directory: Path, command: str, done: Record | None) -> Record:
+    """Run `config` and leave a record whatever happens, except that one which is `done` gives way to a complete one only."""
     content: dict[str, Any] = {
         "run_id": directory.name,
         "config_hash": config_hash(config.identity()),
@@ -75,6 +76,7 @@ def _run(config: BenchConfig, directory: Path, command: str) -> Record:
         "system": config.system.name,
         "backend": config.backend.name,
         "hardware": _hardware(config),
+        "oversubscribed": _oversubscribed(config),
         "config": asdict(config),
         "command": command,
         "provenance": provenance(),
@@ -84,6 +86,8 @@ def _run(config: BenchConfig, directory: Path, command: str) -> Record:
     def written(status: str, error: str, rows: Observation, **more: Any) -> Record:
         ended = {"status": status, "error": error, "ended_at": datetime.now(UTC).isoformat()}
         whole = {"metrics": {}, "metrics_by_model": {}, **content, **ended, **more}
+        if done is not None and status != records.COMPLETE:
+            return Record(directory, whole)
         return records.read_record(records.write_record(directory, whole, rows.requests, rows.pools))
 
     try:
@@ -124,7 +128,7 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
     trace = build_trace(workload, limits)
     system: System = registry.create(config.system.name, config.system.options)
     devices = tuple(Device(d.name, d.kind, d.index, d.memory_mib << 20) for d in config.devices)
-    computing = machine.cores_of(config.devices) if config.backend.name == "real" else ()
+    computing = tuple(dict.fromkeys(_cores(config)))
     placement = system.plan(Cluster(devices), models, _demand(trace, trace.duration_s))
     with locks.cores(computing):
         try:
@@ -159,10 +163,26 @@ def _backend(config: BackendConfig) -> Backend:
     return simulate_card(config.card) if config.card else simulate_calibrated(config.calibration)
 
 
+def _cores(config: BenchConfig) -> tuple[int, ...]:
+    """The cores that the run computes on; none where it simulates."""
+    return machine.cores_of(config.devices, config.backend.oversubscribe) if config.backend.name == "real" else ()
+
+
+def _oversubscribed(config: BenchConfig) -> bool:
+    """Whether devices share cores; False also where there are no such devices, which the run itself refuses."""
+    try:
+        cores = _cores(config)
+    except UserError:
+        return False
+    return len(set(cores)) < len(cores)
+
+
 def _hardware(config: BenchConfig) -> str:
     """What the numbers are of: the devices, and under simulation the card or machine that is simulated."""
     devices = ", ".join(f"{device.name} ({device.memory_mib} MiB)" for device in config.devices)
     simulated = config.backend.card or config.backend.calibration
+    if _oversubscribed(config):
+        return f"{devices}; sharing {len(set(_cores(config)))} cores"
     return f"{devices}; simulated {simulated}" if simulated else devices
 
 

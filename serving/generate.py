@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,6 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cluster = cpu_cluster(args.devices, args.device_memory_mib << 20)
     prompts = [parse_ids(text) for text in args.prompt_ids]
     placement = system.plan(cluster, models, Demand())
+    cores = len(os.sched_getaffinity(0))
+    if args.devices > cores:
+        print(
+            f"note: {args.devices} devices share {cores} cores; the tokens are the same, only slower", file=sys.stderr
+        )
     asked = [(name, prompt) for name in names for prompt in prompts]
     requests = [
         Request(i, name, prompt, args.max_new_tokens, ignore_eos=not args.stop_at_eos)

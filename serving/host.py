@@ -257,7 +257,8 @@ class HostedSystem:
 
 
 def core_of(device: Device) -> int | None:
-    """The core that stands for a CPU device, among those this process may use; None for other kinds of device."""
+    """The core that stands for a CPU device, among those this process may use; None for other kinds of device. Devices
+    beyond the cores share them from the first on: right for a test, not for timing, so the runner refuses it unless asked."""
     if device.kind != "cpu":
         return None
     cores = sorted(os.sched_getaffinity(0))

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 import runner.run
 from runner.config import bench_from_dict
 from runner.records import read_record, read_records
+from serving.errors import UserError
 from serving.registry import create
 from workloads.config import workload_from_dict
 
@@ -253,6 +254,41 @@ def test_a_run_that_wandb_refuses_is_done_and_says_so(tmp_path, bench_here, monk
     )
     (record,), _ = read_records(tmp_path / "results")
     assert record.status == "complete" and str(record.path) in printed.out
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, UserError("a made-up failure")], ids=["interrupt", "failure"])
+def test_a_forced_run_that_does_not_finish_leaves_the_complete_record(ends, tmp_path, bench_here, monkeypatch):
+    arguments = ["backend=sim", *QUICK, "tracking=disabled", f"results_dir={tmp_path}/results"]
+    assert bench_here(*arguments)[0] == 0
+    (before,), _ = read_records(tmp_path / "results")
+
+    def end(_):
+        raise ends
+
+    monkeypatch.setattr(runner.run, "_observe", end)
+    status, printed = bench_here(*arguments, "force=true")
+    assert status == (130 if ends is KeyboardInterrupt else 2)
+    (after,), skipped = read_records(tmp_path / "results")
+    assert after.content == before.content and not skipped
+    assert ends is KeyboardInterrupt or "a made-up failure" in printed.err
+
+
+def test_more_devices_than_cores_compute_only_when_asked_and_the_record_says_so(tmp_path, bench_here):
+    cores = len(os.sched_getaffinity(0))
+    devices = ",".join(f"{{name: 'cpu:{i}', kind: cpu, index: {i}, memory_mib: 64}}" for i in range(cores + 1))
+    arguments = [
+        f"devices=[{devices}]",
+        "system=static",
+        *QUICK,
+        "tracking=disabled",
+        f"results_dir={tmp_path}/results",
+    ]
+    status, printed = bench_here(*arguments)
+    assert status == 2 and "backend.oversubscribe=true lets devices share cores" in printed.err
+    assert bench_here(*arguments, "backend.oversubscribe=true")[0] == 0
+    found, _ = read_records(tmp_path / "results")
+    (record,) = [record for record in found if record.status == "complete"]
+    assert record.content["oversubscribed"] and f"sharing {cores} cores" in record.content["hardware"]
 
 
 def test_two_sweeps_at_once_share_the_work_and_spoil_nothing(tmp_path):

@@ -36,6 +36,14 @@ def test_a_device_that_is_not_there_is_refused(devices, words):
         cores_of(devices)
 
 
+def test_devices_share_cores_only_when_asked():
+    usable = sorted(os.sched_getaffinity(0))
+    devices = [DeviceEntry(f"cpu:{i}", 1, index=i) for i in range(len(usable) + 1)]
+    with pytest.raises(UserError, match="backend.oversubscribe=true lets devices share cores"):
+        cores_of(devices)
+    assert cores_of(devices, oversubscribe=True) == (*usable, usable[0])
+
+
 def test_what_a_child_computes_is_our_own_and_not_others():
     cores = sorted(os.sched_getaffinity(0))  # all of them: what is our own may run on any
     before = CpuUse.now(cores)
