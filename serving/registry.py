@@ -14,10 +14,10 @@ from typing import Any
 from serving.errors import UserError
 from serving.interface import System
 
-# name -> module, system class, options class
+# name -> module of the system, its class, its options' class (importable from there)
 _SYSTEMS = {
     "crosspool": ("crosspool.engine", "CrossPool", "CrossPoolOptions"),
-    "static": ("baselines.static", "StaticPartition", "StaticOptions"),
+    "static": ("baselines.static.system", "StaticPartition", "StaticOptions"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,15 @@ from serving.layers.ffn_half import FFNHalf
 from serving.layers.sizes import weight_bytes_attention, weight_bytes_ffn
 from serving.memory.budget import MemoryBudget
 from serving.memory.kv_pool import KVPool, ModelKV
+from serving.parallel.exchange import Exchange
+from serving.parallel.share import Share, ShareOfWeights, share_spec
 from serving.shm.mailbox import Mailbox
 from serving.shm.region import SharedRegion
 from serving.shm.ring import Ring
 from serving.workers.config import (
     FFNWorkerConfig,
+    GroupSeat,
+    GroupWorkerConfig,
     MailboxRef,
     ModelWorkerConfig,
     PoolConfig,
@@ -28,10 +33,14 @@ from serving.workers.config import (
 )
 from serving.workers.counters import Counters
 from serving.workers.ffn_worker import FFNWorker
+from serving.workers.group_member import GroupMember, HeldShare
+from serving.workers.group_worker import GroupWorker
 from serving.workers.model_worker import HostedModel, ModelWorker
 from serving.workers.ports import FFNPort, LocalFFN, RelayedFFN, RemoteFFN
 from serving.workers.relay_worker import RelayWorker
 from serving.workers.timeline import Recorder
+
+WHOLE = Share()
 
 
 def attach(ref: RegionRef) -> SharedRegion:
@@ -48,7 +57,9 @@ class _Wires:
     recorder: Recorder | None
 
 
-def build_worker(config: WorkerConfig, recorder: Recorder | None) -> ModelWorker | FFNWorker | RelayWorker:
+def build_worker(
+    config: WorkerConfig, recorder: Recorder | None
+) -> ModelWorker | FFNWorker | RelayWorker | GroupWorker:
     """A loaded, warmed-up worker. Raises CapacityError when its device cannot hold what it is told to."""
     channel, role = config.channel, config.role
     wires = _Wires(
@@ -61,6 +72,8 @@ def build_worker(config: WorkerConfig, recorder: Recorder | None) -> ModelWorker
         return _build_model_worker(role, wires)
     if isinstance(role, FFNWorkerConfig):
         return _build_ffn_worker(role, wires)
+    if isinstance(role, GroupWorkerConfig):
+        return _build_group_worker(role, wires)
     return _build_relay_worker(role, wires)
 
 
@@ -76,16 +89,18 @@ def _remote(ref: MailboxRef) -> FFNPort:
     return RemoteFFN(_mailbox(ref)) if ref.bells is None else RelayedFFN(_mailbox(ref), ref.bells)
 
 
-def _load_attention(model: ServedModel, budget: MemoryBudget) -> AttentionHalf:
-    budget.charge(f"attention weights of {model.name}", weight_bytes_attention(model.spec, model.dtype))
-    with open_weights(model) as weights:
-        return AttentionHalf(model.spec, weights, getattr(torch, model.dtype))
+def _load_attention(model: ServedModel, budget: MemoryBudget, share: Share = WHOLE) -> AttentionHalf:
+    spec = share_spec(model.spec, share)
+    budget.charge(f"attention weights of {model.name}", weight_bytes_attention(spec, model.dtype))
+    with ShareOfWeights(open_weights(model), share) as weights:
+        return AttentionHalf(spec, weights, getattr(torch, model.dtype))
 
 
-def _load_ffn(model: ServedModel, budget: MemoryBudget) -> FFNHalf:
-    budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(model.spec, model.dtype))
-    with open_weights(model) as weights:
-        return FFNHalf(model.spec, weights, getattr(torch, model.dtype))
+def _load_ffn(model: ServedModel, budget: MemoryBudget, share: Share = WHOLE) -> FFNHalf:
+    spec = share_spec(model.spec, share)
+    budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(spec, model.dtype))
+    with ShareOfWeights(open_weights(model), share) as weights:
+        return FFNHalf(spec, weights, getattr(torch, model.dtype))
 
 
 def _open_pool(config: PoolConfig, models: tuple[ServedModel, ...], device: Device, budget: MemoryBudget) -> KVPool:
@@ -139,6 +154,37 @@ def _build_ffn_worker(role: FFNWorkerConfig, wires: _Wires) -> FFNWorker:
         halves.append((half, model.spec.hidden_size, getattr(torch, model.dtype)))
     mailboxes = [(_mailbox(ref), ref.bells) for ref in role.mailboxes]
     return FFNWorker(halves, mailboxes, wires.control, wires.counters, wires.recorder)
+
+
+def _build_group_worker(role: GroupWorkerConfig, wires: _Wires) -> GroupWorker:
+    budget = MemoryBudget(role.device.name, role.device.memory_bytes)
+    shares = tuple(_share_of(seat) for seat in role.seats)
+    pools = [(config.name, _open_pool(config, shares, role.device, budget)) for config in role.pools]
+    pool_of = {index: pool for config, (_, pool) in zip(role.pools, pools, strict=True) for index in config.models}
+    members = []
+    for index, seat in enumerate(role.seats):
+        plan, share = seat.group.plan, seat.group.plan.share(seat.rank)
+        held = HeldShare(
+            index=index,
+            attention=_load_attention(seat.model, budget, share),
+            ffn=_load_ffn(seat.model, budget, share),
+            kv=pool_of[index].models[seat.model.name],
+            first_token=share.heads.uneven(seat.model.spec.vocab_size).start,
+        )
+        _warm_up_attention(held.attention, held.kv)
+        _warm_up_ffn(held.ffn, seat.model)
+        exchange = Exchange(attach(seat.group.exchange), seat.group.shape, seat.rank)
+        rings = seat.group.orders if seat.rank == 0 else seat.group.orders[seat.rank - 1 : seat.rank]
+        orders = [Ring(attach(ref)) for ref in rings]
+        members.append(GroupMember(plan, seat.rank, held, exchange, orders, role.limits, wires.recorder))
+    return GroupWorker(
+        members, pools, role.targets, wires.control, wires.tokens, wires.counters, role.sample_interval_ms
+    )
+
+
+def _share_of(seat: GroupSeat) -> ServedModel:
+    """The seat's share as a model of its own, for its KV."""
+    return dataclasses.replace(seat.model, spec=share_spec(seat.model.spec, seat.group.plan.share(seat.rank)))
 
 
 def _warm_up_attention(half: AttentionHalf, kv: ModelKV) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from serving.batching import StepLimits
 from serving.interface import Device, ServedModel
+from serving.parallel.exchange import ExchangeShape
+from serving.parallel.group import GroupPlan
 from serving.shm.mailbox import MailboxShape
 from serving.workers.doorbell import DoorbellRef
 
@@ -102,7 +104,43 @@ class RelayConfig:
     bells: tuple[Bells, ...]
 
 
-Role = ModelWorkerConfig | FFNWorkerConfig | RelayConfig
+@dataclass(frozen=True)
+class GroupRef:
+    """What the ranks of one group share: the exchange, and a ring of orders from rank 0 to each of the others."""
+
+    plan: GroupPlan
+    shape: ExchangeShape
+    exchange: RegionRef
+    orders: tuple[RegionRef, ...]
+
+
+@dataclass(frozen=True)
+class GroupSeat:
+    """A model that a device serves a share of, as `rank` of `group`; a model served whole has a group of one."""
+
+    model: ServedModel
+    group: GroupRef
+    rank: int
+
+    @property
+    def replica(self) -> int:
+        return self.group.plan.replica_of(self.rank)
+
+
+@dataclass(frozen=True)
+class GroupWorkerConfig:
+    """A worker that holds seats in groups. Pool indices are of seats. Rank 0 of a group takes the requests of all its
+    replicas: `targets[i]` is the (seat, replica) that the host's model number i stands for."""
+
+    device: Device
+    seats: tuple[GroupSeat, ...]
+    pools: tuple[PoolConfig, ...]
+    limits: StepLimits
+    targets: tuple[tuple[int, int], ...]
+    sample_interval_ms: float = 50.0
+
+
+Role = ModelWorkerConfig | FFNWorkerConfig | RelayConfig | GroupWorkerConfig
 
 
 @dataclass(frozen=True)
