@@ -16,9 +16,11 @@ from serving.cost.fitted_set import FittedSet, fitted_set
 from serving.cost.form import Kernel
 from serving.cost.forms import FORMS
 from serving.cost.hardware import Hardware, load_hardware
+from serving.cost.roofline import SharedStages
 from serving.cost.silicon import Rows
 from serving.cost.stages import ModelStages, Stage
 from serving.cost.table import MeasuredTable
+from serving.cost.transfers import shared_memory_exchange_s
 from serving.errors import UserError
 from serving.spec import ModelSpec
 
@@ -154,6 +156,13 @@ class CalibratedStages(ModelStages):
     def beside_stream(self, operator: str) -> float:
         """Measured slowdown of a stage (`stage_decode`, `stage_routed`, `stage_head`) beside a streaming core; 1 unmeasured."""
         return self._found.beside_stream.get(self.spec.name, {}).get(operator, 1.0)
+
+    def share(self, parts: int) -> ModelStages:
+        """Not measured: the whole stage's seconds, by the bytes and FLOPs that a share has of its work."""
+        return SharedStages(self, parts) if parts > 1 else self
+
+    def exchange_s(self, message_bytes: int, ranks: int) -> float:
+        return shared_memory_exchange_s(self.hardware, message_bytes, ranks)
 
     def launched_s(self, stage: Stage) -> float:
         """Measured stages hold their operators' dispatch already."""

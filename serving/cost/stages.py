@@ -71,6 +71,15 @@ class ModelStages:
         """Seconds of a stage with its launches."""
         raise NotImplementedError
 
+    def share(self, parts: int) -> ModelStages:
+        """The stages of one of `parts` devices that share out heads, widths and vocabulary, each with the sum over all of
+        them that ends it."""
+        raise NotImplementedError
+
+    def exchange_s(self, message_bytes: int, ranks: int) -> float:
+        """Seconds until `ranks` devices have each other's share of a message, or its sum."""
+        raise NotImplementedError
+
     def _decode_attention_layer(self, batch: int, context_tokens: int) -> Stage:
         raise NotImplementedError
 
@@ -138,6 +147,12 @@ class StageCosts(ModelStages):
         super().__init__(spec, cost.dtype, cost.hardware)
         self.cost, self.tp, self.distribution = cost, tp, distribution
         self.heads = spec.attention.num_heads // tp
+
+    def share(self, parts: int) -> StageCosts:
+        return StageCosts(self.spec, self.cost, self.tp * parts, self.distribution)
+
+    def exchange_s(self, message_bytes: int, ranks: int) -> float:
+        return self.cost.all_reduce_s(message_bytes, ranks)
 
     # -- decode --------------------------------------------------------------------------------------------------------
     def _decode_attention_layer(self, batch: int, context_tokens: int) -> Stage:

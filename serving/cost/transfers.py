@@ -32,6 +32,13 @@ def crossing(hardware: Hardware, message_bytes: float, lowered: bool, same_node:
     return Crossing(hardware.crossing_eager_s + flight + host, host)
 
 
+def shared_memory_exchange_s(hardware: Hardware, message_bytes: float, ranks: int) -> float:
+    """Ranks on cores of one host post a message each and read everyone's: a hand-off, one write and `ranks` reads."""
+    if ranks == 1:
+        return 0.0
+    return hardware.crossing_lowered_s + (ranks + 1) * message_bytes / hardware.peer_bandwidth
+
+
 def host_copy_s(hardware: Hardware, copied_bytes: float) -> float:
     """A copy between host and device memory, either way, pinned."""
     return hardware.host_latency_s + copied_bytes / hardware.host_bandwidth

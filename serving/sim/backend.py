@@ -10,9 +10,11 @@ from serving.cost.hardware import load_hardware
 from serving.cost.operators import CostModel
 from serving.cost.stages import ModelStages, StageCosts
 from serving.interface import ServedModel
+from serving.parallel.costs import GroupCosts
 from serving.sim.clock import VirtualClock
+from serving.sim.groups import SimulatedGroup, SimulatedGroupWorker
 from serving.sim.workers import SimulatedFFNWorker, SimulatedWorker, simulated_worker
-from serving.workers.config import ModelWorkerConfig, RelayConfig, Role
+from serving.workers.config import GroupSeat, GroupWorkerConfig, ModelWorkerConfig, RelayConfig, Role
 
 
 class SimulatedBackend:
@@ -26,12 +28,15 @@ class SimulatedBackend:
         self._stages_of = stages_of
         self._stages: dict[str, ModelStages] = {}
         self._ffn_workers: dict[int, SimulatedFFNWorker] = {}  # by the mailbox both ends share
+        self._groups: dict[int, SimulatedGroup] = {}  # by the exchange that all ranks share
 
     def start_worker(
         self, name: str, core: int | None, role: Role, inherited_fds: Sequence[int], timeline: Path | None
     ) -> SimulatedWorker:
         if isinstance(role, RelayConfig):
             return simulated_worker(name, self.clock, role, [], [])
+        if isinstance(role, GroupWorkerConfig):
+            return SimulatedGroupWorker(name, self.clock, role, [self._group(seat, role) for seat in role.seats])
         stages = [self._stages_for(model) for model in role.models]
         behind = []
         if isinstance(role, ModelWorkerConfig):
@@ -41,6 +46,13 @@ class SimulatedBackend:
             for mailbox in role.mailboxes:
                 self._ffn_workers[mailbox.region.fd] = worker
         return worker
+
+    def _group(self, seat: GroupSeat, role: GroupWorkerConfig) -> SimulatedGroup:
+        key = seat.group.exchange.fd
+        if key not in self._groups:
+            costs = GroupCosts(self._stages_for(seat.model), seat.group.plan)
+            self._groups[key] = SimulatedGroup(seat, costs, role.limits, self.clock)
+        return self._groups[key]
 
     def _stages_for(self, model: ServedModel) -> ModelStages:
         if model.name not in self._stages:

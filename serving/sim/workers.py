@@ -20,7 +20,7 @@ from serving.spec import element_bytes
 from serving.workers.config import FFNWorkerConfig, ModelWorkerConfig, RelayConfig
 from serving.workers.messages import PoolUse, Stop, Submit, Tokens
 
-_TOKEN = 0  # what every simulated step generates; lengths are what the request asks for
+SIMULATED_TOKEN = 0  # what every simulated step generates; lengths are what the request asks for
 
 
 @dataclass(slots=True)
@@ -208,7 +208,7 @@ class SimulatedModelWorker(SimulatedWorker):
 
     def _complete(self, lane: _Lane, wanted: int) -> None:
         self._lanes[lane.index] = None
-        produced = self._scheduler.complete(lane.plan, iter([_TOKEN] * wanted))
+        produced = self._scheduler.complete(lane.plan, iter([SIMULATED_TOKEN] * wanted))
         ended = [sequence for sequence, _, last in produced if last]
         for sequence in ended:
             self._pages[sequence.model] -= self._held.pop(sequence.request_id)

@@ -1,0 +1,81 @@
+"""What a step of a group costs each of its ranks, from stage costs. The simulated backend and the placement search ask here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serving.cost.stages import ModelStages
+from serving.parallel.group import GroupPlan
+from serving.spec import element_bytes
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one replica contributes to a step: decoding sequences with their tokens in all, and chunks of (new, past)."""
+
+    batch: int = 0
+    context_tokens: int = 0
+    chunks: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.batch + sum(new for new, _ in self.chunks)
+
+    @classmethod
+    def of(cls, query_lens: Sequence[int], kv_lens: Sequence[int]) -> StepShape:
+        """Of sequences with so many rows in the step and so many tokens once it is done."""
+        pairs = list(zip(query_lens, kv_lens, strict=True))
+        decoding = [length for rows, length in pairs if rows == 1]
+        chunks = tuple((rows, length - rows) for rows, length in pairs if rows > 1)
+        return cls(len(decoding), sum(decoding), chunks)
+
+
+class GroupCosts:
+    """Seconds of the stages of a group's step on one rank. Attention is of one replica, the FFN of the rows of all.
+
+    With data-parallel attention the FFN's rows are gathered first, at the cost of an exchange of half the message: an
+    all-reduce is a gather and a scatter.
+    """
+
+    def __init__(self, stages: ModelStages, group: GroupPlan) -> None:
+        self._stages, self._group = stages, group
+        self._attention, self._ffn = stages.share(group.tp), stages.share(group.ranks)
+        self._row_bytes = stages.spec.hidden_size * element_bytes(stages.dtype)
+
+    def embedding_s(self, rows: int) -> float:
+        if not rows:
+            return 0.0
+        seconds = self._stages.launched_s(self._stages.embedding(rows))
+        return seconds + self._stages.exchange_s(rows * self._row_bytes, self._group.tp)
+
+    def attention_s(self, shape: StepShape) -> float:
+        """One layer's attention of one replica, its sum over heads included."""
+        if not shape.rows:
+            return 0.0
+        stage = self._attention.mixed_attention(shape.batch, shape.context_tokens, shape.chunks)
+        return self._attention.launched_s(stage)
+
+    def ffn_s(self, layer: int, rows: int) -> float:
+        """One layer's FFN of `rows` rows of all replicas, gathered and summed over all ranks."""
+        gather_s = (
+            self._stages.exchange_s(rows * self._row_bytes // 2, self._group.ranks) if self._group.dp > 1 else 0.0
+        )
+        return gather_s + self._ffn.launched_s(self._ffn.ffn(layer, rows))
+
+    def head_s(self, wanted: int) -> float:
+        return self._attention.launched_s(self._attention.head(wanted)) if wanted else 0.0
+
+    def step_s(self, shapes: Sequence[StepShape]) -> float:
+        """A whole step, `shapes` by replica: replicas wait for the slowest of them in every layer."""
+        spec, rows = self._stages.spec, sum(shape.rows for shape in shapes)
+        attention_s = max(self.attention_s(shape) for shape in shapes)
+        ffns_s = sum(self.ffn_s(layer, rows) for layer in range(spec.num_layers))
+        ends_s = max(self.embedding_s(s.rows) + self.head_s(s.batch + len(s.chunks)) for s in shapes)
+        return spec.num_layers * attention_s + ffns_s + ends_s
+
+    def posted_bytes(self, rows: int, all_rows: int) -> int:
+        """Bytes that a rank posts in one layer, of a step of `rows` rows in its replica."""
+        group = self._group
+        parts = (rows if group.tp > 1 else 0) + (rows if group.dp > 1 else 0) + (all_rows if group.ranks > 1 else 0)
+        return parts * self._row_bytes

@@ -1,0 +1,171 @@
+"""Groups on the simulated backend: the ranks' devices take time stage by stage and wait for each other as real ranks do.
+
+A device that several groups share serves their stages in order of arrival, layer by layer. A group that is alone on all its
+devices has nobody to give way to between layers, so that one event covers the same stage of all of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from serving.batching import StepLimits
+from serving.memory.kv_pool import KVGeometry
+from serving.parallel.capacity import share_model
+from serving.parallel.costs import GroupCosts, StepShape
+from serving.scheduler import StepPlan, StepScheduler
+from serving.sequence import Sequence as LiveSequence
+from serving.sim.clock import VirtualClock
+from serving.sim.workers import SIMULATED_TOKEN, SimulatedWorker
+from serving.workers.config import GroupSeat, GroupWorkerConfig
+from serving.workers.messages import PoolUse, Stop, Submit, Tokens
+
+
+class SimulatedGroup:
+    """What the ranks of one group do together: its replicas' schedulers, and the step under way."""
+
+    def __init__(self, seat: GroupSeat, costs: GroupCosts, limits: StepLimits, clock: VirtualClock) -> None:
+        self._plan, self._costs, self._clock = seat.group.plan, costs, clock
+        self._spec = seat.model.spec
+        self._ranks: list[SimulatedGroupWorker | None] = [None] * self._plan.ranks
+        self._schedulers = [StepScheduler(1, limits) for _ in range(self._plan.dp)]
+        shares = [share_model(seat.model, self._plan, self._plan.ranks_of(r)[0]) for r in range(self._plan.dp)]
+        self._geometries = [KVGeometry.of(share.spec, share.dtype) for share in shares]
+        self._held: list[dict[int, int]] = [{} for _ in range(self._plan.dp)]  # pages by request
+        self._page_bytes = 0
+        self._plans: list[StepPlan | None] | None = None
+
+    def join(self, rank: int, worker: SimulatedGroupWorker, page_bytes: int) -> None:
+        self._ranks[rank] = worker
+        self._page_bytes = page_bytes
+
+    def pages(self, rank: int) -> int:
+        """Pages in use on `rank`."""
+        return sum(self._held[self._plan.replica_of(rank)].values())
+
+    def submit(self, request: Submit, replica: int) -> None:
+        prompt = list(request.prompt)
+        self._schedulers[replica].add(LiveSequence(request.request_id, 0, prompt, len(prompt), request.max_new_tokens))
+        if self._plans is None:
+            self._begin()
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+    def _begin(self) -> None:
+        plans = [scheduler.next_step() for scheduler in self._schedulers]
+        if not any(plans):
+            return
+        self._plans = plans
+        for replica, plan in enumerate(plans):
+            for sequence, rows in plan.items if plan else ():
+                pages = self._geometries[replica].pages(sequence.cached + rows, self._page_bytes)
+                held = self._held[replica]
+                held[sequence.request_id] = max(pages, held.get(sequence.request_id, 0))
+        shapes = [StepShape.of(plan.query_lens, plan.kv_lens) if plan else StepShape() for plan in plans]
+        self._run(self._stages(shapes))
+
+    def _stages(self, shapes: Sequence[StepShape]) -> deque[list[float]]:
+        """Seconds by rank of each stage up to the next exchange of all."""
+        costs, ranks, layers = self._costs, range(self._plan.ranks), range(self._spec.num_layers)
+        rows = sum(shape.rows for shape in shapes)
+        own = [shapes[self._plan.replica_of(rank)] for rank in ranks]
+        embedding = [costs.embedding_s(shape.rows) for shape in own]
+        attention = [costs.attention_s(shape) for shape in own]
+        ffns = [costs.ffn_s(layer, rows) for layer in layers]
+        wanted = [len(plan.logit_rows) if plan else 0 for plan in self._plans]
+        head = [costs.head_s(wanted[self._plan.replica_of(rank)]) for rank in ranks]
+        for rank, worker in enumerate(self._ranks):
+            worker.count_bytes(len(layers) * costs.posted_bytes(own[rank].rows, rows))
+        if all(worker.serves_one for worker in self._ranks):
+            together = [first + len(layers) * each for first, each in zip(embedding, attention, strict=True)]
+            return deque([together, [sum(ffns)] * len(ranks), head])
+        stages: deque[list[float]] = deque()
+        for layer in layers:
+            first = embedding if layer == 0 else [0.0] * len(ranks)
+            stages.append([a + b for a, b in zip(first, attention, strict=True)])
+            stages.append([ffns[layer]] * len(ranks))
+        stages.append(head)
+        return stages
+
+    def _run(self, stages: deque[list[float]]) -> None:
+        """Occupy every rank's device with the next stage; go on when the last of them is done."""
+        if not stages:
+            self._complete()
+            return
+        waiting = len(self._ranks)
+
+        def arrived() -> None:
+            nonlocal waiting
+            waiting -= 1
+            if not waiting:
+                self._run(stages)
+
+        for worker, seconds in zip(self._ranks, stages.popleft(), strict=True):
+            worker.take(seconds, arrived)
+
+    def _complete(self) -> None:
+        plans, self._plans = self._plans, None
+        items = []
+        for replica, (scheduler, plan) in enumerate(zip(self._schedulers, plans, strict=True)):
+            if plan is None:
+                continue
+            tokens = iter([SIMULATED_TOKEN] * len(plan.logit_rows))
+            for sequence, token, last in scheduler.complete(plan, tokens):
+                items.append((sequence.request_id, token, last))
+                if last:
+                    del self._held[replica][sequence.request_id]
+        self._ranks[0].report(tuple(items))
+        for worker in self._ranks:
+            worker.step_done()
+        self._begin()
+
+
+class SimulatedGroupWorker(SimulatedWorker):
+    """A device with seats in groups: serves their stages in order of arrival."""
+
+    def __init__(self, name: str, clock: VirtualClock, role: GroupWorkerConfig, groups: list[SimulatedGroup]) -> None:
+        super().__init__(name, clock)
+        self._role, self._groups = role, groups
+        self._queue: deque[tuple[float, Callable[[], None]]] = deque()
+        self._next_sample_ns = 0
+        for pool in role.pools:
+            for index in pool.models:
+                groups[index].join(role.seats[index].rank, self, pool.page_bytes)
+
+    @property
+    def serves_one(self) -> bool:
+        return len(self._groups) == 1
+
+    def send(self, message: Submit | Stop) -> None:
+        if isinstance(message, Submit):
+            seat, replica = self._role.targets[message.model]
+            self._groups[seat].submit(message, replica)
+
+    def take(self, seconds: float, answer: Callable[[], None]) -> None:
+        """Be busy for `seconds` once what came before is done, then `answer`."""
+        self._queue.append((seconds, answer))
+        self._wake()
+
+    def count_bytes(self, posted: int) -> None:
+        self._counters["bytes_crossed"] += posted
+
+    def report(self, items: tuple[tuple[int, int, bool], ...]) -> None:
+        if items:
+            self._outbox.append(Tokens(self._clock.now_ns(), items))
+
+    def step_done(self) -> None:
+        """Count a step and, where it is time or nothing is left, sample the pools."""
+        now_ns = self._clock.now_ns()
+        self._counters["steps"] += 1
+        used = [group.pages(seat.rank) for seat, group in zip(self._role.seats, self._groups, strict=True)]
+        if now_ns < self._next_sample_ns and any(used):
+            return
+        self._next_sample_ns = now_ns + round(self._role.sample_interval_ms * 1e6)
+        pools = tuple(
+            (pool.name, {self._role.seats[index].model.name: used[index] for index in pool.models})
+            for pool in self._role.pools
+        )
+        self._outbox.append(PoolUse(now_ns, pools))
+
+    def _wake(self) -> None:
+        if not self._busy and self._queue:
+            self._occupy(*self._queue.popleft())
