@@ -41,6 +41,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="check in both dtypes, whatever is timed")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on CUDA, float32 on the CPU")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of the CPU forms and their peers (default 1: one device)"
+    )
     parser.add_argument("--out", type=Path, help="write kernels.json and roofline.png into this folder")
     parser.add_argument(
         "--compile", action="store_true", help="time torch.compile of the peers as well (slow to start)"
@@ -60,6 +63,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--device cuda: this machine has no CUDA device that torch can use")
     if options.tune and options.device == "cpu":
         parser.error("--tune: only the CUDA kernels have block sizes to choose")
+    if options.threads < 1:
+        parser.error("--threads: at least 1 is needed")
     options.ops = tuple(options.ops) or known
     return options
 
@@ -136,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     dtype = DTYPES[options.dtype or ("bfloat16" if options.device == "cuda" else "float32")]
+    if options.device == "cpu":
+        torch.set_num_threads(options.threads)
     if options.device == "cuda":
         kinds = DTYPES.values() if options.all else (dtype,)
         checks = [(case, kind) for case in CHECKS if case.op in options.ops for kind in kinds]

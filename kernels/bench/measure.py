@@ -36,19 +36,29 @@ class Ceilings:
 def seconds_per_call(variants: Sequence[Callable[[], object]], device: torch.device) -> float:
     """Median seconds of one call. `variants` do the same work on different data, called in turn so that caches do not
     stand in for memory; on CUDA they are captured in one graph, so that the host's time is no part of it."""
-    return _graph_seconds(variants, device) if device.type == "cuda" else _host_seconds(variants)
+    return alternated([variants], device)[0]
 
 
-def _host_seconds(variants: Sequence[Callable[[], object]]) -> float:
-    def once() -> float:
-        start = time.perf_counter()
+def alternated(contestants: Sequence[Sequence[Callable[[], object]]], device: torch.device) -> list[float]:
+    """:func:`seconds_per_call` of each contestant, in one run. On the CPU they take turns, sample by sample: its speed
+    drifts by more than what they differ by."""
+    if device.type == "cuda":
+        return [_graph_seconds(variants, device) for variants in contestants]
+    rounds = [max(1, int(HOST_SECONDS / max(_pass_seconds(variants, 2), 1e-9))) for variants in contestants]
+    samples: list[list[float]] = [[] for _ in contestants]
+    for _ in range(REPEATS):
+        for variants, count, mine in zip(contestants, rounds, samples, strict=True):
+            mine.append(_pass_seconds(variants, count) / len(variants))
+    return [statistics.median(mine) for mine in samples]
+
+
+def _pass_seconds(variants: Sequence[Callable[[], object]], rounds: int) -> float:
+    """Mean seconds of one pass over `variants`, of `rounds`."""
+    start = time.perf_counter()
+    for _ in range(rounds):
         for call in variants:
             call()
-        return (time.perf_counter() - start) / len(variants)
-
-    once()
-    rounds = max(1, int(HOST_SECONDS / max(once() * len(variants), 1e-9)))
-    return statistics.median(statistics.fmean(once() for _ in range(rounds)) for _ in range(REPEATS))
+    return (time.perf_counter() - start) / rounds
 
 
 def _graph_seconds(variants: Sequence[Callable[[], object]], device: torch.device) -> float:
@@ -86,7 +96,7 @@ def _replay_seconds(graph: torch.cuda.CUDAGraph, device: torch.device) -> float:
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Bandwidth by the better of a large copy (bytes read plus written) and a large sum; compute by a large product."""
     cuda = device.type == "cuda"
-    elements = (1 << 30) if cuda else (1 << 26)
+    elements = (1 << 30) if cuda else (1 << 29)  # bytes: many times what any cache holds
     source = torch.randint(-100, 100, (elements,), dtype=torch.int8, device=device).view(torch.float32)
     target = torch.empty_like(source)
     copied = 2 * elements / seconds_per_call([lambda: target.copy_(source)], device)

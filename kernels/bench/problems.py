@@ -41,19 +41,17 @@ class Problem:
     expected: Callable[[int], Tensors]
     bytes: float
     flops: float
-    peers: dict[str, Callable[[], object]] = field(default_factory=dict)
+    peers: dict[str, list[Callable[[], object]]] = field(default_factory=dict)  # a call a variant, or one for all
 
 
-def _variants(bytes_per_call: float, device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
+def _variants(bytes_per_call: float) -> int:
     return int(max(1, min(MAX_VARIANTS, CACHE_BYTES // max(bytes_per_call, 1))))
 
 
 def norm(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Problem:
     size = torch.tensor([], dtype=dtype).element_size()
     cost = 4 * rows * width * size
-    count = _variants(cost, device)
+    count = _variants(cost)
     x, residual = torch.randn(2, count, rows, width, device=device).to(dtype)
     weight = torch.randn(width, device=device).to(dtype)
     return Problem(
@@ -61,7 +59,7 @@ def norm(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Pro
         lambda i: norm_reference.add_rms_norm(x[i], residual[i], weight, 1e-6),
         cost,
         6 * rows * width,
-        {"torch": lambda: F.rms_norm(x[0] + residual[0], (width,), weight, 1e-6)},
+        {"torch": [lambda i=i: F.rms_norm(x[i] + residual[i], (width,), weight, 1e-6) for i in range(count)]},
     )
 
 
@@ -134,12 +132,12 @@ def decode_gqa(
     size = torch.tensor([], dtype=dtype).element_size()
     tokens = sum(lengths)
     moved = size * (2 * tokens * kv_heads * dim + 2 * len(lengths) * heads * dim)
-    count = _variants(moved, device)
+    count = _variants(moved)
     caches = [_paged(lengths, (2, kv_heads, dim), device, dtype) for _ in range(count)]
     q = torch.randn(len(lengths), heads, dim, device=device).to(dtype)
     peers = {}
     if len(set(lengths)) == 1:
-        peers["SDPA"] = _sdpa_peer(q, kv_heads, lengths[0], 1, device, dtype)
+        peers["SDPA"] = [_sdpa_peer(q, kv_heads, lengths[0], 1, device, dtype) for _ in caches]
     return Problem(
         [lambda kv=kv: (attention.decode_gqa(q, kv, dim**-0.5),) for kv in caches],
         lambda i: (attention_reference.decode_gqa(q, caches[i], dim**-0.5),),
@@ -156,7 +154,7 @@ def prefill_gqa(
     q = torch.randn(rows, heads, dim, device=device).to(dtype)
     seen = rows * (2 * length - rows + 1) // 2  # (query, key) pairs under the causal mask
     moved = q.element_size() * (2 * length * kv_heads * dim + 2 * q.numel())
-    peers = {"SDPA": _sdpa_peer(q, kv_heads, length, rows, device, dtype)} if rows == length else {}
+    peers = {"SDPA": [_sdpa_peer(q, kv_heads, length, rows, device, dtype)]} if rows == length else {}
     return Problem(
         [lambda: (attention.prefill_gqa(q, kv, (rows,), dim**-0.5),)],
         lambda _: (attention_reference.prefill_gqa(q, kv, (rows,), dim**-0.5),),
@@ -172,7 +170,7 @@ def decode_mla(
     size = torch.tensor([], dtype=dtype).element_size()
     tokens = sum(lengths)
     moved = size * (tokens * (rank + rope_dim) + len(lengths) * heads * (2 * rank + rope_dim))
-    count = _variants(moved, device)
+    count = _variants(moved)
     caches = [_paged(lengths, (rank + rope_dim,), device, dtype) for _ in range(count)]
     q_latent = torch.randn(len(lengths), heads, rank, device=device).to(dtype)
     q_rope = torch.randn(len(lengths), heads, rope_dim, device=device).to(dtype)
@@ -266,20 +264,20 @@ def moe(
     choices = [router_reference.route(row, top_k, "softmax_renorm", None, 1.0, 1, 1) for row in logits]
     distinct = sum(len(experts.unique()) for _, experts in choices) / len(choices)
     moved = x.element_size() * (distinct * 3 * depth * width + 2 * x.numel())
-    choices = choices[: _variants(moved, device)]
+    choices = choices[: _variants(moved)]
     held = _as_held(weights, device)
     return Problem(
         [lambda routed=routed: (moe_ffn.moe_ffn(x, held, *routed),) for routed in choices],
         lambda i: (moe_reference.moe_ffn(x, weights, *choices[i]),),
         moved,
         6 * rows * top_k * depth * width,
-        {"grouped_mm": _grouped_mm_peer(x, weights, *choices[0])},
+        {"grouped_mm": [_grouped_mm_peer(x, weights, *routed) for routed in choices]},
     )
 
 
 def dense(rows: int, depth: int, width: int, device: torch.device, dtype: torch.dtype) -> Problem:
     moved = torch.tensor([], dtype=dtype).element_size() * (3 * depth * width + 2 * rows * depth)
-    count = _variants(moved, device)
+    count = _variants(moved)
     layers = expert_weights(count, depth, width, device, dtype)
     held = _as_held(layers, device)
     x = torch.randn(rows, depth, device=device).to(dtype)
@@ -288,7 +286,7 @@ def dense(rows: int, depth: int, width: int, device: torch.device, dtype: torch.
         lambda i: (dense_reference.dense_ffn(x, layers.gate_up[i], layers.down[i]),),
         moved,
         6 * rows * depth * width,
-        {"linear": lambda: dense_reference.swiglu(x, layers.gate_up[0], layers.down[0])},
+        {"linear": [lambda i=i: dense_reference.swiglu(x, layers.gate_up[i], layers.down[i]) for i in range(count)]},
     )
 
 
@@ -299,5 +297,5 @@ def greedy(rows: int, vocabulary: int, device: torch.device, _: torch.dtype) -> 
         lambda _: (head_reference.greedy(logits),),
         4 * logits.numel(),
         logits.numel(),
-        {"argmax": lambda: logits.argmax(-1)},
+        {"argmax": [lambda: logits.argmax(-1)]},
     )

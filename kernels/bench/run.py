@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from kernels.bench.cases import Case
-from kernels.bench.measure import seconds_per_call
+from kernels.bench.measure import alternated
 from kernels.bench.problems import Problem
 from kernels.bench.report import Row
 from kernels.launch import compile_ahead, recording
@@ -68,30 +68,40 @@ def time_case(case: Case, device: torch.device, dtype: torch.dtype, compile_peer
     torch.manual_seed(SEED)
     with torch.inference_mode():
         problem = case.build(device, dtype)
-        seconds = seconds_per_call(problem.variants, device)
-        peers, notes = {}, []
         candidates = dict(problem.peers)
         if compile_peers:
-            candidates |= {f"compiled {name}": torch.compile(peer) for name, peer in problem.peers.items()}
-        for name, peer in candidates.items():
-            peer_seconds, note = _time_peer(peer, device)
-            if peer_seconds is not None:
-                peers[name] = peer_seconds
-            notes += [f"({name}: {note})"] if note else []
+            candidates |= {f"compiled {name}": _compiled(calls) for name, calls in problem.peers.items()}
+        peers, notes = {}, []
+        for name, calls in candidates.items():
+            problem_with = _trial(calls)
+            if problem_with:
+                notes.append(f"({name}: {problem_with})")
+            else:
+                peers[name] = calls
+        seconds, *peer_seconds = alternated([problem.variants, *peers.values()], device)
+        peers = dict(zip(peers, peer_seconds, strict=True))
     return Row(
         case.op, case.shape, row.dtype, seconds, problem.bytes, problem.flops, row.error, peers, case.target,
         " ".join(notes),
     )  # fmt: skip
 
 
-def _time_peer(peer: Callable[[], object], device: torch.device) -> tuple[float | None, str]:
-    """A peer that this torch, card or size does not support is no failure of ours: noted, and left out."""
+def _compiled(calls: list[Callable[[], object]]) -> list[Callable[[], object]]:
+    return [torch.compile(call) for call in calls]
+
+
+def _trial(calls: list[Callable[[], object]]) -> str:
+    """Why this torch, card or size does not support a peer, which is no failure of ours: noted, and left out."""
     try:
-        return seconds_per_call([peer], device), ""
+        for call in calls:
+            call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     except Exception as failure:  # noqa: BLE001  as above
         with contextlib.suppress(RuntimeError):
             torch.cuda.synchronize()
-        return None, _short(failure)
+        return _short(failure)
+    return ""
 
 
 def _short(failure: BaseException) -> str:
