@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner import tracking
+from runner.config import TRACKING_MODES, Tracking
 from runner.experiments import MODES, Experiment, of_mode
 from serving import doctor, registry
 from serving.errors import UserError, command
@@ -127,6 +129,7 @@ def run_experiment(experiment: Experiment, mode: str) -> Line:
     if status in (130, -2):
         raise KeyboardInterrupt
     drawn = draw(LOCAL, LOCAL / "figures", experiment.figures, [experiment.name])
+    _publish(experiment.name)
     seconds = time.monotonic() - begun
     if status:
         return Line(
@@ -135,6 +138,17 @@ def run_experiment(experiment: Experiment, mode: str) -> Line:
     if drawn:
         return Line(experiment.name, FAILED, seconds, f"paper_figures ended with status {drawn}")
     return Line(experiment.name, PASS, seconds)
+
+
+def _publish(name: str) -> None:
+    """Log the experiment's figures and tables to W&B as bench.py logs its runs (WANDB_MODE=disabled: not). A refusal is
+    told and costs nothing else."""
+    exhibits = sorted(path for path in (LOCAL / "figures" / name).glob("[!.]*.*") if path.is_file())
+    mode = os.environ.get("WANDB_MODE", "offline")
+    try:
+        tracking.publish(exhibits, name, Tracking(mode=mode if mode in TRACKING_MODES else "offline"), LOCAL / name)
+    except UserError as error:
+        print(f"note: {error}", file=sys.stderr)
 
 
 def draw(records: Path, out: Path, names: Sequence[str], experiments: Sequence[str] = ()) -> int:

@@ -15,6 +15,7 @@ from runner.observation import FAILED, Observation, RequestRow
 from runner.provenance import provenance
 from runner.records import Record
 from runner.replay import INTERRUPTED, Replay
+from runner.sampler import SystemSampler
 from runner.tracking import track
 from serving import registry
 from serving.backend import Backend, RealBackend
@@ -134,15 +135,13 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
         try:
             backend = _backend(config.backend)
             system.start(placement, backend)
-            before = machine.CpuUse.now(computing)
             replay = Replay(system, trace, config.drain_timeout_s, config.poll_interval_ms / 1e3, backend.clock)
-            observation = replay.run(len(trace), f"{config.system.name} {config.experiment}")
-            if computing:
-                observation.other_cpu_share = machine.CpuUse.now(computing).others_share_since(before)
+            observation, sampled = _watched(replay, len(trace), config, computing)
         finally:
             system.stop()
     _count_never_submitted(observation, trace)
     more = {
+        "system_series": sampled,
         "placement": _describe(placement),
         "seeds": {key: value for key, value in asdict(workload).items() if "seed" in key},
         "trace": {
@@ -153,6 +152,22 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
         },
     }
     return observation, more
+
+
+def _watched(
+    replay: Replay, total: int, config: BenchConfig, computing: tuple[int, ...]
+) -> tuple[Observation, list[dict[str, Any]]]:
+    """The replay, and what the machine did meanwhile; nothing of a machine that only simulates."""
+    label = f"{config.system.name} {config.experiment}"
+    if config.backend.name != "real":
+        return replay.run(total, label), []
+    gpus = any(device.kind == "cuda" for device in config.devices)
+    before = machine.CpuUse.now(computing)
+    with SystemSampler(computing, gpus) as sampler:
+        observation = replay.run(total, label)
+    if computing:
+        observation.other_cpu_share = machine.CpuUse.now(computing).others_share_since(before)
+    return observation, sampler.samples
 
 
 def _backend(config: BackendConfig) -> Backend:

@@ -1,5 +1,7 @@
 """`bench.py` as people use it: presets compose, a run leaves its record and its W&B mirror, bad input is one line."""
 
+import base64
+import hashlib
 import json
 import os
 import runpy
@@ -16,6 +18,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+import runner.publish
 import runner.run
 from runner.config import bench_from_dict
 from runner.records import read_record, read_records
@@ -128,7 +131,7 @@ def assert_mirrored_in_wandb(record):
 
     mirrored = {}
     for path in record.path.parent.glob("wandb/offline-run-*/*.wandb"):
-        seen = {"summary": {}, "config": {}, "pages": [], "artifacts": []}
+        seen = {"summary": {}, "config": {}, "pages": [], "machine": [], "artifacts": [], "copies": []}
         for data in wandb_entries(path.read_bytes()):
             entry = wandb_internal_pb2.Record()
             entry.ParseFromString(data)
@@ -139,15 +142,60 @@ def assert_mirrored_in_wandb(record):
             seen["summary"] |= {item.key: json.loads(item.value_json) for item in entry.summary.update}
             keys = ["/".join(item.nested_key) or item.key for item in entry.history.item]
             seen["pages"] += [key for key in keys if key.startswith("kv_pages/")]
-            seen["artifacts"] += [file.path for file in entry.request.log_artifact.artifact.manifest.contents]
-            seen["artifacts"] += [file.path for file in entry.artifact.manifest.contents]
+            seen["machine"] += [key for key in keys if key.startswith("machine/core")]
+            for artifact in (entry.request.log_artifact.artifact, entry.artifact):
+                seen["artifacts"] += [file.path for file in artifact.manifest.contents]
+                seen["copies"] += list(artifact.manifest.contents)
     run = mirrored[record.content["run_id"]]
     for key in ("completed", "p99_itl_ms", "median_ttft_ms", "output_throughput"):
         assert run["summary"][key] == pytest.approx(record.metrics[key]), key
     assert (run["group"], run["job"]) == (record.content["experiment"], record.content["system"])
     assert run["config"]["workload"] == record.content["config"]["workload"]
     assert run["pages"], "no pages over time"
+    assert record.content["backend"] == "sim" or run["machine"], "no load of the machine over time"
+    assert_sync_has_all_it_wants(record.path.parent, run["copies"])
     assert {"record.json", "requests.parquet", "series.parquet"} <= set(run["artifacts"])
+
+
+def test_figures_go_to_wandb_as_an_artifact_of_the_experiment(tmp_path, capsys):
+    from matplotlib.figure import Figure
+
+    folder = tmp_path / "made-up"
+    folder.mkdir()
+    Figure().savefig(folder / "tbt_cdf.png")
+    (folder / "tbt_cdf.csv").write_text("system,latency_ms\n")
+    assert runner.publish.main([str(folder)]) == 0
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    seen = {"group": "", "job": "", "artifacts": {}, "images": []}
+    for data in wandb_entries(path.read_bytes()):
+        from wandb.proto import wandb_internal_pb2
+
+        entry = wandb_internal_pb2.Record()
+        entry.ParseFromString(data)
+        seen["group"], seen["job"] = entry.run.run_group or seen["group"], entry.run.job_type or seen["job"]
+        seen["images"] += ["/".join(item.nested_key) or item.key for item in entry.history.item]
+        if entry.artifact.type == "figures":
+            seen["artifacts"] = {file.path: file for file in entry.artifact.manifest.contents}
+    assert (seen["group"], seen["job"]) == ("made-up", "figures")
+    assert set(seen["artifacts"]) == {"tbt_cdf.png", "tbt_cdf.csv"} and "figures/tbt_cdf/sha256" in seen["images"]
+    assert_sync_has_all_it_wants(folder, seen["artifacts"].values())
+    assert runner.publish.main([str(tmp_path / "none")]) == 2
+    assert "holds no figures" in capsys.readouterr().err
+
+
+def assert_sync_has_all_it_wants(folder, copies):
+    """`wandb sync` uploads the `.wandb` file, the run's `files/` and what its artifacts' manifests name, by MD5."""
+    for copy in copies:
+        data = Path(copy.local_path).read_bytes()
+        assert Path(copy.local_path).is_relative_to(folder), "a copy lies outside the results"
+        assert base64.b64encode(hashlib.md5(data).digest()).decode() == copy.digest, copy.path
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("wandb")), "sync", "--dry-run", *map(str, folder.glob("wandb/offline-run-*"))],
+        env={**os.environ, "WANDB_API_KEY": "a" * 40}, cwd=folder, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for path in folder.glob("wandb/offline-run-*/*.wandb"):
+        assert path.parent.name in done.stderr + done.stdout
 
 
 @pytest.fixture
