@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from crosspool.weights_pool import Held, from_plain, legs_of, require_known, share_out, to_plain
 from serving.capacity import (
     attention_bytes,
     attention_workspace_bytes,
@@ -35,10 +36,12 @@ CONTROLS = ("lowered", "host")
 class CrossPoolOptions(EngineOptions):
     """Beside what every engine has: `lanes`, the number of in-flight batches (the paper has 2), and `control`, which is
     `lowered` (the two sides poll each other's mailbox) or `host` (a third process hands over every stage). The first
-    device is the KV pool, all others are the weights pool."""
+    device is the KV pool, all others are the weights pool, over which `ffn_sharding` spreads FFNs: `whole` models, each
+    `layer` on one device, or every layer's width over all (`tensor`)."""
 
     lanes: int = 2
     control: str = "lowered"
+    ffn_sharding: str = "whole"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +49,7 @@ class CrossPoolOptions(EngineOptions):
             raise UserError(f"option lanes is {self.lanes!r}; at least one batch must be in flight")
         if self.control not in CONTROLS:
             raise UserError(f"option control is {self.control!r}; known: {', '.join(CONTROLS)}")
+        require_known(self.ffn_sharding)
 
 
 class CrossPool(HostedSystem):
@@ -58,15 +62,15 @@ class CrossPool(HostedSystem):
         super().__init__(self.options.timeline_dir)
 
     def plan(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Placement:
-        """KV and attention halves on the first device, each model's FFN on the weights device with most room."""
+        """KV and attention halves on the first device, FFNs on the others as `ffn_sharding` says."""
         if len(cluster.devices) < 2:
             raise UserError("crosspool needs two devices at least: one for the KV pool, one for the weights pool")
         kv_device, *weights_devices = cluster.devices
-        ffn_of = _spread(models, weights_devices)
+        pool = share_out(models, weights_devices, self.options.ffn_sharding)
         plans = [self._plan_kv_pool(kv_device, models)]
-        for index, device in enumerate(weights_devices):
-            plans.append(self._plan_weights_pool(device, [m for m in models if ffn_of[m.name] == index]))
-        return Placement(self.name, tuple(models), tuple(plans), {**asdict(self.options), "ffn_of": ffn_of})
+        for device, held in zip(weights_devices, pool, strict=True):
+            plans.append(self._plan_weights_pool(device, models, held))
+        return Placement(self.name, tuple(models), tuple(plans), {**asdict(self.options), "ffn": to_plain(pool)})
 
     def _plan_kv_pool(self, device: Device, models: Sequence[ServedModel]) -> DevicePlan:
         limits, page_bytes = self.options.limits, self.options.page_bytes
@@ -78,9 +82,11 @@ class CrossPool(HostedSystem):
         require_kv(device, "kv-pool", kv_bytes, page_bytes, models)
         return DevicePlan(device, "kv-pool", weights, kv_bytes)
 
-    def _plan_weights_pool(self, device: Device, models: Sequence[ServedModel]) -> DevicePlan:
-        weights = {model.name: ffn_bytes(model) for model in models}
-        workspace_bytes = max((ffn_workspace_bytes(model, self.options.limits) for model in models), default=0)
+    def _plan_weights_pool(self, device: Device, models: Sequence[ServedModel], held: Held) -> DevicePlan:
+        here = [(model, held[model.name]) for model in models if model.name in held]
+        weights = {model.name: ffn_bytes(model, part) for model, part in here}
+        limits = self.options.limits
+        workspace_bytes = max((ffn_workspace_bytes(part.model(model), limits) for model, part in here), default=0)
         require_weights(
             device, sum(weights.values()) + workspace_bytes, "FFN weights and workspace of the weights pool"
         )
@@ -92,36 +98,35 @@ class CrossPool(HostedSystem):
         models = placement.models
         row_bytes = max(model.spec.hidden_size * element_bytes(model.dtype) for model in models)
         shape = MailboxShape(slots=lanes, slot_bytes=limits.max_rows * row_bytes)
-        ports, indices = [-1] * len(models), [-1] * len(models)
+        pool = from_plain(placement.options["ffn"])
+        by_name = {model.name: model for model in models}
         mailboxes = []
-        for port, plan in enumerate(weights_plans):
-            hosted = [(i, model) for i, model in enumerate(models) if model.name in plan.weights_bytes]
-            for ffn_index, (i, _) in enumerate(hosted):
-                ports[i], indices[i] = port, ffn_index
+        for plan, held in zip(weights_plans, pool, strict=True):
+            hosted = tuple(by_name[name] for name in held)
             bells = self._new_bells() if self.options.control == "host" else None
             mailbox = MailboxRef(ref(self._new_mailbox_region(shape.region_bytes)), shape, bells)
-            role = FFNWorkerConfig(plan.device, tuple(model for _, model in hosted), limits, (mailbox,))
+            role = FFNWorkerConfig(plan.device, hosted, limits, (mailbox,), tuple(held.values()))
             self._start_worker(plan.device, role, descriptors([mailbox]))
             mailboxes.append(mailbox)
         if self.options.control == "host":
             relay = RelayConfig(tuple(mailbox.bells for mailbox in mailboxes))
             self._start_worker(RELAY, relay, descriptors(mailboxes))
-        pool = pool_config(
+        legs = [legs_of(model, pool) for model in models]
+        first = [layers[0][0] for layers in legs]
+        spread = {} if self.options.ffn_sharding == "whole" else dict(enumerate(legs))
+        kv_pool = pool_config(
             "kv-pool", kv_plan.kv_bytes, self.options.page_bytes, range(len(models)), self.options.max_running
         )
         role = ModelWorkerConfig(
-            kv_plan.device, models, (pool,), limits, lanes, tuple(ports), tuple(indices), tuple(mailboxes)
+            kv_plan.device,
+            models,
+            (kv_pool,),
+            limits,
+            lanes,
+            ffn_ports=tuple(port for port, _ in first),
+            ffn_indices=tuple(index for _, index in first),
+            mailboxes=tuple(mailboxes),
+            ffn_legs=spread,
         )
         worker = self._start_worker(kv_plan.device, role, descriptors(mailboxes))
         self._register_pools(worker, role, self.options)
-
-
-def _spread(models: Sequence[ServedModel], devices: Sequence[Device]) -> dict[str, int]:
-    """Weights device of each model's FFN: largest model first, each to the device with most free memory."""
-    free_bytes = [device.memory_bytes for device in devices]
-    placed = {}
-    for model in sorted(models, key=ffn_bytes, reverse=True):
-        index = max(range(len(devices)), key=lambda i: free_bytes[i])
-        placed[model.name] = index
-        free_bytes[index] -= ffn_bytes(model)
-    return placed

@@ -13,6 +13,7 @@ from serving.interface import Device, ServedModel
 from serving.layers.sizes import weight_bytes_attention, weight_bytes_ffn
 from serving.memory.budget import format_bytes
 from serving.memory.kv_pool import KVGeometry
+from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
 from serving.spec import MLASpec, element_bytes
 
 
@@ -21,9 +22,9 @@ def attention_bytes(model: ServedModel) -> int:
     return weight_bytes_attention(model.spec, model.dtype)
 
 
-def ffn_bytes(model: ServedModel) -> int:
-    """Weights of the FFN half as loaded: routers, experts, shared experts, dense layers."""
-    return weight_bytes_ffn(model.spec, model.dtype)
+def ffn_bytes(model: ServedModel, part: FFNPart = WHOLE_FFN) -> int:
+    """Weights of the FFN half as loaded, or of a `part` of it: routers, experts, shared experts, dense layers."""
+    return weight_bytes_ffn(part.model(model).spec, model.dtype, part.layers)
 
 
 def attention_workspace_bytes(model: ServedModel, limits: StepLimits) -> int:

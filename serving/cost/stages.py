@@ -15,10 +15,10 @@ from serving.cost import facts
 from serving.cost.contention import Load
 from serving.cost.facts import Work
 from serving.cost.hardware import Hardware
-from serving.cost.operators import CostModel, rounded
+from serving.cost.operators import PASSES, CostModel, rounded
 from serving.cost.routing import distinct_experts
 from serving.cost.transfers import launched_s
-from serving.spec import GQASpec, ModelSpec
+from serving.spec import GQASpec, ModelSpec, element_bytes
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,10 @@ class ModelStages:
 
     def embedding(self, tokens: int) -> Stage:
         """Look-up of `tokens` rows."""
+        raise NotImplementedError
+
+    def partial_sum(self, rows: int, parts: int) -> Stage:
+        """Adding up what `parts` devices computed of `rows` rows."""
         raise NotImplementedError
 
     def launched_s(self, stage: Stage) -> float:
@@ -191,6 +195,15 @@ class StageCosts(ModelStages):
         """Look-up of `tokens` rows."""
         work = facts.embedding_work(self.spec, tokens, self.dtype)
         return Stage(self.cost.elementwise_s("embed", tokens, self.spec.hidden_size), work, 1)
+
+    def partial_sum(self, rows: int, parts: int) -> Stage:
+        """One fused pass that reads all parts and writes their sum."""
+        elements = (parts + 1) * rows * self.spec.hidden_size
+        work = Work((parts - 1) * rows * self.spec.hidden_size, activation_bytes=elements * element_bytes(self.dtype))
+        seconds = self.cost.elementwise_s(
+            "activation", rows, (parts + 1) * self.spec.hidden_size / PASSES["activation"]
+        )
+        return Stage(seconds, work, 1)
 
     # -- shared --------------------------------------------------------------------------------------------------------
     def launched_s(self, stage: Stage) -> float:

@@ -5,6 +5,8 @@ It never sees a sequence, a position or a KV cache: rows come in, rows go out.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from kernels.dense_ffn import dense_ffn
@@ -57,15 +59,18 @@ class Routed:
 
 
 class FFNHalf:
-    """FFN side of `spec` in `dtype`. `weight_bytes` is what it holds."""
+    """FFN side of `spec` in `dtype`, of some `layers` where given. `weight_bytes` is what it holds. Given a share's spec
+    and weights it holds a slice of each FFN's width, and what it computes is that share's partial sum."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, dtype: torch.dtype) -> None:
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, dtype: torch.dtype, layers: Collection[int] | None = None
+    ) -> None:
         self.spec, self.dtype = spec, dtype
-        self.weight_bytes = weight_bytes_ffn(spec, str(dtype).removeprefix("torch."))
-        self._layers = [
-            Dense(weights.dense(layer), dtype) if spec.is_dense(layer) else Routed(spec, weights, layer, dtype)
-            for layer in range(spec.num_layers)
-        ]
+        self.weight_bytes = weight_bytes_ffn(spec, str(dtype).removeprefix("torch."), layers)
+        self._layers = {
+            layer: Dense(weights.dense(layer), dtype) if spec.is_dense(layer) else Routed(spec, weights, layer, dtype)
+            for layer in (range(spec.num_layers) if layers is None else layers)
+        }
 
     def forward(self, layer: int, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """FFN of `rows` [T, D] in `layer`, into `out` [T, D] where given."""

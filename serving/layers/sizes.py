@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from kernels.linear import packed_bytes
@@ -34,8 +36,8 @@ def weight_bytes_attention(spec: ModelSpec, dtype: str) -> int:
     return spec.num_layers * layer + ends
 
 
-def weight_bytes_ffn(spec: ModelSpec, dtype: str) -> int:
-    """Packed experts, shared experts and dense layers, and routers in float32."""
+def weight_bytes_ffn(spec: ModelSpec, dtype: str, layers: Collection[int] | None = None) -> int:
+    """Packed experts, shared experts and dense layers, and routers in float32, of `layers` (None: all)."""
     kind = getattr(torch, dtype)
 
     def ffn(width: int) -> int:
@@ -45,4 +47,5 @@ def weight_bytes_ffn(spec: ModelSpec, dtype: str) -> int:
     biases = 1 if moe.routing == "sigmoid_bias" else 0
     routed = moe.num_experts * (ffn(moe.expert_width) + 4 * (spec.hidden_size + biases))
     routed += ffn(moe.shared_width) if moe.shared_width else 0
-    return len(spec.dense_layers) * ffn(spec.dense_width) + (spec.num_layers - len(spec.dense_layers)) * routed
+    held = range(spec.num_layers) if layers is None else layers
+    return sum(ffn(spec.dense_width) if spec.is_dense(layer) else routed for layer in held)

@@ -9,24 +9,34 @@ from serving.cost.calibrated import CalibratedStages, read_calibration
 from serving.cost.hardware import load_hardware
 from serving.cost.operators import CostModel
 from serving.cost.stages import ModelStages, StageCosts
+from serving.errors import UserError
 from serving.interface import ServedModel
 from serving.parallel.costs import GroupCosts
 from serving.sim.clock import VirtualClock
 from serving.sim.groups import SimulatedGroup, SimulatedGroupWorker
 from serving.sim.workers import SimulatedFFNWorker, SimulatedWorker, simulated_worker
-from serving.workers.config import GroupSeat, GroupWorkerConfig, ModelWorkerConfig, RelayConfig, Role
+from serving.spec import ModelSpec
+from serving.workers.config import (
+    FFNWorkerConfig,
+    GroupSeat,
+    GroupWorkerConfig,
+    ModelWorkerConfig,
+    RelayConfig,
+    Role,
+)
 
 
 class SimulatedBackend:
-    """Simulated workers whose stages cost what `stages_of(model)` says; `hardware` names what is simulated."""
+    """Simulated workers whose stages cost what `stages_of(model)` says; `hardware` names what is simulated. `of_parts` is
+    whether costs are known of models cut into parts too."""
 
     name = "sim"
 
-    def __init__(self, hardware: str, stages_of: Callable[[ServedModel], ModelStages]) -> None:
+    def __init__(self, hardware: str, stages_of: Callable[[ServedModel], ModelStages], of_parts: bool = True) -> None:
         self.hardware = hardware
         self.clock = VirtualClock()
-        self._stages_of = stages_of
-        self._stages: dict[str, ModelStages] = {}
+        self._stages_of, self._of_parts = stages_of, of_parts
+        self._stages: dict[tuple[str, ModelSpec], ModelStages] = {}
         self._ffn_workers: dict[int, SimulatedFFNWorker] = {}  # by the mailbox both ends share
         self._groups: dict[int, SimulatedGroup] = {}  # by the exchange that all ranks share
 
@@ -37,7 +47,7 @@ class SimulatedBackend:
             return simulated_worker(name, self.clock, role, [], [])
         if isinstance(role, GroupWorkerConfig):
             return SimulatedGroupWorker(name, self.clock, role, [self._group(seat, role) for seat in role.seats])
-        stages = [self._stages_for(model) for model in role.models]
+        stages = [self._stages_for(model) for model in self._as_held(role)]
         behind = []
         if isinstance(role, ModelWorkerConfig):
             behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
@@ -54,10 +64,21 @@ class SimulatedBackend:
             self._groups[key] = SimulatedGroup(seat, costs, role.limits, self.clock)
         return self._groups[key]
 
+    def _as_held(self, role: Role) -> Sequence[ServedModel]:
+        """The role's models as their worker holds them: narrower where it has a slice of their width."""
+        if not isinstance(role, FFNWorkerConfig) or not role.parts:
+            return role.models
+        if not self._of_parts and any(part.width.parts > 1 for part in role.parts):
+            raise UserError(
+                f"{self.hardware}: whole models were measured, none cut by width; use whole or layer sharding"
+            )
+        return [part.model(model) for model, part in zip(role.models, role.parts, strict=True)]
+
     def _stages_for(self, model: ServedModel) -> ModelStages:
-        if model.name not in self._stages:
-            self._stages[model.name] = self._stages_of(model)
-        return self._stages[model.name]
+        key = (model.name, model.spec)
+        if key not in self._stages:
+            self._stages[key] = self._stages_of(model)
+        return self._stages[key]
 
 
 def simulate_card(card: str) -> SimulatedBackend:
@@ -69,4 +90,6 @@ def simulate_card(card: str) -> SimulatedBackend:
 def simulate_calibrated(path: str | Path) -> SimulatedBackend:
     """A backend with the costs measured on this machine by `python -m serving.cost calibrate`, kept in `path`."""
     found = read_calibration(path)
-    return SimulatedBackend(f"calibrated {Path(path).stem}", lambda model: CalibratedStages(model.spec, found))
+    return SimulatedBackend(
+        f"calibrated {Path(path).stem}", lambda model: CalibratedStages(model.spec, found), of_parts=False
+    )

@@ -25,12 +25,14 @@ SIMULATED_TOKEN = 0  # what every simulated step generates; lengths are what the
 
 @dataclass(slots=True)
 class _Lane:
-    """One in-flight batch: its step, its layer, and whether its rows are back from their FFN."""
+    """One in-flight batch: its step, its layer, how many FFN parts still compute, and whether its rows are back."""
 
     index: int
     plan: StepPlan
     layer: int = 0
     returned: bool = False
+    unanswered: int = 0
+    parts: int = 1  # that the FFN of the layer before came back in
 
 
 class SimulatedWorker:
@@ -173,6 +175,8 @@ class SimulatedModelWorker(SimulatedWorker):
         stage = stages.mixed_attention(len(decoding), sum(decoding), chunks)
         seconds = stages.launched_s(stage)
         rows = sum(plan.query_lens)
+        if lane.parts > 1:
+            seconds += stages.launched_s(stages.partial_sum(rows, lane.parts))
         if first:
             seconds += stages.launched_s(stages.embedding(rows))
         if self._role.ffn_ports[plan.model] < 0:
@@ -182,28 +186,35 @@ class SimulatedModelWorker(SimulatedWorker):
             self._occupy(seconds, lambda: self._cross(lane, rows))
 
     def _cross(self, lane: _Lane, rows: int) -> None:
-        model = lane.plan.model
+        model, layer = lane.plan.model, lane.layer
         served = self._role.models[model]
-        port = self._role.ffn_ports[model]
-        message_bytes = rows * served.spec.hidden_size * element_bytes(served.dtype)
-        lowered = self._role.mailboxes[port].bells is None
+        spread = self._role.ffn_legs.get(model)
+        legs = spread[layer] if spread else ((self._role.ffn_ports[model], self._role.ffn_indices[model]),)
+        message_bytes = len(legs) * rows * served.spec.hidden_size * element_bytes(served.dtype)
+        lowered = self._role.mailboxes[legs[0][0]].bells is None
+        # the legs' rows share this device's link, both ways, so the last of them is there after all of them
         one_way_s = crossing(self._stages[model].hardware, message_bytes, lowered).latency_s
         self._counters["bytes_crossed"] += 2 * message_bytes
+        lane.unanswered = lane.parts = len(legs)
 
         def answered() -> None:
-            lane.returned = True
-            self._wake()
+            lane.unanswered -= 1
+            if not lane.unanswered:
+                lane.returned = True
+                self._wake()
 
-        worker, index, layer = self._ffn_workers[port], self._role.ffn_indices[model], lane.layer
-        self._clock.after(
-            one_way_s,
-            lambda: worker.take(index, layer, rows, lambda: self._clock.after(one_way_s, answered)),
-        )
+        def arrived() -> None:
+            for port, number in legs:
+                self._ffn_workers[port].take(number, layer, rows, lambda: self._clock.after(one_way_s, answered))
+
+        self._clock.after(one_way_s, arrived)
 
     def _finish(self, lane: _Lane) -> None:
         stages = self._stages[lane.plan.model]
         wanted = len(lane.plan.logit_rows)
         seconds = stages.launched_s(stages.head(wanted)) if wanted else 0.0
+        if lane.parts > 1:
+            seconds += stages.launched_s(stages.partial_sum(sum(lane.plan.query_lens), lane.parts))
         self._occupy(seconds, lambda: self._complete(lane, wanted))
 
     def _complete(self, lane: _Lane, wanted: int) -> None:

@@ -16,6 +16,7 @@ from serving.layers.sizes import weight_bytes_attention, weight_bytes_ffn
 from serving.memory.budget import MemoryBudget
 from serving.memory.kv_pool import KVPool, ModelKV
 from serving.parallel.exchange import Exchange
+from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
 from serving.parallel.share import Share, ShareOfWeights, share_spec
 from serving.shm.mailbox import Mailbox
 from serving.shm.region import SharedRegion
@@ -36,7 +37,7 @@ from serving.workers.ffn_worker import FFNWorker
 from serving.workers.group_member import GroupMember, HeldShare
 from serving.workers.group_worker import GroupWorker
 from serving.workers.model_worker import HostedModel, ModelWorker
-from serving.workers.ports import FFNPort, LocalFFN, RelayedFFN, RemoteFFN
+from serving.workers.ports import FFNPort, LocalFFN, RelayedFFN, RemoteFFN, SpreadFFN
 from serving.workers.relay_worker import RelayWorker
 from serving.workers.timeline import Recorder
 
@@ -96,11 +97,11 @@ def _load_attention(model: ServedModel, budget: MemoryBudget, share: Share = WHO
         return AttentionHalf(spec, weights, getattr(torch, model.dtype))
 
 
-def _load_ffn(model: ServedModel, budget: MemoryBudget, share: Share = WHOLE) -> FFNHalf:
+def _load_ffn(model: ServedModel, budget: MemoryBudget, share: Share = WHOLE, part: FFNPart = WHOLE_FFN) -> FFNHalf:
     spec = share_spec(model.spec, share)
-    budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(spec, model.dtype))
+    budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(spec, model.dtype, part.layers))
     with ShareOfWeights(open_weights(model), share) as weights:
-        return FFNHalf(spec, weights, getattr(torch, model.dtype))
+        return FFNHalf(spec, weights, getattr(torch, model.dtype), part.layers)
 
 
 def _open_pool(config: PoolConfig, models: tuple[ServedModel, ...], device: Device, budget: MemoryBudget) -> KVPool:
@@ -112,8 +113,11 @@ def _open_pool(config: PoolConfig, models: tuple[ServedModel, ...], device: Devi
 def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
     budget = MemoryBudget(role.device.name, role.device.memory_bytes)
     halves = [_load_attention(model, budget) for model in role.models]
-    local = {i: _load_ffn(m, budget) for i, m in enumerate(role.models) if role.ffn_ports[i] < 0}
+    local = {
+        i: _load_ffn(m, budget) for i, m in enumerate(role.models) if role.ffn_ports[i] < 0 and i not in role.ffn_legs
+    }
     remote = [_remote(ref) for ref in role.mailboxes]
+    spread = SpreadFFN(remote, role.ffn_legs, role.lanes)
     in_place = LocalFFN(local, role.lanes)
     pools = [(config.name, _open_pool(config, role.models, role.device, budget)) for config in role.pools]
     kv_of = {name: kv for _, pool in pools for name, kv in pool.models.items()}
@@ -122,8 +126,8 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
             index=i,
             half=halves[i],
             kv=kv_of[model.name],
-            port=in_place if role.ffn_ports[i] < 0 else remote[role.ffn_ports[i]],
-            ffn_index=i if role.ffn_ports[i] < 0 else role.ffn_indices[i],
+            port=spread if i in role.ffn_legs else in_place if role.ffn_ports[i] < 0 else remote[role.ffn_ports[i]],
+            ffn_index=i if role.ffn_ports[i] < 0 or i in role.ffn_legs else role.ffn_indices[i],
             num_layers=model.spec.num_layers,
         )
         for i, model in enumerate(role.models)
@@ -148,9 +152,9 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
 def _build_ffn_worker(role: FFNWorkerConfig, wires: _Wires) -> FFNWorker:
     budget = MemoryBudget(role.device.name, role.device.memory_bytes)
     halves = []
-    for model in role.models:
-        half = _load_ffn(model, budget)
-        _warm_up_ffn(half, model)
+    for model, part in zip(role.models, role.parts or [WHOLE_FFN] * len(role.models), strict=True):
+        half = _load_ffn(model, budget, part.share, part)
+        _warm_up_ffn(half, model, part)
         halves.append((half, model.spec.hidden_size, getattr(torch, model.dtype)))
     mailboxes = [(_mailbox(ref), ref.bells) for ref in role.mailboxes]
     return FFNWorker(halves, mailboxes, wires.control, wires.counters, wires.recorder)
@@ -202,10 +206,11 @@ def _warm_up_attention(half: AttentionHalf, kv: ModelKV) -> None:
     kv.close_run(run)
 
 
-def _warm_up_ffn(half: FFNHalf, model: ServedModel) -> None:
-    """One row and a few through the first and the last layer (a dense and a routed one, where a model has both)."""
+def _warm_up_ffn(half: FFNHalf, model: ServedModel, part: FFNPart = WHOLE_FFN) -> None:
+    """One row and a few through the first and the last layer held (a dense and a routed one, where a model has both)."""
+    held = [layer for layer in range(model.spec.num_layers) if part.holds(layer)]
     dtype = getattr(torch, model.dtype)
     with torch.inference_mode():
         for rows in (1, 5):
-            for layer in {0, model.spec.num_layers - 1}:
+            for layer in {held[0], held[-1]}:
                 half.forward(layer, torch.zeros(rows, model.spec.hidden_size, dtype=dtype))

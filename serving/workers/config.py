@@ -5,12 +5,14 @@ Shared regions are named by the file descriptors that the worker inherits; no na
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from serving.batching import StepLimits
 from serving.interface import Device, ServedModel
 from serving.parallel.exchange import ExchangeShape
+from serving.parallel.ffn_part import FFNPart
 from serving.parallel.group import GroupPlan
 from serving.shm.mailbox import MailboxShape
 from serving.workers.doorbell import DoorbellRef
@@ -74,7 +76,9 @@ class Channel:
 @dataclass(frozen=True)
 class ModelWorkerConfig:
     """A worker that holds KV and attention halves. `ffn_ports[i]` is the mailbox of model i, or -1 for FFN in place;
-    `ffn_indices[i]` is the number under which the FFN worker behind that mailbox knows model i."""
+    `ffn_indices[i]` is the number under which the FFN worker behind that mailbox knows model i. Where a model's FFN lies
+    behind several mailboxes, `ffn_legs` has for each of its layers the (mailbox, number) pairs that its rows go to, in order
+    of rank: what comes back from them is added up."""
 
     device: Device
     models: tuple[ServedModel, ...]
@@ -85,16 +89,19 @@ class ModelWorkerConfig:
     ffn_indices: tuple[int, ...]
     mailboxes: tuple[MailboxRef, ...] = ()
     sample_interval_ms: float = 50.0
+    ffn_legs: Mapping[int, tuple[tuple[tuple[int, int], ...], ...]] = field(default_factory=dict)  # by model, by layer
 
 
 @dataclass(frozen=True)
 class FFNWorkerConfig:
-    """A worker that holds FFN halves and serves mailboxes, one an attention worker."""
+    """A worker that holds FFN halves, or `parts` of them where given (one a model), and serves mailboxes, one an attention
+    worker."""
 
     device: Device
     models: tuple[ServedModel, ...]
     limits: StepLimits
     mailboxes: tuple[MailboxRef, ...]
+    parts: tuple[FFNPart, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import select
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -55,6 +56,8 @@ class LocalFFN:
 class RemoteFFN:
     """FFN halves behind a mailbox that both sides poll: lowered control. Counts the bytes that cross, both ways."""
 
+    bell_fd = -1  # where the arrival of a result is announced; nowhere under lowered control
+
     def __init__(self, mailbox: Mailbox) -> None:
         self._mailbox = mailbox
         self._shapes: list[tuple[int, int, torch.dtype]] = [(0, 0, torch.float32)] * mailbox.shape.slots
@@ -82,6 +85,7 @@ class RelayedFFN(RemoteFFN):
     def __init__(self, mailbox: Mailbox, bells: Bells) -> None:
         super().__init__(mailbox)
         self._to_relay, self._from_relay = bells.attention_to_relay.write_fd, bells.relay_to_attention.read_fd
+        self.bell_fd = self._from_relay
         self._answered: set[int] = set()
 
     def send(self, lane: int, model: int, layer: int, rows: torch.Tensor) -> None:
@@ -97,3 +101,49 @@ class RelayedFFN(RemoteFFN):
 
     def rest(self) -> None:
         self._answered.update(answered(self._from_relay, timeout_s=_LONGEST_REST_S))
+
+
+class SpreadFFN:
+    """FFN halves of which parts lie behind several mailboxes. A layer's rows go to each of its legs, (mailbox, number), and
+    what comes back is added up in float32 in order of the legs."""
+
+    def __init__(
+        self,
+        ports: Sequence[RemoteFFN],
+        legs: Mapping[int, Sequence[Sequence[tuple[int, int]]]],
+        lanes: int,
+    ) -> None:
+        self._ports, self._legs = ports, legs  # by model, by layer
+        self._sent: list[tuple[RemoteFFN, ...]] = [()] * lanes
+        self._open: list[list[RemoteFFN]] = [[] for _ in range(lanes)]
+
+    @property
+    def bytes_crossed(self) -> int:
+        return sum(port.bytes_crossed for port in self._ports)
+
+    def send(self, lane: int, model: int, layer: int, rows: torch.Tensor) -> None:
+        legs = self._legs[model][layer]
+        self._sent[lane] = tuple(self._ports[port] for port, _ in legs)
+        self._open[lane] = list(self._sent[lane])
+        for port, number in legs:
+            self._ports[port].send(lane, number, layer, rows)
+
+    def done(self, lane: int) -> bool:
+        waiting = self._open[lane]
+        while waiting and waiting[-1].done(lane):
+            waiting.pop()
+        return not waiting
+
+    def result(self, lane: int) -> torch.Tensor:
+        first, *others = (port.result(lane) for port in self._sent[lane])
+        if not others:
+            return first
+        total = first.to(torch.float32, copy=True)
+        for part in others:
+            total += part
+        return total.to(first.dtype)
+
+    def rest(self) -> None:
+        bells = {port.bell_fd for waiting in self._open for port in waiting} - {RemoteFFN.bell_fd}
+        if bells:
+            select.select(list(bells), [], [], _LONGEST_REST_S)
