@@ -71,7 +71,7 @@ class Tracking:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """One run. `workload` is handed to the workloads package as it is; `experiment` names the folder of its record."""
+    """One run. `timeline` keeps what workers did in the record. `workload` is handed to the workloads package as it is; `experiment` names the folder of its record."""
 
     experiment: str
     system: SystemConfig
@@ -84,6 +84,7 @@ class BenchConfig:
     drain_timeout_s: float = 300.0
     poll_interval_ms: float = 2.0
     force: bool = False
+    timeline: bool = False
     tracking: Tracking = field(default_factory=Tracking)
 
     def identity(self) -> dict[str, Any]:
@@ -91,6 +92,11 @@ class BenchConfig:
         content = dataclasses.asdict(self)
         for key in ("results_dir", "tracking", "force", "experiment"):
             content.pop(key)
+        # What came later counts only where it is used, so that older records are still found.
+        if not content["timeline"]:
+            content.pop("timeline")
+        if not content["backend"]["oversubscribe"]:
+            content["backend"].pop("oversubscribe")
         return content
 
 

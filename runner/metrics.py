@@ -131,7 +131,12 @@ def device_metrics(observation: Observation) -> dict[str, float | None]:
         for device in observation.devices
     }
     metrics["bytes_crossed"] = sum(device.bytes_crossed for device in observation.devices)
-    metrics["swaps"] = sum(device.swaps for device in observation.devices)
+    swaps = sum(device.swaps for device in observation.devices)
+    metrics["swaps"] = swaps
+    parts = dict.fromkeys(part for device in observation.devices for part in device.switch_ns)
+    for part in parts:
+        total_ns = sum(device.switch_ns.get(part, 0) for device in observation.devices)
+        metrics[f"switch_ms/{part}"] = total_ns / 1e6 / swaps if swaps else None
     return metrics
 
 

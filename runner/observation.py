@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+
 from serving.interface import DeviceStats
 
 COMPLETED, REJECTED, FAILED = "completed", "rejected", "failed"
@@ -55,3 +57,4 @@ class Observation:
     duration_ns: int = 0
     interrupted: str = ""
     other_cpu_share: float | None = None
+    timeline: pa.Table | None = None  # where the run was asked for one

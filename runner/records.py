@@ -27,6 +27,7 @@ from serving.errors import UserError
 
 SCHEMA_VERSION = 1
 RECORD_FILE, REQUESTS_FILE, SERIES_FILE = "record.json", "requests.parquet", "series.parquet"
+TIMELINE_FILE, STUDY_FILE = "timeline.parquet", "study.json"
 COMPLETE, INTERRUPTED, FAILED = "complete", "interrupted", "failed"
 STATUSES = (COMPLETE, INTERRUPTED, FAILED)
 _TYPES = {
@@ -99,7 +100,11 @@ class Record:
 
 
 def write_record(
-    directory: Path, content: dict[str, Any], requests: Sequence[RequestRow], pools: Sequence[PoolRow]
+    directory: Path,
+    content: dict[str, Any],
+    requests: Sequence[RequestRow],
+    pools: Sequence[PoolRow],
+    timeline: pa.Table | None = None,
 ) -> Path:
     """Write a record to `directory`, replacing an older one of the same run. Raises UserError, leaving nothing
     half-written, where the disk is full or the place cannot be written."""
@@ -110,6 +115,8 @@ def write_record(
         partial.chmod(0o755)
         _write_rows(partial / REQUESTS_FILE, requests, _REQUEST_SCHEMA)
         _write_rows(partial / SERIES_FILE, pools, _SERIES_SCHEMA)
+        if timeline is not None:
+            pq.write_table(timeline, partial / TIMELINE_FILE, compression="zstd")
         with (partial / RECORD_FILE).open("w") as file:
             json.dump({"schema_version": SCHEMA_VERSION, **content}, file, indent=1, sort_keys=True, default=str)
             file.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from runner.provenance import provenance
 from runner.records import Record
 from runner.replay import INTERRUPTED, Replay
 from runner.sampler import SystemSampler
+from runner.spans import kept_spans
 from runner.tracking import track
 from serving import registry
 from serving.backend import Backend, RealBackend
@@ -89,7 +91,8 @@ def _run(config: BenchConfig, directory: Path, command: str, done: Record | None
         whole = {"metrics": {}, "metrics_by_model": {}, **content, **ended, **more}
         if done is not None and status != records.COMPLETE:
             return Record(directory, whole)
-        return records.read_record(records.write_record(directory, whole, rows.requests, rows.pools))
+        path = records.write_record(directory, whole, rows.requests, rows.pools, rows.timeline)
+        return records.read_record(path)
 
     try:
         observation, more = _observe(config)
@@ -127,7 +130,9 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
     ]
     workload = workload_from_dict(config.workload)
     trace = build_trace(workload, limits)
-    system: System = registry.create(config.system.name, config.system.options)
+    spans = tempfile.TemporaryDirectory(prefix="timeline-") if config.timeline else None
+    options = {**config.system.options, **({"timeline_dir": spans.name} if spans else {})}
+    system: System = registry.create(config.system.name, options)
     devices = tuple(Device(d.name, d.kind, d.index, d.memory_mib << 20) for d in config.devices)
     computing = tuple(dict.fromkeys(_cores(config)))
     placement = system.plan(Cluster(devices), models, _demand(trace, trace.duration_s))
@@ -140,6 +145,9 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
         finally:
             system.stop()
     _count_never_submitted(observation, trace)
+    if spans:
+        observation.timeline = kept_spans(spans.name)
+        spans.cleanup()
     more = {
         "system_series": sampled,
         "placement": _describe(placement),

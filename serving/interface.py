@@ -146,6 +146,7 @@ class DeviceStats:
     steps: int = 0
     preemptions: int = 0
     swaps: int = 0
+    switch_ns: Mapping[str, int] = field(default_factory=dict)  # all swaps' time by part, e.g. drain, evict, load
 
 
 class System(Protocol):
