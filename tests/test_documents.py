@@ -1,4 +1,4 @@
-"""README and ARTIFACT.md: every command in them exists, and every block marked `short` runs."""
+"""README.md, ARTIFACT.md and baselines/README.md: every command in them exists, and every block marked `short` runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from workloads.config import workload_from_dict
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "ARTIFACT.md")
+DOCUMENTS = ("README.md", "ARTIFACT.md", "baselines/README.md")
 BLOCK = re.compile(r"^```bash *(short)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:python (?:-m|bench\.py)|\./)[^`]*)`")
 

@@ -13,11 +13,16 @@ from dataclasses import asdict
 
 from baselines.static.layout import equal_groups, given_groups, lay_out
 from baselines.static.options import StaticOptions
+from baselines.static.predict import Predictor
+from baselines.static.search import PlacementSearch
+from serving.cost.cards import stages_on
 from serving.host import pool_config
 from serving.interface import Cluster, Demand, DevicePlan, Placement, ServedModel
 from serving.parallel.group import GroupPlan
 from serving.parallel.host import GroupedSystem, Instance
 from serving.workers.config import ModelWorkerConfig
+
+_DEFAULT_CARD = {"cpu": "cpu2", "cuda": "a100-40gb"}
 
 
 class StaticPartition(GroupedSystem):
@@ -43,6 +48,12 @@ class StaticPartition(GroupedSystem):
     ) -> tuple[tuple[DevicePlan, ...], list[Instance]]:
         if self.options.placement == "given":
             return lay_out(cluster, given_groups(self.options.groups, cluster, models), self.options)
+        if self.options.placement == "searched":
+            card = self.options.card or _DEFAULT_CARD[cluster.devices[0].kind]
+            stages = {model.name: stages_on(card, model) for model in models}
+            predictor = Predictor(stages, demand, self.options)
+            found = PlacementSearch(cluster, models, self.options, predictor).run()
+            return lay_out(cluster, found.seated, self.options, found.kv_weight)
         return lay_out(cluster, equal_groups(cluster, models), self.options)
 
     def _launch(self, placement: Placement) -> None:

@@ -41,6 +41,9 @@ class GroupCosts:
     def __init__(self, stages: ModelStages, group: GroupPlan) -> None:
         self._stages, self._group = stages, group
         self._attention, self._ffn = stages.share(group.tp), stages.share(group.ranks)
+        dense = stages.spec.dense_layers
+        routed = [layer for layer in range(stages.spec.num_layers) if layer not in dense]
+        self._alike = {layers[0]: len(layers) for layers in (dense, routed) if layers}  # one of a kind, and how many
         self._row_bytes = stages.spec.hidden_size * element_bytes(stages.dtype)
 
     def embedding_s(self, rows: int) -> float:
@@ -70,7 +73,7 @@ class GroupCosts:
         """A whole step, `shapes` by replica: replicas wait for the slowest of them in every layer."""
         spec, rows = self._stages.spec, sum(shape.rows for shape in shapes)
         attention_s = max(self.attention_s(shape) for shape in shapes)
-        ffns_s = sum(self.ffn_s(layer, rows) for layer in range(spec.num_layers))
+        ffns_s = sum(count * self.ffn_s(layer, rows) for layer, count in self._alike.items())
         ends_s = max(self.embedding_s(s.rows) + self.head_s(s.batch + len(s.chunks)) for s in shapes)
         return spec.num_layers * attention_s + ffns_s + ends_s
 

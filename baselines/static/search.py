@@ -1,0 +1,162 @@
+"""Searched placement, after AlpaServe (OSDI '23, section 4.2): enumerate how devices form groups, place greedily, keep the
+best. It knows the true rates. Pure and deterministic.
+
+For every way to cut the devices into groups: models are placed one at a time, the heaviest load first, each in the group
+where the predicted score of everything placed is best; models in one group share its compute and its memory. Then replicas
+are added, to the model that is served worst, as long as they help. Deviations: the score comes from a cost model rather than
+a simulation (serving/cost, see predict.py); a group is tensor and data parallel over its devices as the model's KV heads
+allow (no pipeline parallelism); more than eight devices are cut into equal groups only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from baselines.static.layout import Seated, equal_groups, lay_out
+from baselines.static.predict import Predictor, Score, kv_demand
+from serving.errors import CapacityError, UserError
+from serving.interface import Cluster, Device, ServedModel
+from serving.memory.budget import format_bytes
+from serving.options import EngineOptions
+from serving.parallel.capacity import share_weights_bytes
+from serving.parallel.group import GroupPlan, natural_group
+from serving.parallel.host import Instance
+
+_MOST_DEVICES_IN_ALL_PARTITIONS = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """A placement with what is predicted of it, and by what weights each device's KV is divided."""
+
+    seated: Seated
+    kv_weight: Mapping[str, float] | None
+    score: Score
+
+
+class PlacementSearch:
+    """Searches placements of `models` on `cluster`, scored by `predictor`."""
+
+    def __init__(
+        self, cluster: Cluster, models: Sequence[ServedModel], options: EngineOptions, predictor: Predictor
+    ) -> None:
+        self._cluster, self._models, self._options, self._predictor = cluster, models, options, predictor
+        self._demand = kv_demand(models, predictor.loads)
+        self._problem = (0, "")  # models placed before it, and what did not fit
+
+    def run(self) -> Found:
+        """The best placement found. Raises :class:`CapacityError`, saying what is missing, when no cut places all models."""
+        best = self._equal()
+        for sizes in partitions(len(self._cluster.devices)):
+            found = self._place(sizes)
+            if found is not None and (best is None or found.score.key > best.score.key):
+                best = found
+        if best is None:
+            self._raise_infeasible()
+        return best
+
+    def _equal(self) -> Found | None:
+        """The naive placement, if it fits: what is searched must not be worse."""
+        seated = equal_groups(self._cluster, self._models)
+        try:
+            return Found(seated, None, self._predictor.score(self._instances(seated, None)))
+        except CapacityError:
+            return None
+
+    def _place(self, sizes: Sequence[int]) -> Found | None:
+        groups = list(_cut(self._cluster.devices, sizes))
+        seated: list[tuple[ServedModel, GroupPlan]] = []
+        found: Found | None = None
+        for model in sorted(self._models, key=self._weight, reverse=True):
+            found = self._best_of(seated, model, groups)
+            if found is None:
+                return None
+            seated = list(found.seated)
+        return self._with_replicas(found, groups)
+
+    def _with_replicas(self, found: Found, groups: Sequence[tuple[str, ...]]) -> Found:
+        """Add replicas of whichever model is served worst while that makes the whole better."""
+        done: set[str] = set()
+        while len(done) < len(self._models):
+            served = self._predictor.served_by_model(self._instances(found.seated, found.kv_weight))
+            left = [model for model in self._models if model.name not in done]
+            model = min(left, key=lambda m: (round(served[m.name][0], 3), -served[m.name][1]))
+            better = self._best_of(found.seated, model, groups)
+            if better is not None and better.score.key > found.score.key:
+                found = better
+            else:
+                done.add(model.name)
+        return found
+
+    def _best_of(self, seated: Seated, model: ServedModel, groups: Sequence[tuple[str, ...]]) -> Found | None:
+        """The best of adding `model` to each group that does not serve it; KV divided by demand or equally, as is better."""
+        best: Found | None = None
+        taken = [group.devices for placed, group in seated if placed.name == model.name]
+        for devices in groups:
+            if devices in taken:
+                continue
+            try:
+                candidate = [*seated, (model, natural_group(model.spec, devices))]
+            except UserError:
+                continue  # this model cannot be cut into so many shares
+            for weight in (self._demand, None):
+                try:
+                    score = self._predictor.score(self._instances(candidate, weight))
+                except CapacityError as error:
+                    self._problem = max(self._problem, (len(seated), f"{model.name}: {error}"))
+                    continue
+                if best is None or score.key > best.score.key:
+                    best = Found(candidate, weight, score)
+        return best
+
+    def _instances(self, seated: Seated, weight: Mapping[str, float] | None) -> list[Instance]:
+        return lay_out(self._cluster, seated, self._options, weight)[1]
+
+    def _weight(self, model: ServedModel) -> tuple[float, str]:
+        return _whole_bytes(model), model.name
+
+    def _raise_infeasible(self) -> None:
+        have_bytes, want_bytes = self._cluster.memory_bytes, sum(map(_whole_bytes, self._models))
+        if want_bytes > have_bytes:
+            raise CapacityError(
+                f"infeasible: weights of {len(self._models)} models need {format_bytes(want_bytes)}, the cluster has "
+                f"{format_bytes(have_bytes)}; {want_bytes - have_bytes} bytes are missing before any KV"
+            )
+        placed, problem = self._problem
+        raise CapacityError(
+            f"infeasible: no placement of {len(self._models)} models on {len(self._cluster.devices)} devices; at best "
+            f"{placed} fit, then {problem}"
+        )
+
+
+def _whole_bytes(model: ServedModel) -> int:
+    return share_weights_bytes(model, GroupPlan(("any",)), 0)
+
+
+def partitions(devices: int) -> Iterator[tuple[int, ...]]:
+    """Ways to cut `devices` alike devices into groups, as sizes in descending order: all of them, or for many devices
+    groups of one size and a rest."""
+    if devices > _MOST_DEVICES_IN_ALL_PARTITIONS:
+        for size in range(1, devices + 1):
+            rest = devices % size
+            yield (size,) * (devices // size) + ((rest,) if rest else ())
+        return
+    yield from _partitions(devices, devices)
+
+
+def _partitions(left: int, most: int) -> Iterator[tuple[int, ...]]:
+    if left == 0:
+        yield ()
+    for first in range(min(left, most), 0, -1):
+        for others in _partitions(left - first, first):
+            yield (first, *others)
+
+
+def _cut(devices: Sequence[Device], sizes: Sequence[int]) -> Iterator[tuple[str, ...]]:
+    """Device names by group; devices of most memory first, so that groups are of alike devices."""
+    ordered = [device.name for device in sorted(devices, key=lambda device: -device.memory_bytes)]
+    first = 0
+    for size in sizes:
+        yield tuple(ordered[first : first + size])
+        first += size
