@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from kernels import attention, dense_ffn, lm_head, mla, moe_ffn, rms_norm, rope, router
 from kernels.attention import reference as attention_reference
 from kernels.dense_ffn import reference as dense_reference
-from kernels.linear import pack
 from kernels.lm_head import reference as head_reference
 from kernels.mla import reference as mla_reference
-from kernels.moe_ffn import ExpertWeights
+from kernels.moe_ffn import ExpertWeights, PackedExperts
 from kernels.moe_ffn import reference as moe_reference
 from kernels.paged_kv import PagedKV
 from kernels.rms_norm import reference as norm_reference
@@ -228,11 +227,9 @@ def expert_weights(num_experts: int, depth: int, width: int, device: torch.devic
     return ExpertWeights(fill(num_experts, 2 * width, depth), fill(num_experts, depth, width))
 
 
-def _as_held(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
+def _as_held(weights: ExpertWeights, device: torch.device) -> ExpertWeights | PackedExperts:
     """`weights` as a loaded model holds them on `device`: packed on the CPU."""
-    if device.type == "cuda":
-        return weights
-    return ExpertWeights(*([pack(matrix) for matrix in stack] for stack in weights))
+    return weights if device.type == "cuda" else PackedExperts.pack(weights)
 
 
 def _grouped_mm_peer(

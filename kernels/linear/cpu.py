@@ -1,22 +1,27 @@
-"""oneDNN's packed linear layers, as torch exposes them."""
+"""Linear layers whose weights oneDNN has packed: by our own loop for few rows, by oneDNN for many."""
 
 from __future__ import annotations
 
 import torch
+
+from kernels import native
 
 _ROW_BLOCK = 64  # output features of a block
 _COLUMN_BLOCK = {torch.float32: 16, torch.bfloat16: 32, torch.float16: 32}
 _reorder = torch.ops.mkldnn._reorder_linear_weight.default
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
 
+_MOST_NATIVE_ROWS = 64  # from here on both are bound by computing, and alike
+
 # oneDNN's kernels for 3 to 6 rows stream packed weights faster than those for 1 or 2 (float32 on an AVX-512 core: 16 GB/s
 # against 11 to 13), so that fewer rows are given copies for company.
 _FEWEST_GOOD_ROWS = 3
-PADDED_ROWS = 4
+_PADDED_ROWS = 4
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """`weight` [N, K] copied into oneDNN's blocked layout: an opaque tensor of the same shape, for :func:`linear`."""
+    native.available(weight.dtype)  # compiles now what `linear` will call
     return _reorder(weight.contiguous())
 
 
@@ -25,14 +30,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not weight.is_mkldnn:
         return torch.nn.functional.linear(x, weight)
     rows = x.shape[0]
+    if rows <= _MOST_NATIVE_ROWS and native.serves(x.dtype, weight.shape):
+        return native.linear(x, weight)
     if rows >= _FEWEST_GOOD_ROWS:
         return _linear_pointwise(x, weight, None, "none", [], "")
-    return _linear_pointwise(torch.cat([x] * (PADDED_ROWS // rows)), weight, None, "none", [], "")[:rows]
-
-
-def padding(rows: int) -> int:
-    """Rows that a caller which gathers its input anyway should add, so that :func:`linear` need not copy it."""
-    return PADDED_ROWS - rows if rows < _FEWEST_GOOD_ROWS else 0
+    return _linear_pointwise(torch.cat([x] * (_PADDED_ROWS // rows)), weight, None, "none", [], "")[:rows]
 
 
 def packed_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:

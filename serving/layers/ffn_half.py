@@ -11,7 +11,7 @@ import torch
 
 from kernels.dense_ffn import dense_ffn
 from kernels.linear import pack
-from kernels.moe_ffn import ExpertWeights, moe_ffn
+from kernels.moe_ffn import PackedExperts, moe_ffn
 from kernels.router import route
 from serving.checkpoints.weights import Weights
 from serving.layers.sizes import weight_bytes_ffn
@@ -46,7 +46,7 @@ class Routed:
         self._gate = router["gate"].float().contiguous().clone()  # [E, D]: chosen in float32, as published code does
         self._bias = router["bias"].float().clone() if "bias" in router else None
         experts = [_pack_ffn(weights.expert(layer, index), dtype) for index in range(spec.moe.num_experts)]
-        self._experts = ExpertWeights(*zip(*experts, strict=True))
+        self._experts = PackedExperts.of(*zip(*experts, strict=True))
         self._shared = Dense(weights.shared(layer), dtype) if spec.moe.shared_width else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

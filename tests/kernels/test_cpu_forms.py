@@ -163,5 +163,5 @@ def test_moe_ffn(rows, num_experts, top_k, used, packed, dtype, check):
     share = torch.rand(rows, top_k)
     x = torch.randn(rows, depth).to(dtype)
     plain = moe_ffn.ExpertWeights(gate_up, down)
-    held = moe_ffn.ExpertWeights(*([pack(matrix) for matrix in stack] for stack in plain)) if packed else plain
+    held = moe_ffn.PackedExperts.pack(plain) if packed else plain
     check("out", moe_ffn.moe_ffn(x, held, share, chosen), moe_reference.moe_ffn(x, plain, share, chosen))
