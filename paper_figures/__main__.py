@@ -70,7 +70,7 @@ def draw_all(records: Records, arguments: argparse.Namespace, out: Path) -> int:
     for name in names:
         exhibit = EXHIBITS[name]
         reasons, done = [], 0
-        for folder, runs in groups.items() if exhibit.needs_runs else [(SHAPES_FOLDER, [])]:
+        for folder, runs in _sources(exhibit, groups, records):
             try:
                 paths, text = draw(exhibit, runs, out / folder / name)
             except (NothingToDraw, BadRecord) as reason:
@@ -84,6 +84,14 @@ def draw_all(records: Records, arguments: argparse.Namespace, out: Path) -> int:
             raise NothingToDraw("; ".join(reasons) or f"{name}: no records were found")
         drawn += done
     return drawn
+
+
+def _sources(exhibit: Exhibit, groups: dict[str, list[Run]], records: Records) -> list[tuple[str, Sequence[Run]]]:
+    """(folder, what `exhibit` is drawn from): each experiment's runs, all studies of its kind, or nothing."""
+    if exhibit.study:
+        studies = [study for study in records.studies if study.kind == exhibit.study]
+        return [(exhibit.study, studies)] if studies else []
+    return list(groups.items()) if exhibit.needs_runs else [(SHAPES_FOLDER, [])]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,9 @@ from paper_figures.exhibit import Exhibit
 from paper_figures.records import Run
 from paper_figures.selection import differing, flatten, variants
 
-_BACKENDS = {"real": "Measured", "sim": "SIMULATED (cost model, virtual clock)"}
+_BACKENDS = {"real": "Measured", "sim": "SIMULATED (cost model, virtual clock)", "offline": "Calculated"}
+
+_IN_SHORT = {"real": "measured", "sim": "simulated", "offline": "calculated"}
 
 
 def caption(exhibit: Exhibit, runs: Sequence[Run]) -> str:
@@ -22,6 +24,9 @@ def caption(exhibit: Exhibit, runs: Sequence[Run]) -> str:
         of_backend = [run for run in runs if run.backend == backend]
         hardware = "; ".join(sorted({run.hardware for run in of_backend}))
         parts.append(f"{_BACKENDS.get(backend, backend)} on {hardware}.")
+    if exhibit.study:
+        commands = dict.fromkeys(run.command for run in runs if run.command)
+        return " ".join([*parts, *(f"Made by: {command}." for command in commands)])
     parts.append(f"{len(runs)} run{'s' * (len(runs) > 1)}, n = {_seeds(runs)}.")
     labels = variants(runs)
     for run in runs:
@@ -47,7 +52,8 @@ def stamp(runs: Sequence[Run]) -> str:
     """The caption in a few words, for inside the figure: what a picture cut out of its page must still say."""
     if not runs:
         return "from model shapes, no run"
-    backends = "+".join(sorted({"simulated" if run.backend == "sim" else "measured" for run in runs}))
+    backends = "+".join(sorted({_IN_SHORT.get(run.backend, run.backend) for run in runs}))
     hardware = sorted({run.hardware for run in runs})
     more = f" and {len(hardware) - 1} more" if len(hardware) > 1 else ""
-    return f"{backends} on {hardware[0][:60]}{more}; n = {len({run.seed for run in runs})}"
+    seeds = len({run.seed for run in runs})
+    return f"{backends} on {hardware[0][:60]}{more}" + (f"; n = {seeds}" if any(run.config for run in runs) else "")

@@ -28,6 +28,8 @@ class Exhibit(ABC):
     title: ClassVar[str]
     paper: ClassVar[str] = ""
     needs_runs: ClassVar[bool] = True  # False for what follows from models' shapes alone
+    study: ClassVar[str] = ""  # the kind of study that it shows instead of runs
+    needs: ClassVar[str] = ""  # the command that makes what it shows, where that is none of the artifact's usual modes
 
     def select(self, runs: Sequence[Run]) -> list[Run]:
         """Those of an experiment's runs that are shown, which are those the caption counts. Raises

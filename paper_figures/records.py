@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -71,6 +71,11 @@ class Run:
         return self.content.get("command") or ""
 
     @property
+    def placement(self) -> list[dict[str, Any]]:
+        """By device: role, weights by model, KV and quotas in bytes."""
+        return self.content.get("placement") or []
+
+    @property
     def metrics(self) -> dict[str, float | None]:
         return self.content["metrics"]
 
@@ -114,6 +119,11 @@ class Run:
         return self._table("requests.parquet")
 
     @cached_property
+    def timeline(self) -> pd.DataFrame:
+        """What workers did; empty where the run was not asked for it."""
+        return self._table("timeline.parquet") if (self.path / "timeline.parquet").is_file() else pd.DataFrame()
+
+    @cached_property
     def series(self) -> pd.DataFrame:
         return self._table("series.parquet")
 
@@ -139,10 +149,49 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Study:
+    """Something measured apart from any run of a system: its rows, and what a caption says of it as of a run."""
+
+    path: Path
+    content: dict[str, Any]
+
+    ok = True
+    dirty = False
+    reason = status = system = ""
+    seed = "none"
+    config: ClassVar[dict[str, Any]] = {}
+
+    @property
+    def kind(self) -> str:
+        return self.content["kind"]
+
+    @property
+    def run_id(self) -> str:
+        return self.content["name"]
+
+    @property
+    def backend(self) -> str:
+        return self.content["backend"]
+
+    @property
+    def hardware(self) -> str:
+        return self.content["hardware"]
+
+    @property
+    def command(self) -> str:
+        return self.content.get("command") or ""
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        return pd.DataFrame(self.content["rows"])
+
+
+@dataclass(frozen=True)
 class Records:
-    """What was read below a root: runs in the order of their paths, and how many records were skipped."""
+    """What was read below a root: runs and studies in the order of their paths, and how many records were skipped."""
 
     runs: tuple[Run, ...]
+    studies: tuple[Study, ...] = ()
     skipped: int = 0
 
     def experiments(self) -> dict[str, list[Run]]:
@@ -174,6 +223,24 @@ def read_run(directory: Path) -> Run:
     return run
 
 
+def read_study(path: Path) -> Study:
+    """Read one study.json, or a `kernels.json` as the kernels' bench writes it. Raises :class:`BadRecord`."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadRecord(f"{path}: cannot be read ({error})") from None
+    if isinstance(content, dict) and path.name == "kernels.json" and "rows" in content:
+        named = {key: content.get(key) for key in ("device", "torch", "ceilings")}
+        told = {"kind": "kernels", "name": path.parent.name, "backend": "real", "hardware": str(content.get("device"))}
+        content = {"schema_version": SCHEMA_VERSION, **told, "measured_with": named, "rows": content["rows"]}
+    missing = [key for key in ("kind", "name", "backend", "hardware", "rows") if key not in content]
+    if content.get("schema_version") != SCHEMA_VERSION or missing:
+        raise BadRecord(
+            f"{path}: is no study of schema version {SCHEMA_VERSION} (missing: {', '.join(missing) or 'none'})"
+        )
+    return Study(path.parent, content)
+
+
 def _directories(root: Path) -> Iterator[Path]:
     for path in sorted(root.rglob("record.json")):
         if not any(part.startswith(".") for part in path.relative_to(root).parts):
@@ -181,13 +248,19 @@ def _directories(root: Path) -> Iterator[Path]:
 
 
 def read_records(roots: Sequence[Path]) -> Records:
-    """All records below `roots`."""
-    runs, skipped = [], 0
+    """All records and studies below `roots`."""
+    runs, studies, skipped = [], [], 0
     for root in roots:
+        for path in sorted([*root.rglob("study.json"), *root.rglob("kernels.json")]):
+            try:
+                studies.append(read_study(path))
+            except BadRecord as error:
+                print(f"warning: skipped {error}", file=sys.stderr)
+                skipped += 1
         for directory in _directories(root):
             try:
                 runs.append(read_run(directory))
             except BadRecord as error:
                 print(f"warning: skipped {error}", file=sys.stderr)
                 skipped += 1
-    return Records(tuple(runs), skipped)
+    return Records(tuple(runs), tuple(studies), skipped)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import platform
 import shlex
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def _kernels(arguments: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, A
         _call(["kernels.bench", *arguments, "--out", folder])
         content = json.loads((Path(folder) / "kernels.json").read_text())
     rows = content.pop("rows")
-    return {"backend": "real", "hardware": content["device"], "measured_with": content}, rows
+    own = provenance()["hardware"]["cpu"] if content["device"] == platform.machine() else None
+    return {"backend": "real", "hardware": own or content["device"], "measured_with": content}, rows
 
 
 def _planner_overflow(arguments: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

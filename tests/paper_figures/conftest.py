@@ -29,6 +29,7 @@ def write_run(tmp_path):
         status: str = "complete",
         scale: float = 1.0,
         backend: str = "real",
+        timeline: bool = False,
         **metrics,
     ) -> Path:
         options = options or {"lanes": 2, "control": "lowered"}
@@ -38,6 +39,8 @@ def write_run(tmp_path):
         models = [f"model-{i}" for i in range(num_models)]
         rows = _requests(np.random.default_rng(seed), models, scale) if status == "complete" else []
         _write_rows(directory, rows, models)
+        if timeline:
+            pq.write_table(_timeline(), directory / "timeline.parquet")
         content = {
             "schema_version": 1,
             "run_id": name,
@@ -57,11 +60,22 @@ def write_run(tmp_path):
                 "workload": {
                     "arrivals": {"rate_rps": rate, "rate_of": "total"},
                     "popularity": {"alpha": alpha},
-                    "lengths": {"kind": "fixed", "prompt_min": 1, "prompt_max": prompt},
+                    "lengths": {"kind": "fixed", "prompt_min": 1, "prompt_max": prompt, "output_max": 8},
                     "seeds": {"schedule": seed, "model": 0},
                 },
             },
             "provenance": {"git": {"revision": "0", "dirty": False}, "hardware": {"cpu": MADE_UP, "gpus": []}},
+            "placement": [
+                {
+                    "device": f"cpu:{i}",
+                    "role": system,
+                    "memory_bytes": 1 << 20,
+                    "kv_bytes": 1 << 18,
+                    "weights_bytes": dict.fromkeys(models, 1000),
+                    "kv_quota_bytes": dict.fromkeys(models, (1 << 18) // num_models) if system == "static" else {},
+                }
+                for i in range(2)
+            ],
             "metrics": {**_metrics(rows, scale), **metrics} if rows else {},
             "metrics_by_model": {m: _metrics([r for r in rows if r["model"] == m], scale) for m in models}
             if rows
@@ -69,6 +83,35 @@ def write_run(tmp_path):
         }
         (directory / "record.json").write_text(json.dumps(content))
         return directory
+
+    return write
+
+
+def _timeline() -> pa.Table:
+    spans = [
+        {
+            "device": device, "stage": stage, "lane": lane, "model": lane, "layer": layer, "rows": 1,
+            "start_ns": start, "end_ns": start + 10**5,
+        }
+        for layer in range(30)
+        for lane in range(2)
+        for device, stage, start in (
+            ("cpu-0", "attention", (4 * layer + 2 * lane) * 10**5), ("cpu-1", "ffn", (4 * layer + 2 * lane + 1) * 10**5)
+        )
+    ]  # fmt: skip
+    return pa.Table.from_pylist(spans)
+
+
+@pytest.fixture
+def write_study(tmp_path):
+    """`write_study(kind, rows)` writes one made-up study below `tmp_path`."""
+
+    def write(kind: str, rows: list[dict], **more) -> Path:
+        path = tmp_path / kind / f"{kind}-made-up" / "study.json"
+        path.parent.mkdir(parents=True)
+        told = {"kind": kind, "name": path.parent.name, "backend": "real", "hardware": MADE_UP, "command": "made up"}
+        path.write_text(json.dumps({"schema_version": 1, **told, **more, "rows": rows}))
+        return path
 
     return write
 

@@ -20,7 +20,7 @@ TABLES = ("md", "tex", "csv", "caption.txt")
 
 
 def files_of(name: str) -> tuple[str, ...]:
-    return TABLES if name in ("summary", "ablation", "model_table") else FIGURES
+    return TABLES if name in ("summary", "ablation", "model_table", "placement") else FIGURES
 
 
 def draw(root, *arguments: str) -> int:
@@ -28,7 +28,7 @@ def draw(root, *arguments: str) -> int:
 
 
 @pytest.fixture
-def everything(write_run):
+def everything(write_run, write_study):
     """Records that every exhibit has something in."""
     for system, scale in (("crosspool", 1.0), ("static", 2.0)):
         for seed in (0, 1):
@@ -37,17 +37,41 @@ def everything(write_run):
             for alpha in (0.0, 0.9):
                 write_run(system, "by-skew", seed=seed, alpha=alpha, scale=scale)
         for prompt in (64, 256):
-            write_run(system, "by-context", prompt=prompt, scale=scale)
+            for rate in (1.0, 4.0):
+                write_run(system, "by-context", prompt=prompt, rate=rate, scale=scale)
         for num_models in (2, 3):
             write_run(system, "by-models", num_models=num_models, scale=scale)
     for lanes in (1, 2):
         for control in ("host", "lowered"):
-            write_run(experiment="by-option", options={"lanes": lanes, "control": control}, scale=3 - lanes)
+            options = {"lanes": lanes, "control": control}
+            write_run(experiment="by-option", options=options, scale=3 - lanes, timeline=True)
+    for rate in (1.0, 4.0):
+        for system, scale in (("crosspool", 1.0), ("elastic", 5.0)):
+            write_run(system, "assumptions", rate=rate, scale=scale, backend="sim")
+        for backend in ("real", "sim"):
+            write_run(experiment="both", rate=rate, backend=backend)
+    write_run(experiment="many", num_models=8)
+    write_run("swap", "swaps", swaps=3, **{"switch_ms/evict": 1.0, "switch_ms/load": 20.0})
+    write_study("kernels", KERNELS, measured_with={"ceilings": {"bytes_per_s": 1e10, "flops": 1e11}})
+    write_study("planner-overflow", OVERFLOW, backend="offline")
+
+
+KERNELS = [
+    {"op": op, "shape": "made up", "dtype": "float32", "seconds": 1e-3 * n, "bytes": 10**6, "flops": 10**6 * n}
+    for n, op in enumerate(("rope", "router", "moe_ffn"), 1)
+]
+OVERFLOW = [
+    {"check": check, "fit": fit, "quantile": 1 - p, "budget_pages": 10.0, "promised": p, "observed": p}
+    for check, fit in (("drawn", "plan"), ("drawn", "normal"), ("blocks", "dispersed"))
+    for p in (0.1, 0.05, 0.01)
+]
 
 
 EXPERIMENT_OF = {
     "latency_vs_rate": "by-rate", "goodput": "by-rate", "skew": "by-skew", "context": "by-context",
-    "model_count": "by-models", "ablation": "by-option", "kv_share": "models", "model_table": "models",
+    "model_count": "by-models", "ablation": "by-option", "pipeline_timeline": "by-option", "rate_by_context": "by-context",
+    "sensitivity": "assumptions", "validation": "both", "popularity": "many", "swap_breakdown": "swaps",
+    "kernel_roofline": "kernels", "planner_overflow": "planner-overflow", "kv_share": "models", "model_table": "models",
 }  # fmt: skip
 
 
@@ -93,7 +117,7 @@ def test_a_cdf_is_the_record_s_own_rows(write_run, tmp_path, name, samples_ms):
 
 def test_sweeps_and_tables_hold_the_records_numbers(everything, tmp_path):
     draw(tmp_path, "latency_vs_rate")
-    draw(tmp_path, "ablation", "outcomes", "--experiment", "by-option", "--experiment", "by-context")
+    draw(tmp_path, "ablation", "outcomes", "--experiment", "by-option", "--experiment", "by-models")
     rates = pd.read_csv(tmp_path / "out" / "by-rate" / "latency_vs_rate.csv")
     cell = rates[(rates["system"] == "static") & (rates["x"] == 4.0) & (rates["metric"] == "p99_itl_ms")].iloc[0]
     seeds = [read_run(path.parent) for path in tmp_path.glob("by-rate/static-real-*-4.0-*/record.json")]
@@ -105,7 +129,7 @@ def test_sweeps_and_tables_hold_the_records_numbers(everything, tmp_path):
     ablation = pd.read_csv(tmp_path / "out" / "by-option" / "ablation.csv").set_index(["in-flight batches", "control"])
     assert ablation.loc[(2, "lowered"), "tokens/s"] == 100.0
     assert ablation.loc[(2, "lowered"), "speed-up"] == 2.0
-    outcomes = pd.read_csv(tmp_path / "out" / "by-context" / "outcomes.csv")
+    outcomes = pd.read_csv(tmp_path / "out" / "by-models" / "outcomes.csv")
     assert list(outcomes["completed"]) == [11] * 4
     assert list(outcomes["rejected"]) == [1] * 4
 
