@@ -19,13 +19,15 @@ TRACKING_MODES = ("offline", "online", "disabled")
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model to serve. A missing `checkpoint` is made from `make` (architecture, size, seed) where that is given."""
+    """A model to serve. A missing `checkpoint` is made from `make` (architecture, size, seed) where that is given. One that is
+    only simulated needs no weights: `published` names a configuration of serving/checkpoints/published."""
 
     name: str
     checkpoint: str = ""
     dtype: str = "float32"
     dummy: bool = False
     make: Mapping[str, Any] = field(default_factory=dict)
+    published: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,15 @@ class SystemConfig:
 
 @dataclass(frozen=True)
 class DeviceEntry:
+    """A device. `card` is what it is where simulated (empty: `backend.card`), `node` the server it is in. In a configuration
+    `count` stands for that many alike, of which each `per_node` (all, without it) are in one server."""
+
     name: str
     memory_mib: int
     kind: str = "cpu"
     index: int = 0
+    node: int = 0
+    card: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ def bench_from_dict(content: Mapping[str, Any]) -> BenchConfig:
     content = {key: value for key, value in content.items() if key not in ("conf", "hydra")}
     content["workload"] = _with_rate(content.get("workload"))
     models = _entries(ModelEntry, content.pop("models", None), "models")
-    devices = _entries(DeviceEntry, content.pop("devices", None), "devices")
+    devices = _entries(DeviceEntry, _each(content.pop("devices", None)), "devices")
     config = _build(
         BenchConfig,
         {
@@ -133,6 +140,27 @@ def _with_rate(workload: Any) -> Any:
     if rate is not None:
         workload["arrivals"] = {**(workload.get("arrivals") or {}), "rate_rps": rate}
     return workload
+
+
+def _each(devices: Any) -> Any:
+    """Device entries with those that have a `count` written out, one by one."""
+    if not isinstance(devices, list | tuple):
+        return devices
+    entries: list[Any] = []
+    for number, entry in enumerate(devices):
+        if not isinstance(entry, Mapping) or "count" not in entry:
+            entries.append(entry)
+            continue
+        entry = dict(entry)
+        count = entry.pop("count")
+        per_node = entry.pop("per_node", count)
+        if not all(isinstance(value, int) and value >= 1 for value in (count, per_node)):
+            raise UserError(f"devices[{number}]: count and per_node are whole numbers of at least 1")
+        name, first_node = entry.get("name", ""), entry.get("node", 0)
+        entries += [
+            {**entry, "name": f"{name}:{i}", "index": i, "node": first_node + i // per_node} for i in range(count)
+        ]
+    return entries
 
 
 def _entries(cls: type, entries: Any, where: str) -> tuple:
@@ -199,6 +227,9 @@ def _validate(config: BenchConfig) -> None:
     for slo in ("ttft_ms", "tpot_ms"):
         if not getattr(config.slo, slo) > 0:
             raise UserError(f"slo.{slo} is {getattr(config.slo, slo):g}; it must be a positive number of milliseconds")
+    labels = [device.name for device in config.devices]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"devices: names must differ, got {', '.join(labels)}")
     for device in config.devices:
         if device.memory_mib < 1:
             raise UserError(f"device {device.name}: memory_mib is {device.memory_mib}; it must be at least 1")

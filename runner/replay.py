@@ -21,7 +21,8 @@ UNFINISHED = "unfinished when the drain timeout ended"
 
 class Replay:
     """One replay of `trace` against a started `system`. After the last arrival it drains for `drain_timeout_s` at most.
-    `clock` is the backend's: virtual time passes only where this loop sleeps."""
+    `clock` is the backend's: virtual time passes only where this loop sleeps. With `lengths_only`, requests whose trace has
+    no prompts come with prompts of their length: right for a backend that reads no token."""
 
     def __init__(
         self,
@@ -30,8 +31,10 @@ class Replay:
         drain_timeout_s: float,
         poll_interval_s: float,
         clock: Clock | None = None,
+        lengths_only: bool = False,
     ) -> None:
         self._clock = clock or MonotonicClock()
+        self._lengths_only = lengths_only
         self._system = system
         self._trace = trace
         self._drain_timeout_s = drain_timeout_s
@@ -88,7 +91,10 @@ class Replay:
         )
         self._rows[planned.request_id] = row
         self._open += 1
-        self._system.submit(Request(planned.request_id, planned.model, planned.prompt, planned.output_tokens))
+        prompt = planned.prompt
+        if not prompt and self._lengths_only:
+            prompt = (0,) * planned.prompt_tokens
+        self._system.submit(Request(planned.request_id, planned.model, prompt, planned.output_tokens))
 
     def _collect(self, observation: Observation) -> None:
         for event in self._system.poll():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -124,7 +125,7 @@ def _finished(directory: Path) -> Record | None:
 
 
 def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
-    models = [_served_model(entry) for entry in config.models]
+    models = [_served_model(entry, config.backend.name) for entry in config.models]
     limits = [
         ModelLimits(m.name, m.spec.vocab_size, m.spec.max_context_tokens, tokenizer=str(m.checkpoint)) for m in models
     ]
@@ -133,14 +134,15 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
     spans = tempfile.TemporaryDirectory(prefix="timeline-") if config.timeline else None
     options = {**config.system.options, **({"timeline_dir": spans.name} if spans else {})}
     system: System = registry.create(config.system.name, options)
-    devices = tuple(Device(d.name, d.kind, d.index, d.memory_mib << 20) for d in config.devices)
+    devices = tuple(Device(d.name, d.kind, d.index, d.memory_mib << 20, d.node, d.card) for d in config.devices)
     computing = tuple(dict.fromkeys(_cores(config)))
     placement = system.plan(Cluster(devices), models, _demand(trace, trace.duration_s))
     with locks.cores(computing):
         try:
             backend = _backend(config.backend)
             system.start(placement, backend)
-            replay = Replay(system, trace, config.drain_timeout_s, config.poll_interval_ms / 1e3, backend.clock)
+            poll_s, simulated = config.poll_interval_ms / 1e3, config.backend.name == "sim"
+            replay = Replay(system, trace, config.drain_timeout_s, poll_s, backend.clock, lengths_only=simulated)
             observation, sampled = _watched(replay, len(trace), config, computing)
         finally:
             system.stop()
@@ -203,10 +205,11 @@ def _oversubscribed(config: BenchConfig) -> bool:
 def _hardware(config: BenchConfig) -> str:
     """What the numbers are of: the devices, and under simulation the card or machine that is simulated."""
     devices = ", ".join(f"{device.name} ({device.memory_mib} MiB)" for device in config.devices)
-    simulated = config.backend.card or config.backend.calibration
+    cards = dict.fromkeys(device.card or config.backend.card for device in config.devices)
+    simulated = ", ".join(filter(None, cards)) or config.backend.calibration
     if _oversubscribed(config):
         return f"{devices}; sharing {len(set(_cores(config)))} cores"
-    return f"{devices}; simulated {simulated}" if simulated else devices
+    return f"{devices}; simulated {simulated}" if config.backend.name == "sim" else devices
 
 
 def _count_never_submitted(observation: Observation, trace: Any) -> None:
@@ -227,7 +230,17 @@ def _count_never_submitted(observation: Observation, trace: Any) -> None:
             )
 
 
-def _served_model(entry: ModelEntry) -> ServedModel:
+def _served_model(entry: ModelEntry, backend: str) -> ServedModel:
+    if entry.published and not (entry.checkpoint or entry.make):
+        if backend != "sim":
+            raise UserError(
+                f"model {entry.name}: only its published configuration is here; the {backend} backend needs a checkpoint "
+                "directory (models[].checkpoint), backend=sim does not"
+            )
+        from serving.cost.table1 import published_spec
+
+        spec = dataclasses.replace(published_spec(entry.published), name=entry.name)
+        return ServedModel(spec, Path(entry.published), entry.dtype, entry.dummy)
     checkpoint = Path(entry.checkpoint) if entry.checkpoint else None
     if checkpoint is not None and not checkpoint.is_absolute():
         checkpoint = _REPOSITORY / checkpoint

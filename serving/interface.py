@@ -62,12 +62,16 @@ class Event:
 
 @dataclass(frozen=True)
 class Device:
-    """A compute resource with a memory budget. `kind` is `cpu` (index = core) or `cuda` (index = ordinal)."""
+    """A compute resource with a memory budget. `kind` is `cpu` (index = core) or `cuda` (index = ordinal). Devices of one
+    `node` share its fast links. `card` (a name of conf/hardware) is what it is where simulated; empty: what the backend
+    simulates."""
 
     name: str
     kind: str
     index: int
     memory_bytes: int
+    node: int = 0
+    card: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from workloads.errors import WorkloadError
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _CONF = _REPOSITORY / "conf"
+_PUBLISHED = _REPOSITORY / "serving" / "checkpoints" / "published"
 _CHECKPOINTS = _REPOSITORY / "checkpoints"  # where checkpoints are made
 ASSUMED = ModelLimits("", vocab_size=32_000, max_context_tokens=1 << 18)
 
@@ -36,19 +37,19 @@ def compose(
 
 
 def checkpoint_limits(entry: Mapping[str, Any]) -> ModelLimits | None:
-    """A model's limits from the `config.json` of its checkpoint, or of one that was made of the same architecture and size;
-    None where there is none."""
+    """A model's limits from the `config.json` of its checkpoint, of one that was made of the same architecture and size, or
+    from its published configuration; None where there is none."""
     directory = _checkpoint(entry)
-    if directory is None:
+    published = _PUBLISHED / f"{entry.get('published')}.json"
+    if directory is None and not published.is_file():
         return None
+    file = directory / "config.json" if directory else published
     try:
-        found = json.loads((directory / "config.json").read_text())
+        found = json.loads(file.read_text())
         vocabulary, context = int(found["vocab_size"]), int(found["max_position_embeddings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WorkloadError(
-            f"{directory / 'config.json'}: no vocab_size and max_position_embeddings ({error})"
-        ) from None
-    return ModelLimits(str(entry["name"]), vocabulary, context, str(directory))
+        raise WorkloadError(f"{file}: no vocab_size and max_position_embeddings ({error})") from None
+    return ModelLimits(str(entry["name"]), vocabulary, context, str(directory or ""))
 
 
 def _checkpoint(entry: Mapping[str, Any]) -> Path | None:

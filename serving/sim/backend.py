@@ -9,8 +9,8 @@ from serving.cost.calibrated import CalibratedStages, read_calibration
 from serving.cost.hardware import load_hardware
 from serving.cost.operators import CostModel
 from serving.cost.stages import ModelStages, StageCosts
-from serving.errors import UserError
-from serving.interface import ServedModel
+from serving.errors import CapacityError, UserError
+from serving.interface import Device, ServedModel
 from serving.parallel.costs import GroupCosts
 from serving.sim.clock import VirtualClock
 from serving.sim.groups import SimulatedGroup, SimulatedGroupWorker
@@ -27,18 +27,21 @@ from serving.workers.config import (
 
 
 class SimulatedBackend:
-    """Simulated workers whose stages cost what `stages_of(model)` says; `hardware` names what is simulated. `of_parts` is
-    whether costs are known of models cut into parts too."""
+    """Simulated workers whose stages cost what `stages_of(model, device)` says; `hardware` names what is simulated.
+    `of_parts` is whether costs are known of models cut into parts too."""
 
     name = "sim"
 
-    def __init__(self, hardware: str, stages_of: Callable[[ServedModel], ModelStages], of_parts: bool = True) -> None:
+    def __init__(
+        self, hardware: str, stages_of: Callable[[ServedModel, Device], ModelStages], of_parts: bool = True
+    ) -> None:
         self.hardware = hardware
         self.clock = VirtualClock()
         self._stages_of, self._of_parts = stages_of, of_parts
-        self._stages: dict[tuple[str, ModelSpec], ModelStages] = {}
+        self._stages: dict[tuple[str, ModelSpec, str], ModelStages] = {}
         self._ffn_workers: dict[int, SimulatedFFNWorker] = {}  # by the mailbox both ends share
         self._groups: dict[int, SimulatedGroup] = {}  # by the exchange that all ranks share
+        self._nodes: dict[int, int] = {}  # of the first rank of each group
 
     def start_worker(
         self, name: str, core: int | None, role: Role, inherited_fds: Sequence[int], timeline: Path | None
@@ -47,7 +50,7 @@ class SimulatedBackend:
             return simulated_worker(name, self.clock, role, [], [])
         if isinstance(role, GroupWorkerConfig):
             return SimulatedGroupWorker(name, self.clock, role, [self._group(seat, role) for seat in role.seats])
-        stages = [self._stages_for(model) for model in self._as_held(role)]
+        stages = [self._stages_for(model, role.device) for model in self._as_held(role)]
         behind = []
         if isinstance(role, ModelWorkerConfig):
             behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
@@ -58,9 +61,13 @@ class SimulatedBackend:
         return worker
 
     def _group(self, seat: GroupSeat, role: GroupWorkerConfig) -> SimulatedGroup:
-        key = seat.group.exchange.fd
+        key, plan = seat.group.exchange.fd, seat.group.plan
+        if self._nodes.setdefault(key, role.device.node) != role.device.node:
+            raise UserError(
+                f"{seat.model.name}: {plan} spans nodes; its collectives were measured within one, so keep a group in a node"
+            )
         if key not in self._groups:
-            costs = GroupCosts(self._stages_for(seat.model), seat.group.plan)
+            costs = GroupCosts(self._stages_for(seat.model, role.device), plan)
             self._groups[key] = SimulatedGroup(seat, costs, role.limits, self.clock)
         return self._groups[key]
 
@@ -74,22 +81,33 @@ class SimulatedBackend:
             )
         return [part.model(model) for model, part in zip(role.models, role.parts, strict=True)]
 
-    def _stages_for(self, model: ServedModel) -> ModelStages:
-        key = (model.name, model.spec)
+    def _stages_for(self, model: ServedModel, device: Device) -> ModelStages:
+        key = (model.name, model.spec, device.card)
         if key not in self._stages:
-            self._stages[key] = self._stages_of(model)
+            self._stages[key] = self._stages_of(model, device)
         return self._stages[key]
 
 
 def simulate_card(card: str) -> SimulatedBackend:
-    """A backend with the fitted costs of `card` (conf/hardware). Raises UserError for an unknown one, listing the known."""
-    hardware = load_hardware(card)
-    return SimulatedBackend(card, lambda model: StageCosts(model.spec, CostModel(hardware)))
+    """A backend with the fitted costs of `card` (conf/hardware), and of other cards where devices name theirs. Raises
+    UserError for an unknown one, listing the known, and CapacityError for a device with more memory than its card has."""
+
+    def costs_of(model: ServedModel, device: Device) -> StageCosts:
+        hardware = load_hardware(device.card or card)
+        if device.memory_bytes > hardware.memory_bytes:
+            missing = device.memory_bytes - hardware.memory_bytes
+            raise CapacityError(
+                f"{device.name}: a budget of {device.memory_bytes} bytes is {missing} bytes more than {hardware.name} has"
+            )
+        return StageCosts(model.spec, CostModel(hardware))
+
+    load_hardware(card)
+    return SimulatedBackend(card, costs_of)
 
 
 def simulate_calibrated(path: str | Path) -> SimulatedBackend:
     """A backend with the costs measured on this machine by `python -m serving.cost calibrate`, kept in `path`."""
     found = read_calibration(path)
     return SimulatedBackend(
-        f"calibrated {Path(path).stem}", lambda model: CalibratedStages(model.spec, found), of_parts=False
+        f"calibrated {Path(path).stem}", lambda model, device: CalibratedStages(model.spec, found), of_parts=False
     )

@@ -92,6 +92,7 @@ class SimulatedFFNWorker(SimulatedWorker):
 
     def __init__(self, name: str, clock: VirtualClock, role: FFNWorkerConfig, stages: list[ModelStages]) -> None:
         super().__init__(name, clock)
+        self.node = role.device.node
         self._stages = stages
         self._queue: deque[tuple[int, int, int, Callable[[], None]]] = deque()
 
@@ -193,7 +194,9 @@ class SimulatedModelWorker(SimulatedWorker):
         message_bytes = len(legs) * rows * served.spec.hidden_size * element_bytes(served.dtype)
         lowered = self._role.mailboxes[legs[0][0]].bells is None
         # the legs' rows share this device's link, both ways, so the last of them is there after all of them
-        one_way_s = crossing(self._stages[model].hardware, message_bytes, lowered).latency_s
+        nodes = {self._ffn_workers[port].node for port, _ in legs}
+        same_node = nodes == {self._role.device.node}
+        one_way_s = crossing(self._stages[model].hardware, message_bytes, lowered, same_node).latency_s
         self._counters["bytes_crossed"] += 2 * message_bytes
         lane.unanswered = lane.parts = len(legs)
 

@@ -22,6 +22,7 @@ import runner.publish
 import runner.run
 from runner.config import bench_from_dict
 from runner.records import read_record, read_records
+from runner.run import execute
 from serving.errors import UserError
 from serving.registry import create
 from workloads.config import workload_from_dict
@@ -89,6 +90,12 @@ def test_the_command_line_beats_a_preset_which_beats_the_groups():
 def test_every_preset_says_how_to_run_it():
     for name in PRESETS:
         assert f"conf={name}" in (REPOSITORY / "conf" / "conf" / f"{name}.yaml").read_text().split("\nexperiment")[0]
+
+
+def test_the_real_backend_refuses_models_without_weights(tmp_path):
+    config = compose("model=paper", f"results_dir={tmp_path}")
+    with pytest.raises(UserError, match="model Qwen3-30B-A3B: only its published configuration is here"):
+        execute(bench_from_dict(config))
 
 
 def test_a_sweep_records_mirrors_and_resumes(tmp_path):

@@ -84,3 +84,14 @@ def test_where_a_record_goes_is_no_part_of_what_the_run_is():
     run = config_with().identity()
     for path, value in (("results_dir", "/r"), ("force", True), ("experiment", "other"), ("tracking", {"group": "g"})):
         assert config_with(path, value).identity() == run
+
+
+def test_one_entry_may_stand_for_many_devices_in_several_nodes():
+    config = config_with("devices", [{"name": "gpu", "kind": "cuda", "count": 4, "per_node": 2, "memory_mib": 8}])
+    assert [(d.name, d.index, d.node) for d in config.devices] == [
+        ("gpu:0", 0, 0), ("gpu:1", 1, 0), ("gpu:2", 2, 1), ("gpu:3", 3, 1)
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="count and per_node are whole numbers"):
+        config_with("devices", [{"name": "gpu", "count": 0, "memory_mib": 8}])
+    with pytest.raises(UserError, match="names must differ, got a, a"):
+        config_with("devices", [{"name": "a", "memory_mib": 8}, {"name": "a", "memory_mib": 8}])

@@ -78,7 +78,7 @@ def test_one_request_alone_takes_the_sum_of_its_stages(tiny_checkpoints):
     system.start(system.plan(cpu_cluster(1, 64 << 20), [model], Demand()), backend)
     (row,) = Replay(system, trace, 10.0, 0.0005, backend.clock).run(1, "sim").requests
     system.stop()
-    stages = backend._stages_for(model)
+    stages = backend._stages_for(model, cpu_cluster(1, 1).devices[0])
     layers = range(spec.num_layers)
 
     def step_s(attention, rows):
