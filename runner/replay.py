@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -77,8 +78,8 @@ class Replay:
                 deadline_s = deadline_s or now_s + self._drain_timeout_s
                 if now_s > deadline_s:
                     return
-            until_arrival_s = self._poll_interval_s if upcoming is None else max(upcoming.arrival_s - now_s, 0.0)
-            self._clock.sleep(max(min(self._poll_interval_s, until_arrival_s), _SHORTEST_SLEEP_S))
+            until_arrival_s = math.inf if upcoming is None else max(upcoming.arrival_s - now_s, _SHORTEST_SLEEP_S)
+            self._clock.wait(until_arrival_s, self._poll_interval_s)
 
     def _submit(self, planned: TraceRequest) -> None:
         row = RequestRow(

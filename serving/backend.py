@@ -22,6 +22,10 @@ class Clock(Protocol):
 
     def sleep(self, seconds: float) -> None: ...
 
+    def wait(self, longest_s: float, poll_s: float) -> None:
+        """Let a host that looks for news every `poll_s` wait for its next look, or for `longest_s`."""
+        ...
+
 
 class Worker(Protocol):
     """A worker as its host sees it; see :class:`serving.workers.process.WorkerProcess`."""
@@ -60,6 +64,9 @@ class MonotonicClock:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+    def wait(self, longest_s: float, poll_s: float) -> None:
+        time.sleep(min(longest_s, poll_s))
 
 
 class RealBackend:

@@ -14,7 +14,8 @@ from serving.interface import Device, ServedModel
 from serving.parallel.costs import GroupCosts
 from serving.sim.clock import VirtualClock
 from serving.sim.groups import SimulatedGroup, SimulatedGroupWorker
-from serving.sim.workers import SimulatedFFNWorker, SimulatedWorker, simulated_worker
+from serving.sim.pipeline import Pipeline
+from serving.sim.workers import SimulatedFFNWorker, SimulatedModelWorker, SimulatedWorker
 from serving.spec import ModelSpec
 from serving.workers.config import (
     FFNWorkerConfig,
@@ -28,15 +29,21 @@ from serving.workers.config import (
 
 class SimulatedBackend:
     """Simulated workers whose stages cost what `stages_of(model, device)` says; `hardware` names what is simulated.
-    `of_parts` is whether costs are known of models cut into parts too."""
+    `of_parts` is whether costs are known of models cut into parts too; `coarse`, whether recurring events are taken many at
+    a time, which changes nothing but the time it takes."""
 
     name = "sim"
 
     def __init__(
-        self, hardware: str, stages_of: Callable[[ServedModel, Device], ModelStages], of_parts: bool = True
+        self,
+        hardware: str,
+        stages_of: Callable[[ServedModel, Device], ModelStages],
+        of_parts: bool = True,
+        coarse: bool = True,
     ) -> None:
         self.hardware = hardware
         self.clock = VirtualClock()
+        self._pipeline = Pipeline(self.clock, coarse)
         self._stages_of, self._of_parts = stages_of, of_parts
         self._stages: dict[tuple[str, ModelSpec, str], ModelStages] = {}
         self._ffn_workers: dict[int, SimulatedFFNWorker] = {}  # by the mailbox both ends share
@@ -47,17 +54,16 @@ class SimulatedBackend:
         self, name: str, core: int | None, role: Role, inherited_fds: Sequence[int], timeline: Path | None
     ) -> SimulatedWorker:
         if isinstance(role, RelayConfig):
-            return simulated_worker(name, self.clock, role, [], [])
+            return SimulatedWorker(name, self.clock)  # its time is part of every crossing
         if isinstance(role, GroupWorkerConfig):
             return SimulatedGroupWorker(name, self.clock, role, [self._group(seat, role) for seat in role.seats])
         stages = [self._stages_for(model, role.device) for model in self._as_held(role)]
-        behind = []
         if isinstance(role, ModelWorkerConfig):
             behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
-        worker = simulated_worker(name, self.clock, role, stages, behind)
-        if isinstance(worker, SimulatedFFNWorker):
-            for mailbox in role.mailboxes:
-                self._ffn_workers[mailbox.region.fd] = worker
+            return SimulatedModelWorker(name, self.clock, role, stages, behind, self._pipeline)
+        worker = SimulatedFFNWorker(name, self.clock, role, stages, self._pipeline.add_ffn())
+        for mailbox in role.mailboxes:
+            self._ffn_workers[mailbox.region.fd] = worker
         return worker
 
     def _group(self, seat: GroupSeat, role: GroupWorkerConfig) -> SimulatedGroup:
@@ -88,7 +94,7 @@ class SimulatedBackend:
         return self._stages[key]
 
 
-def simulate_card(card: str) -> SimulatedBackend:
+def simulate_card(card: str, coarse: bool = True) -> SimulatedBackend:
     """A backend with the fitted costs of `card` (conf/hardware), and of other cards where devices name theirs. Raises
     UserError for an unknown one, listing the known, and CapacityError for a device with more memory than its card has."""
 
@@ -102,7 +108,7 @@ def simulate_card(card: str) -> SimulatedBackend:
         return StageCosts(model.spec, CostModel(hardware))
 
     load_hardware(card)
-    return SimulatedBackend(card, costs_of)
+    return SimulatedBackend(card, costs_of, coarse=coarse)
 
 
 def simulate_calibrated(path: str | Path) -> SimulatedBackend:

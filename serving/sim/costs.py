@@ -1,0 +1,48 @@
+"""Stage costs as the simulator asks for them: whole nanoseconds, remembered by what they depend on.
+
+Integers make a run the same whether its events are taken one by one or many at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from serving.cost.operators import rounded
+from serving.cost.stages import ModelStages, Stage
+
+
+class StageTimes:
+    """Nanoseconds of the stages of one model on one device."""
+
+    def __init__(self, stages: ModelStages) -> None:
+        self.stages = stages
+        self._attention = functools.lru_cache(maxsize=None)(self._attention_ns)
+        self.ffn_ns = functools.lru_cache(maxsize=None)(self._ffn_ns)
+        self.embedding_ns = functools.lru_cache(maxsize=None)(lambda rows: self._ns(stages.embedding(rows)))
+        self.head_ns = functools.lru_cache(maxsize=None)(lambda rows: self._ns(stages.head(rows)) if rows else 0)
+        self.sum_ns = functools.lru_cache(maxsize=None)(self._sum_ns)
+
+    def attention_ns(self, query_lens: Sequence[int], kv_lens: Sequence[int]) -> int:
+        """One attention layer of a step whose sequences have so many rows, and tokens once it is done."""
+        batch = context = 0
+        chunks = []
+        for rows, length in zip(query_lens, kv_lens, strict=True):
+            if rows == 1:
+                batch += 1
+                context += length
+            else:
+                chunks.append((rows, length - rows))
+        return self._attention(batch, rounded(context) if batch else 0, tuple(chunks))
+
+    def _attention_ns(self, batch: int, context: int, chunks: tuple[tuple[int, int], ...]) -> int:
+        return self._ns(self.stages.mixed_attention(batch, context, chunks))
+
+    def _ffn_ns(self, layer: int, rows: int) -> int:
+        return self._ns(self.stages.ffn(layer, rows))
+
+    def _sum_ns(self, rows: int, parts: int) -> int:
+        return self._ns(self.stages.partial_sum(rows, parts)) if parts > 1 else 0
+
+    def _ns(self, stage: Stage) -> int:
+        return round(self.stages.launched_s(stage) * 1e9)

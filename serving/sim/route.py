@@ -1,0 +1,58 @@
+"""Where the rows of one model go in each layer, and what that costs: the simulator's form of the FFN ports."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from serving.cost.stages import ModelStages
+from serving.cost.transfers import crossing
+from serving.sim.pipeline import FFNDevice, alike_layers
+from serving.spec import element_bytes
+from serving.workers.config import ModelWorkerConfig
+
+if TYPE_CHECKING:
+    from serving.sim.workers import SimulatedFFNWorker
+
+
+class Route:
+    """`kinds[layer]` numbers layers that go to the same devices with the same shape; `parts` is how many a layer has."""
+
+    def __init__(self, role: ModelWorkerConfig, model: int, workers: Sequence[SimulatedFFNWorker]) -> None:
+        served, spread = role.models[model], role.ffn_legs.get(model)
+        spec = served.spec
+        only = ((role.ffn_ports[model], role.ffn_indices[model]),)
+        legs = spread or (only,) * spec.num_layers
+        shapes = [(legs[layer], spec.is_dense(layer)) for layer in range(spec.num_layers)]
+        firsts = {shape: layer for layer, shape in reversed(list(enumerate(shapes)))}
+        numbers = {shape: number for number, shape in enumerate(firsts)}
+        self.kinds = [numbers[shape] for shape in shapes]
+        self.parts = max(len(one) for one in legs)
+        self.row_bytes = self.parts * spec.hidden_size * element_bytes(served.dtype)
+        self._legs = [(layer, [(workers[port], index) for port, index in shape[0]]) for shape, layer in firsts.items()]
+        self._lowered = role.mailboxes[legs[0][0][0]].bells is None
+        self._same_node = {workers[port].node for one in legs for port, _ in one} == {role.device.node}
+        self.alike = functools.cache(lambda period: alike_layers(self.kinds, period))
+        self.jobs = functools.cache(self._jobs)
+        self._cross_ns: dict[int, int] = {}
+
+    @classmethod
+    def of(cls, role: ModelWorkerConfig, model: int, workers: Sequence[SimulatedFFNWorker]) -> Route | None:
+        """None where the FFN is in place."""
+        remote = model in role.ffn_legs or role.ffn_ports[model] >= 0
+        return cls(role, model, workers) if remote else None
+
+    def _jobs(self, rows: int) -> list[tuple[tuple[FFNDevice, int], ...]]:
+        """By kind of layer: its devices and their nanoseconds for so many rows."""
+        return [
+            tuple((worker.device, worker.times[index].ffn_ns(layer, rows)) for worker, index in legs)
+            for layer, legs in self._legs
+        ]
+
+    def cross_ns(self, stages: ModelStages, rows: int) -> int:
+        """One way. The parts' rows share the attention device's link, so the last of them is there after all of them."""
+        if rows not in self._cross_ns:
+            cost = crossing(stages.hardware, rows * self.row_bytes, self._lowered, self._same_node)
+            self._cross_ns[rows] = round(cost.latency_s * 1e9)
+        return self._cross_ns[rows]

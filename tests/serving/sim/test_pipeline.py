@@ -1,0 +1,94 @@
+"""The pipeline's jumps change nothing: event by event and many at a time give the same nanoseconds, whatever runs."""
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.replay import Replay
+from serving import registry
+from serving.cost.table1 import published_spec
+from serving.interface import Cluster, Demand, Device, ServedModel
+from serving.sim.backend import simulate_card
+from serving.sim.clock import VirtualClock
+from serving.sim.pipeline import AttentionDevice, Pipeline, Step, alike_layers
+from workloads.trace import TraceRequest
+
+pytestmark = pytest.mark.cpu
+
+MODELS = [
+    ServedModel(published_spec(name), Path("unused"), "bfloat16")
+    for name in ("qwen3-30b-a3b", "deepseek-v2-lite", "glm-4.7-flash")
+]
+CARDS = Cluster(tuple(Device(f"gpu:{i}", "cuda", i, 40 << 30, card="a100-40gb") for i in range(5)))
+
+
+def trace(seconds, rate_rps, seed=0):
+    rng, now_s, requests = random.Random(seed), 0.0, []
+    while (now_s := now_s + rng.expovariate(rate_rps)) < seconds:
+        model = rng.choice(MODELS).name
+        requests.append(TraceRequest(len(requests), model, now_s, rng.randint(1, 900), rng.randint(1, 60), ()))
+    return requests
+
+
+def simulate(requests, coarse, **options):
+    backend = simulate_card("a100-40gb", coarse)
+    system = registry.create("crosspool", {"page_bytes": 2 << 20, "ffn_sharding": "tensor", "max_batch": 4, **options})
+    system.start(system.plan(CARDS, MODELS, Demand()), backend)
+    try:
+        seen = Replay(system, requests, 60.0, 0.002, backend.clock, lengths_only=True).run(len(requests), "sim")
+    finally:
+        system.stop()
+    return [row.token_times_ns for row in seen.requests], seen.devices, seen.pools
+
+
+@pytest.mark.parametrize("options", [{}, {"lanes": 3}, {"ffn_sharding": "layer"}, {"control": "host"}], ids=str)
+def test_many_events_at_once_are_the_same_run(options):
+    requests = trace(4, 4.0)
+    coarse = simulate(requests, True, **options)
+    assert coarse == simulate(requests, False, **options)
+    assert coarse == simulate(requests, True, **options)
+
+
+stage_ns = st.integers(1, 40)
+steps = st.lists(st.tuples(stage_ns, stage_ns, stage_ns, st.integers(1, 60), st.integers(0, 3)), min_size=1, max_size=8)
+
+
+def finished_at(shapes, lanes, coarse):
+    clock = VirtualClock()
+    pipeline, done, left = Pipeline(clock, coarse), [], list(reversed(shapes))
+    workers = [pipeline.add_ffn(), pipeline.add_ffn()]
+
+    def begin():
+        if not left:
+            return None
+        attention_ns, ffn_ns, cross_ns, layers, dense = left.pop()
+        route = [0 if layer < dense else 1 + layer % 2 for layer in range(layers)]
+        jobs = [
+            ((workers[0], 3 * ffn_ns), (workers[1], ffn_ns)), ((workers[0], ffn_ns),), ((workers[1], ffn_ns + 1),)
+        ]  # fmt: skip
+        return Step(
+            len(left), attention_ns + 2, attention_ns, 5, layers, cross_ns, 8, route, jobs,
+            lambda period: alike_layers(route, period),
+        )  # fmt: skip
+
+    device = AttentionDevice(begin, lambda payload: done.append((payload, clock.now_ns())))
+    pipeline.add_attention(device, lanes)
+    pipeline.submit(device)
+    clock.sleep(1e-3)
+    return done, device.busy_ns, device.crossed_bytes, [(w.busy_ns, w.steps) for w in workers]
+
+
+@settings(max_examples=150)
+@given(steps, st.integers(1, 3))
+def test_any_steps_end_at_the_same_nanosecond(shapes, lanes):
+    assert finished_at(shapes, lanes, coarse=True) == finished_at(shapes, lanes, coarse=False)
+    assert len(finished_at(shapes, lanes, coarse=True)[0]) == len(shapes)
+
+
+def test_a_step_alone_takes_the_sum_of_its_stages():
+    (done,) = finished_at([(10, 7, 3, 5, 0)], 2, coarse=True)[0]
+    ffns = sum(7 + layer % 2 for layer in range(5))
+    assert done == (0, 5 * 10 + 2 + ffns + 2 * 5 * 3 + 5)
