@@ -22,6 +22,7 @@ from paper_figures.registry import EXHIBITS
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_ROOT = _REPOSITORY / "results" / "local"
+GPU_STUDIES = _REPOSITORY / "results" / "h200"  # measured once, elsewhere
 SHAPES_FOLDER = "models"
 
 
@@ -33,6 +34,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--experiment", action="append", metavar="NAME", help="only this one; repeatable")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: figures/ below the first records' root")
+    parser.add_argument("--together", action="store_true", help="draw shipped and local records in one figure")
     parser.add_argument("--print", action="store_true", help="also print each table drawn")
     return parser.parse_args(argv)
 
@@ -94,21 +96,44 @@ def _sources(exhibit: Exhibit, groups: dict[str, list[Run]], records: Records) -
     return list(groups.items()) if exhibit.needs_runs else [(SHAPES_FOLDER, [])]
 
 
+def index(out: Path) -> str:
+    """Every exhibit, and where below `out` it was drawn or what it would need: nothing is missing in silence."""
+    lines = ["# Exhibits", "", "| exhibit | paper | drawn |", "|---|---|---|"]
+    for name, exhibit in EXHIBITS.items():
+        found = sorted(path.parent.name for path in out.glob(f"*/{name}.caption.txt"))
+        drawn = ", ".join(f"[{folder}]({folder}/{name}.caption.txt)" for folder in found)
+        lines.append(f"| `{name}` | {exhibit.paper or '-'} | {drawn or '**no records**' + _wanted(exhibit)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _wanted(exhibit: Exhibit) -> str:
+    return f": `{exhibit.needs}`" if exhibit.needs else ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_args(argv)
     wrong = unknown(arguments.names)
     if wrong:
         print(f"error: {wrong}", file=sys.stderr)
         return 2
-    roots = arguments.records or [DEFAULT_ROOT]
-    absent = [str(root) for root in roots if not root.is_dir()]
+    roots = arguments.records or [DEFAULT_ROOT, GPU_STUDIES]
+    absent = [str(root) for root in roots[: len(arguments.records or [1])] if not root.is_dir()]
     if absent and (arguments.records or any(EXHIBITS[name].needs_runs for name in arguments.names)):
         print(f"error: no records at {', '.join(absent)}; make some with: python bench.py conf=smoke", file=sys.stderr)
         return 2
     out = arguments.out or roots[0] / "figures"
     records = read_records([root for root in roots if root.is_dir()])
+    if len({run.shipped for run in records.runs}) > 1 and not arguments.together:
+        print(
+            "error: records that ship with the repository and records made here are not drawn together; name one of them "
+            "with --records, or say --together",
+            file=sys.stderr,
+        )
+        return 2
     try:
         drawn = draw_all(records, arguments, out)
+        if not arguments.names:
+            export.write_text(out / "INDEX.md", index(out))
     except (NothingToDraw, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -32,6 +32,8 @@ def caption(exhibit: Exhibit, runs: Sequence[Run]) -> str:
     for run in runs:
         if not run.ok:
             parts.append(f"Could not run: {labels[run.run_id]} ({run.reason or run.status}).")
+    if all(run.shipped for run in runs):
+        parts.append("Records that ship with the repository.")
     if any(run.dirty for run in runs):
         parts.append("Some runs were made from a modified working tree.")
     return " ".join(parts)

@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from paper_figures.kv_capacity import usable
 from paper_figures.paper import facts
-from paper_figures.records import Run
+from paper_figures.records import Run, Study
 from paper_figures.selection import panels
 from paper_figures.shapes import kv_share, shapes
 from paper_figures.stats import interval
@@ -38,12 +39,14 @@ def kv_share_deviation(runs: Sequence[Run]) -> Measured:
 
 
 def model_table_deviation(runs: Sequence[Run], column: str) -> Measured:
-    """`ffn_b`: relative, of parameters in 1e9 as the paper rounds them; `ffn_share`: absolute."""
+    """`ffn_b`: relative, of parameters in 1e9 as the paper rounds them; `attention_b` (in 1e9) and `ffn_share`: absolute."""
     known, deviations = shapes(), []
     for row in facts("model_table"):
         shape = known.get(row["model"])
         if shape and column == "ffn_b":
             deviations.append(abs(shape.ffn_elements / 1e9 / row[column] - 1))
+        elif shape and column == "attention_b":
+            deviations.append(abs(shape.attention_elements / 1e9 - row[column]))
         elif shape:
             deviations.append(abs(shape.ffn_share - row[column]))
     return Measured(max(deviations), command="python -m paper_figures model_table")
@@ -105,6 +108,47 @@ def completed_share_gap(runs: Sequence[Run], numerator: str, denominator: str) -
     return Measured(shares[0] - shares[1], tuple(used))
 
 
+def cold_share(runs: Sequence[Run], coldest_models: float) -> Measured:
+    """Share of tokens of the coldest `coldest_models` of a run's models: of the run with most models."""
+    complete = [run for run in runs if run.ok]
+    if not complete:
+        raise NotRun("no complete run", expected=bool(runs))
+    run = max(complete, key=model_count)
+    tokens = (run.requests["prompt_tokens"] + run.requests["output_tokens"]).groupby(run.requests["model"]).sum()
+    ordered = tokens.reindex([model["name"] for model in run.config["models"]]).fillna(0).sort_values().to_numpy()
+    return Measured(float(ordered[: round(coldest_models * len(ordered))].sum() / ordered.sum()), (run,))
+
+
+def pooled_peak(runs: Sequence[Run], system: str) -> Measured:
+    mine = _complete(runs, system)
+    shares = []
+    for run in mine:
+        by_model = run.series.groupby(["time_ns", "model"])["pages_in_use"].sum().unstack().ffill().fillna(0)
+        shares.append(by_model.sum(axis=1).max() / by_model.max().sum())
+    return Measured(float(statistics.median(shares)), tuple(mine))
+
+
+def usable_kv_ratio(runs: Sequence[Run], numerator: str, denominator: str) -> Measured:
+    """What the best served model can use of all KV, of one system over the other, from the placements."""
+    shares, used = [], []
+    for system in (numerator, denominator):
+        run = _complete(runs, system)[0]
+        shares.append(max(usable(run).values()) / sum(device["kv_bytes"] for device in run.placement))
+        used.append(run)
+    return Measured(shares[0] / shares[1], tuple(used))
+
+
+def overflow_ratio(runs: Sequence[Study], promised: float) -> Measured:
+    """The worst over all plans of drawn overflow over promised, where the promise is nearest to `promised`."""
+    ratios = []
+    for study in runs:
+        rows = study.rows
+        rows = rows[(rows["check"] == "drawn") & (rows["fit"] == "plan")]
+        row = rows.iloc[(rows["promised"] - promised).abs().argmin()]
+        ratios.append(float(row["observed"] / row["promised"]))
+    return Measured(max(ratios, key=lambda ratio: abs(ratio - 1)), tuple(runs))
+
+
 def _complete(runs: Sequence[Run], system: str, required: bool = True) -> list[Run]:
     mine = [run for run in runs if run.system == system]
     complete = [run for run in mine if run.ok]
@@ -134,5 +178,9 @@ CHECKS: dict[str, Callable[..., Measured]] = {
         model_metric_ratio,
         ablation_speedup,
         completed_share_gap,
+        cold_share,
+        pooled_peak,
+        usable_kv_ratio,
+        overflow_ratio,
     )
 }

@@ -73,13 +73,15 @@ def _measure(claim: Mapping[str, Any], experiment: str, runs: Sequence[Run]) -> 
 
 def _one_backend(runs: Sequence[Run]) -> list[Run]:
     """Measured runs where any is complete, else simulated ones: a number never rests on both."""
+    if any(run.backend == "offline" for run in runs):
+        return list(runs)
     measured = [run for run in runs if run.backend == "real"]
     return measured if any(run.ok for run in measured) else [run for run in runs if run.backend != "real"] or measured
 
 
 def _verdict(claim: Mapping[str, Any], measured: Measured | None, verdict: str, why: str, overdue: bool) -> Verdict:
     runs = measured.runs if measured else ()
-    commands = list(dict.fromkeys(f"python {run.command}" for run in runs if run.command))
+    commands = list(dict.fromkeys(f"python {run.command.removeprefix('python ')}" for run in runs if run.command))
     return Verdict(
         name=claim["name"],
         exhibit=claim["exhibit"],
@@ -126,7 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every field of every verdict")
     arguments = parser.parse_args(argv)
     roots = arguments.records or [_REPOSITORY / "results" / "local"]
-    groups = read_records([root for root in roots if root.is_dir()]).experiments()
+    records = read_records([root for root in roots if root.is_dir()])
+    groups = records.experiments() | {
+        kind: [study for study in records.studies if study.kind == kind] for kind in {s.kind for s in records.studies}
+    }
     verdicts = [judge(claim, groups, arguments.expect) for claim in paper()["claims"]]
     print(export.plain(as_table(verdicts)))
     for command in dict.fromkeys(verdict.command for verdict in verdicts if verdict.command):

@@ -69,4 +69,4 @@ class KernelRoofline(FigureExhibit):
             axis.set_title(machine, loc="left")
             axis.set_ylabel("GFLOP/s")
         axes[-1].set_xlabel("FLOP per byte")
-        legend_above(figure, axes, columns=4)
+        legend_above(figure, axes, columns=3)

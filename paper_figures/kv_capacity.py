@@ -36,9 +36,9 @@ class KVCapacity(FigureExhibit):
             if not placed:
                 rows.append({"system": variant, "total_bytes": float("nan"), "least_bytes": 0, "most_bytes": 0, "n": 0})
                 continue
-            usable = _usable(placed[0])
+            by_model = usable(placed[0])
             total = sum(device["kv_bytes"] for device in placed[0].placement)
-            least, most = min(usable.values()), max(usable.values())
+            least, most = min(by_model.values()), max(by_model.values())
             rows.append(
                 {"system": variant, "total_bytes": total, "least_bytes": least, "most_bytes": most, "n": len(placed)}
             )
@@ -67,7 +67,7 @@ class KVCapacity(FigureExhibit):
         legend_above(figure, [axis], columns=3)
 
 
-def _usable(run: Run) -> dict[str, int]:
+def usable(run: Run) -> dict[str, int]:
     """KV bytes by model that its requests together can use: its quotas, or the whole of every pool beside its weights."""
     models = [model["name"] for model in run.config.get("models") or []]
     usable = dict.fromkeys(models, 0)

@@ -88,6 +88,11 @@ class Run:
         return bool((self.content["provenance"].get("git") or {}).get("dirty"))
 
     @property
+    def shipped(self) -> bool:
+        """Whether the record came with the repository, instead of being made here."""
+        return bool(self.content.get("shipped"))
+
+    @property
     def seed(self) -> str:
         """All seeds of the workload as one word; runs that differ in it alone repeat one another."""
         seeds = (self.config.get("workload") or {}).get("seeds") or {}
@@ -156,7 +161,7 @@ class Study:
     content: dict[str, Any]
 
     ok = True
-    dirty = False
+    dirty = shipped = False
     reason = status = system = ""
     seed = "none"
     config: ClassVar[dict[str, Any]] = {}

@@ -66,17 +66,22 @@ class TBTVsRate(FigureExhibit):
                 shown = rows[(rows["metric"] == metric) & (rows["model"] == model)]
                 for system in dict.fromkeys(rows["system"]):
                     self._draw_line(axis, shown[shown["system"] == system], style.look(system))
-                if (shown["mean"] > 0).any():
-                    axis.set_yscale("log")
+            known = rows.loc[(rows["metric"] == metric) & (rows["mean"] > 0), "mean"]
+            if len(known):  # by means: a wide band must not squeeze the lines
+                line[0].set_yscale("log")
+                line[0].set_ylim(known.min() / 2, known.max() * 2)
+                for axis in line:
                     style.plain_log_ticks(axis.yaxis)
             line[0].set_ylabel(label)
         ticks = sorted(rows["rate_a_model"].dropna().unique())
         for axis, model in zip(grid[0], models, strict=True):
             axis.set_title(model)
         for axis in grid[-1]:
+            axis.set_xlabel("req/s per model")
+            if len(ticks) > 1 and ticks[-1] > 8 * ticks[0]:
+                axis.set_xscale("log", base=2)
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.xaxis.set_minor_locator(NullLocator())
-        figure.supxlabel("Rate per model (req/s)", fontsize=7)
         legend_above(figure, list(grid.flat), columns=2 if len(models) <= 2 else 4)
 
     @staticmethod

@@ -83,6 +83,7 @@ class Validation(FigureExhibit):
             style.plain_log_ticks(axis.xaxis)
             style.plain_log_ticks(axis.yaxis)
             axis.set_title(label)
-        figure.supxlabel("Measured", fontsize=7)
+        for axis in axes[2:]:
+            axis.set_xlabel("Measured")
         figure.supylabel("Simulated", fontsize=7)
         legend_above(figure, axes, columns=3)

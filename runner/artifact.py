@@ -18,14 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner import tracking
+from runner import ship, tracking
 from runner.config import TRACKING_MODES, Tracking
 from runner.experiments import MODES, Experiment, of_mode
-from serving import doctor, registry
+from serving import doctor
 from serving.errors import UserError, command
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL, SHIPPED = ROOT / "results" / "local", ROOT / "results" / "shipped"
+GPU_STUDIES = ROOT / "results" / "h200"  # kernels, measured once on a GPU
 PASS, DIFFERENT, SKIPPED, FAILED = "PASS", "DIFFERENT", "SKIPPED", "FAILED"
 
 
@@ -66,9 +67,8 @@ def _gpus() -> tuple[str, ...]:
 
 def why_skipped(experiment: Experiment, machine: Machine) -> str:
     """Why `machine` cannot run `experiment`; empty where it can."""
-    unknown = [system for system in experiment.systems if system not in registry.names()]
-    if unknown:
-        return f"no system {', '.join(unknown)}"
+    if not experiment.present:
+        return f"no system {', '.join(experiment.absent)}"
     if experiment.needs_gpu and not machine.gpus:
         return "needs an NVIDIA GPU"
     if experiment.memory_gib > machine.memory_gib:
@@ -105,7 +105,8 @@ def preflight(mode: str, machine: Machine) -> None:
         minutes = 0.0 if why else experiment.minutes(mode)
         total += minutes
         plan = f"SKIPPED ({why})" if why else f"{experiment.cells(mode):3} runs, about {minutes:4.1f} min"
-        print(f"  {experiment.name:<12} {plan:<28} {experiment.question}")
+        without = f" Without {', '.join(experiment.absent)}: not in this version." if experiment.absent else ""
+        print(f"  {experiment.name:<16} {plan:<28} {experiment.question}{without}")
     print(f"{mode}: about {total + 0.5:.0f} minutes on two cores at most; runs that are done already take none")
 
 
@@ -121,19 +122,24 @@ def _require_writable(directory: Path) -> None:
 
 
 def run_experiment(experiment: Experiment, mode: str) -> Line:
-    """Run the cells that are missing, then draw the experiment's exhibits."""
-    bench = [sys.executable, "bench.py", *experiment.arguments(mode)]
-    print(f"\n== {experiment.name}: {experiment.question}\n$ {shlex.join(['python', *bench[1:]])}", flush=True)
-    begun = time.monotonic()
-    status = subprocess.run(bench, cwd=ROOT, check=False).returncode
-    if status in (130, -2):
-        raise KeyboardInterrupt
+    """Run the cells (or make the studies) that are missing, then draw the experiment's exhibits."""
+    commands = [["-m", "runner.study", *study] for study in experiment.studies] or [
+        ["bench.py", *experiment.arguments(mode)]
+    ]
+    print(f"\n== {experiment.name}: {experiment.question}")
+    begun, status = time.monotonic(), 0
+    for arguments in commands:
+        print(f"$ {shlex.join(['python', *arguments])}", flush=True)
+        ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, check=False).returncode
+        if ended in (130, -2):
+            raise KeyboardInterrupt
+        status = status or ended
     drawn = draw(LOCAL, LOCAL / "figures", experiment.figures, [experiment.name])
     _publish(experiment.name)
     seconds = time.monotonic() - begun
     if status:
         return Line(
-            experiment.name, FAILED, seconds, f"bench.py ended with status {status}; its table above says which run"
+            experiment.name, FAILED, seconds, f"{arguments[0]} ended with status {status}; above it says which run"
         )
     if drawn:
         return Line(experiment.name, FAILED, seconds, f"paper_figures ended with status {drawn}")
@@ -154,7 +160,8 @@ def _publish(name: str) -> None:
 def draw(records: Path, out: Path, names: Sequence[str], experiments: Sequence[str] = ()) -> int:
     """Draw exhibits by the command that a person would use; its exit status."""
     selected = [argument for name in experiments for argument in ("--experiment", name)]
-    arguments = [*names, "--records", str(records), "--out", str(out), *selected, "--print"]
+    roots = ["--records", str(records), "--records", str(GPU_STUDIES)]
+    arguments = [*names, *roots, "--out", str(out), *selected, "--print"]
     return subprocess.run([sys.executable, "-m", "paper_figures", *arguments], cwd=ROOT, check=False).returncode
 
 
@@ -179,7 +186,7 @@ def table(lines: Sequence[Line]) -> int:
     print("\n" + "=" * 100)
     for line in lines:
         note = f" ({line.note})" if line.note else ""
-        print(f"{line.name:<12} {line.seconds:6.0f} s  {line.verdict}{note}")
+        print(f"{line.name:<16} {line.seconds:6.0f} s  {line.verdict}{note}")
     failed = sum(line.verdict == FAILED for line in lines)
     print(f"{sum(line.verdict == PASS for line in lines)} of {len(lines)} passed, {failed} failed")
     print(f"Figures, tables and claims: {LOCAL / 'figures'}")
@@ -241,6 +248,10 @@ def run_figures(names: Sequence[str]) -> int:
     for label, root, out in sources:
         print(f"\n== Figures from {label} records in {root}", flush=True)
         begun = time.monotonic()
+        _, wrong = ship.verify(root) if label == "shipped" else (0, [])
+        if wrong:
+            lines.append(Line(label, FAILED, time.monotonic() - begun, f"{len(wrong)} problems, first: {wrong[0]}"))
+            continue
         status = draw(root, out, names)
         if status and names:
             return status  # a name that is wrong, or nothing to draw it from: said in one line already

@@ -214,6 +214,8 @@ def _validate(config: BenchConfig) -> None:
         raise UserError(f"unknown backend {backend.name!r}; known: {', '.join(BACKENDS)}")
     if backend.name == "sim" and bool(backend.card) == bool(backend.calibration):
         raise UserError("backend sim: name either a card (backend.card) or a calibration file (backend.calibration)")
+    if config.timeline and backend.name != "real":
+        raise UserError("timeline=true: only workers that compute leave timelines; use backend=real")
     if config.tracking.mode not in TRACKING_MODES:
         raise UserError(f"unknown tracking.mode {config.tracking.mode!r}; known: {', '.join(TRACKING_MODES)}")
     names = [model.name for model in config.models]

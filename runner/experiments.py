@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 MODES = ("smoke", "fast", "full")
+_PRESETS = Path(__file__).resolve().parents[1] / "conf" / "system"
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,22 @@ class Experiment:
     needs_gpu: bool = False
     paper: str = ""
     systems: tuple[str, ...] = field(default=("crosspool", "static"))
+    studies: tuple[tuple[str, ...], ...] = ()  # arguments of `python -m runner.study` instead of runs
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Those of `systems`, presets of conf/system, that this version has."""
+        return tuple(system for system in self.systems if (_PRESETS / f"{system}.yaml").is_file())
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        return tuple(system for system in self.systems if system not in self.present)
 
     def cells(self, mode: str) -> int:
-        """Runs that `mode` asks for."""
-        count = len(self.systems)
+        """Runs, or studies, that `mode` asks for."""
+        if self.studies:
+            return len(self.studies)
+        count = len(self.present)
         for values in self.sweeps[mode].values():
             count *= len(values)
         return count
@@ -42,59 +56,72 @@ class Experiment:
     def arguments(self, mode: str) -> list[str]:
         """Arguments of `python bench.py` for `mode`."""
         swept = [f"{key}={','.join(map(str, values))}" for key, values in self.sweeps[mode].items()]
-        return ["-m", *self.base, f"experiment={self.name}", f"system={','.join(self.systems)}", *swept]
+        return ["-m", *self.base, f"experiment={self.name}", f"system={','.join(self.present)}", *swept]
 
 
 _SEED = "workload.seeds.schedule"
+_RATE, _SKEW, _PROMPT = "workload.arrivals.rate_rps", "workload.popularity.alpha", "workload.lengths.prompt_max"
 _SCARCE = ("conf=smoke",)
+_HEADLINE = ("crosspool", "static", "elastic", "swap", "quota")
+_THREE = ("crosspool", "static", "elastic")  # those that the paper compares
+_PAPER_THREE = ("paper-crosspool", "paper-static", "paper-elastic")
+_PAPER_RATES = (0.2, 0.5, 0.8, 1.0)
 
 EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         name="smoke",
-        question="Do both systems serve four models of four architectures whose KV hardly fits?",
+        question="Do all systems serve four models of four architectures whose KV hardly fits?",
         base=_SCARCE,
-        sweeps={mode: {_SEED: (0, 1, 2)} for mode in MODES},
-        figures=("summary", "tbt_cdf", "ttft_cdf", "kv_pages_over_time", "outcomes", "tbt_by_model"),
+        sweeps={"smoke": {_SEED: (0,)}, "fast": {_SEED: (0, 1, 2)}, "full": {_SEED: (0, 1, 2, 3, 4)}},
+        figures=(
+            "summary",
+            "tbt_cdf",
+            "ttft_cdf",
+            "kv_pages_over_time",
+            "active_kv",
+            "kv_capacity",
+            "placement",
+            "outcomes",
+            "tbt_by_model",
+            "swap_breakdown",
+        ),
         cell_s=28,
+        systems=_HEADLINE,
     ),
     Experiment(
         name="rate",
         question="How do latency and goodput change with the offered rate?",
         base=_SCARCE,
         sweeps={
-            "fast": {"workload.arrivals.rate_rps": (2, 5, 8), _SEED: (0, 1)},
-            "full": {"workload.arrivals.rate_rps": (1, 2, 5, 8, 11, 14), _SEED: (0, 1, 2, 3, 4)},
+            "fast": {_RATE: (2, 5, 11)},
+            "full": {_RATE: (1, 2, 5, 8, 11, 14), _SEED: (0, 1, 2, 3, 4)},
         },
-        figures=("latency_vs_rate", "goodput", "tbt_by_model", "outcomes", "summary"),
+        figures=("latency_vs_rate", "tbt_vs_rate", "goodput", "outcomes", "summary"),
         cell_s=28,
         paper="Fig. 7",
+        systems=_THREE,
     ),
     Experiment(
         name="skew",
         question="Who gains when few models get most requests?",
         base=_SCARCE,
         sweeps={
-            "fast": {"workload.popularity.alpha": (0.0, 0.9, 2.1)},
-            "full": {"workload.popularity.alpha": (0.0, 0.7, 0.9, 1.3, 1.7, 2.1), _SEED: (0, 1, 2)},
+            "fast": {_SKEW: (0.0, 2.1)},
+            "full": {_SKEW: (0.0, 0.7, 0.9, 1.3, 1.7, 2.1), _SEED: (0, 1, 2)},
         },
         figures=("skew", "outcomes", "summary"),
         cell_s=28,
     ),
     Experiment(
         name="context",
-        question="How long may prompts be before a share of KV is too small for them?",
-        base=(
-            *_SCARCE,
-            "workload.lengths.kind=fixed",
-            "workload.lengths.output_max=48",
-            "workload.arrivals.rate_rps=3",
-        ),
+        question="At what rate can prompts of a length be served, before a share of KV is too small for them?",
+        base=(*_SCARCE, "workload.lengths.kind=fixed", "workload.lengths.output_max=48", "workload.duration_s=8"),
         sweeps={
-            "fast": {"workload.lengths.prompt_max": (96, 192, 384)},
-            "full": {"workload.lengths.prompt_max": (96, 128, 192, 256, 320, 384), _SEED: (0, 1, 2)},
+            "fast": {_PROMPT: (96, 384), _RATE: (2, 6)},
+            "full": {_PROMPT: (96, 192, 288, 384), _RATE: (1, 2, 4, 6, 9), _SEED: (0, 1, 2)},
         },
-        figures=("context", "outcomes", "summary"),
-        cell_s=28,
+        figures=("rate_by_context", "context", "outcomes", "summary"),
+        cell_s=18,
         paper="Fig. 6",
     ),
     Experiment(
@@ -108,7 +135,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         name="ablation",
         question="What do the pipeline and lowered control bring, alone and together, at saturation?",
-        base=("conf=ablation",),
+        base=("conf=ablation", "timeline=true"),
         sweeps={
             "fast": {"system.options.lanes": (1, 2), "system.options.control": ("host", "lowered")},
             "full": {
@@ -117,12 +144,53 @@ EXPERIMENTS: tuple[Experiment, ...] = (
                 _SEED: (0, 1, 2),
             },
         },
-        figures=("ablation",),
+        figures=("ablation", "pipeline_timeline"),
         cell_s=40,
         memory_gib=8,
         disk_gib=1,
         paper="Table 3",
         systems=("crosspool",),
+    ),
+    Experiment(
+        name="popularity",
+        question="How few tokens do the coldest models take, and how much less KV than the sum of peaks do all need?",
+        base=("conf=popularity",),
+        sweeps={"fast": {_SEED: (0,)}, "full": {_SEED: (0, 1, 2)}},
+        figures=("popularity", "active_kv"),
+        cell_s=15,
+        paper="Fig. 1",
+        systems=("crosspool",),
+    ),
+    Experiment(
+        name="paper-tbt",
+        question="The paper's TBT experiment at its own scale: three models on five A100 40 GB, simulated.",
+        base=("conf=paper-tbt",),
+        sweeps={
+            "fast": {_RATE: _PAPER_RATES, "workload.duration_s": (120,)},
+            "full": {_RATE: _PAPER_RATES, _SEED: (0, 1, 2)},
+        },
+        figures=("tbt_vs_rate", "tbt_by_model", "latency_vs_rate", "kv_capacity", "placement", "outcomes", "summary"),
+        cell_s=15,
+        paper="Fig. 7",
+        systems=_PAPER_THREE,
+    ),
+    Experiment(
+        name="planner-overflow",
+        question="Is demand above the planner's budget as rarely as its quantile promises?",
+        base=(),
+        sweeps={mode: {} for mode in ("fast", "full")},
+        figures=("planner_overflow",),
+        cell_s=8,
+        studies=(("planner-overflow", "conf/planner/cpu2.yaml"), ("planner-overflow", "conf/planner/paper.yaml")),
+    ),
+    Experiment(
+        name="kernels",
+        question="How near do the kernels come to the ceilings of this machine?",
+        base=(),
+        sweeps={mode: {} for mode in ("fast", "full")},
+        figures=("kernel_roofline",),
+        cell_s=30,
+        studies=(("kernels",),),
     ),
     Experiment(
         name="five-100m",
@@ -133,6 +201,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         cell_s=180,
         memory_gib=10,
         disk_gib=3,
+        systems=_HEADLINE,
     ),
 )
 

@@ -1,0 +1,172 @@
+"""`python -m runner.ship pack|verify`: the records that come with the repository, from which figures redraw anywhere.
+
+    python -m runner.ship pack EXPERIMENT...      from results/local into results/shipped, manifest renewed
+    python -m runner.ship verify                  every file is the manifest's, every record reads
+
+A shipped record says so in its own `shipped` key: paper_figures never draws it beside one that was made here unless told to.
+Rows that nothing draws are thinned: token ids are left out, series keep every n-th time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from runner.provenance import provenance
+from runner.records import (
+    COMPLETE,
+    FAILED,
+    RECORD_FILE,
+    REQUESTS_FILE,
+    SCHEMA_VERSION,
+    SERIES_FILE,
+    STUDY_FILE,
+    TIMELINE_FILE,
+    Record,
+    read_record,
+    record_directories,
+)
+from serving.errors import UserError, command
+
+_REPOSITORY = Path(__file__).resolve().parents[1]
+LOCAL, SHIPPED = _REPOSITORY / "results" / "local", _REPOSITORY / "results" / "shipped"
+MANIFEST = "manifest.json"
+_MOST_SERIES_ROWS, _MOST_TIMELINE_ROWS, _MOST_SYSTEM_SAMPLES = 2_000, 2_000, 60
+
+
+def pack(source: Path, target: Path, experiments: Sequence[str]) -> int:
+    """Ship the complete and failed records, and the studies, of `experiments`; returns how many. What was shipped of them
+    before goes. Raises UserError for an experiment that has none."""
+    for name in experiments:
+        found = [read_record(directory) for directory in record_directories(source / name)]
+        records = [record for record in found if record.status in (COMPLETE, FAILED)]
+        studies = sorted((source / name).glob(f"*/{STUDY_FILE}"))
+        if not records and not studies:
+            raise UserError(f"{source / name}: holds no record to ship")
+        shutil.rmtree(target / name, ignore_errors=True)
+        for record in records:
+            _pack_record(record, target / name / record.path.name)
+        for path in studies:
+            (target / name / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / name / path.parent.name / STUDY_FILE)
+    files = _files(target)
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "packed_at": datetime.now(UTC).isoformat(),
+        "git": provenance()["git"],
+        "files": {str(path.relative_to(target)): _sha256(path) for path in files},
+    }
+    (target / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    return sum(path.name in (RECORD_FILE, STUDY_FILE) for path in files)
+
+
+def _pack_record(record: Record, target: Path) -> None:
+    target.mkdir(parents=True)
+    content = dict(record.content)
+    content["shipped"] = {"thinned": ["token_ids", SERIES_FILE, TIMELINE_FILE, "system_series"]}
+    content["config"] = {**content["config"], "results_dir": "results/local"}  # no path of the machine that made it
+    content["command"] = " ".join(word for word in content["command"].split() if not word.startswith("results_dir="))
+    samples = content.get("system_series") or []
+    content["system_series"] = samples[:: max(1, -(-len(samples) // _MOST_SYSTEM_SAMPLES))]
+    (target / RECORD_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    requests = record.requests()
+    index = requests.schema.get_field_index("token_ids")
+    empty = pa.array([[] for _ in range(len(requests))], requests.schema.field(index).type)
+    _write(requests.set_column(index, requests.schema.field(index), empty), target / REQUESTS_FILE)
+    _write(_thinned(record.series(), "time_ns", _MOST_SERIES_ROWS), target / SERIES_FILE)
+    if (record.path / TIMELINE_FILE).is_file():
+        spans = pq.read_table(record.path / TIMELINE_FILE).sort_by("start_ns")
+        first = max(0, (len(spans) - _MOST_TIMELINE_ROWS) // 2)
+        _write(spans.slice(first, _MOST_TIMELINE_ROWS), target / TIMELINE_FILE)
+
+
+def _thinned(rows: pa.Table, key: str, most: int) -> pa.Table:
+    """Rows of every n-th distinct `key`, so that those of one time stay together."""
+    if len(rows) <= most:
+        return rows
+    values = np.unique(rows[key].to_numpy())
+    kept = values[:: -(-len(rows) // most)]
+    return rows.filter(pc.is_in(rows[key], value_set=pa.array(kept, rows.schema.field(key).type)))
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    pq.write_table(table, path, compression="zstd")
+
+
+def verify(target: Path) -> tuple[int, list[str]]:
+    """How many records are there, and everything that is wrong: a file that is missing, new or changed, a record that does
+    not read or does not say that it is shipped."""
+    path = target / MANIFEST
+    try:
+        listed: dict[str, Any] = json.loads(path.read_text())["files"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; no records are shipped") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is corrupt ({error})") from None
+    found = {str(file.relative_to(target)): file for file in _files(target)}
+    wrong = [f"{target / name}: is in the manifest and not there" for name in sorted(set(listed) - set(found))]
+    wrong += [f"{target / name}: is not in the manifest" for name in sorted(set(found) - set(listed))]
+    wrong += [
+        f"{file}: is not what was shipped (its checksum differs)"
+        for name, file in found.items()
+        if name in listed and _sha256(file) != listed[name]
+    ]
+    for directory in record_directories(target):
+        try:
+            record = read_record(directory)
+        except UserError as error:
+            wrong.append(str(error))
+            continue
+        if not record.content.get("shipped"):
+            wrong.append(f"{directory}: does not say that it is shipped")
+    return sum(file.name in (RECORD_FILE, STUDY_FILE) for file in found.values()), wrong
+
+
+def _files(target: Path) -> list[Path]:
+    """What the manifest lists: everything below but itself, pages that describe, and reference figures."""
+    return sorted(
+        path
+        for path in target.rglob("*")
+        if path.is_file() and path.parent != target and "figures" not in path.relative_to(target).parts
+    )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m runner.ship", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="ship records of these experiments")
+    packing.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
+    packing.add_argument("--source", type=Path, default=LOCAL, help="default: results/local")
+    for each in (packing, commands.add_parser("verify", help="check what is shipped")):
+        each.add_argument("--shipped", type=Path, default=SHIPPED, help="default: results/shipped")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "pack":
+        count = pack(arguments.source, arguments.shipped, arguments.experiments)
+        size_kib = sum(path.stat().st_size for path in _files(arguments.shipped)) / 1024
+        print(f"{count} records and studies, {size_kib:.0f} KiB, in {arguments.shipped}")
+        return 0
+    count, wrong = verify(arguments.shipped)
+    for line in wrong:
+        print(f"error: {line}")
+    print(f"{count} shipped records and studies, {len(wrong)} problems")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
