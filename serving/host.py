@@ -20,7 +20,7 @@ from serving.memory.kv_pool import KVGeometry
 from serving.options import EngineOptions
 from serving.shm.region import SharedRegion
 from serving.workers.config import Bells, ModelWorkerConfig, PoolConfig, Role
-from serving.workers.messages import Submit, Tokens
+from serving.workers.messages import Preempted, Submit, Tokens
 
 START_TIMEOUT_S = 600.0
 
@@ -167,6 +167,9 @@ class HostedSystem:
             for message in worker.receive():
                 if isinstance(message, Tokens):
                     ended |= self._take_tokens(message)
+                elif isinstance(message, Preempted):
+                    for request_id in message.request_ids:
+                        self._emit(request_id, EventKind.PREEMPTED, message.time_ns, reason="another needed its KV")
                 else:
                     self._take_sample(device, message)
         for pool in self._pools:

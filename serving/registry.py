@@ -17,6 +17,7 @@ from serving.interface import System
 # name -> module of the system, its class, its options' class (importable from there)
 _SYSTEMS = {
     "crosspool": ("crosspool.engine", "CrossPool", "CrossPoolOptions"),
+    "elastic": ("baselines.multiplex.system", "Elastic", "ElasticOptions"),
     "static": ("baselines.static.system", "StaticPartition", "StaticOptions"),
 }
 

@@ -6,7 +6,7 @@ in flight and no other step touches them, so any number of steps may be under wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from serving.batching import StepLimits, compose_step, least_recently_served
@@ -69,15 +69,28 @@ class StepScheduler:
     def holds(self, sequence: Sequence) -> bool:
         return sequence in self._sequences[sequence.model]
 
-    def next_step(self) -> StepPlan | None:
-        """The next step, its sequences marked in flight; None when nothing is ready."""
-        ready = [m for m, sequences in enumerate(self._sequences) if len(sequences) > self._in_flight[m]]
+    def sequences(self, model: int) -> tuple[Sequence, ...]:
+        """The sequences of `model` that have not ended, in order of admission."""
+        return tuple(self._sequences[model])
+
+    def next_step(self, may_step: Callable[[Sequence], bool] | None = None) -> StepPlan | None:
+        """The next step, of sequences that `may_step` where that is given, marked in flight; None when nothing is ready."""
+        ready = [
+            model
+            for model, sequences in enumerate(self._sequences)
+            if len(sequences) > self._in_flight[model]
+            and (may_step is None or any(may_step(one) for one in sequences if not one.in_flight))
+        ]
         if not ready:
             return None
         model = least_recently_served(ready, self._served_at)
         self._steps += 1
         self._served_at[model] = self._steps
-        waiting = [sequence for sequence in self._sequences[model] if not sequence.in_flight]
+        waiting = [
+            sequence
+            for sequence in self._sequences[model]
+            if not sequence.in_flight and (may_step is None or may_step(sequence))
+        ]
         chosen = compose_step([sequence.pending for sequence in waiting], self._limits)
         items = tuple((waiting[index], rows) for index, rows in chosen)
         for sequence, _ in items:

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from baselines.static.layout import equal_groups, given_groups, lay_out
+from baselines.static.layout import equal_groups, lay_out
 from baselines.static.options import StaticOptions
 from baselines.static.predict import Predictor
 from baselines.static.search import PlacementSearch
 from serving.cost.cards import stages_on
 from serving.host import pool_config
 from serving.interface import Cluster, Demand, DevicePlan, Placement, ServedModel
+from serving.parallel.given import given_groups
 from serving.parallel.group import GroupPlan
 from serving.parallel.host import GroupedSystem, Instance
 from serving.workers.config import ModelWorkerConfig

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from serving.cost.contention import Load
+from serving.cost.facts import Work
+from serving.cost.operators import rounded
 from serving.cost.stages import ModelStages
 from serving.parallel.group import GroupPlan
 from serving.spec import element_bytes
@@ -18,7 +22,7 @@ class StepShape:
     context_tokens: int = 0
     chunks: tuple[tuple[int, int], ...] = ()
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         return self.batch + sum(new for new, _ in self.chunks)
 
@@ -45,6 +49,11 @@ class GroupCosts:
         routed = [layer for layer in range(stages.spec.num_layers) if layer not in dense]
         self._alike = {layers[0]: len(layers) for layers in (dense, routed) if layers}  # one of a kind, and how many
         self._row_bytes = stages.spec.hidden_size * element_bytes(stages.dtype)
+        remember = functools.lru_cache(maxsize=None)
+        self._attended, self.all_ffns = remember(self._attended), remember(self.all_ffns)
+        self.embedding_s, self.head_s, self.ffn_s = (
+            remember(one) for one in (self.embedding_s, self.head_s, self.ffn_s)
+        )
 
     def embedding_s(self, rows: int) -> float:
         if not rows:
@@ -56,8 +65,17 @@ class GroupCosts:
         """One layer's attention of one replica, its sum over heads included."""
         if not shape.rows:
             return 0.0
-        stage = self._attention.mixed_attention(shape.batch, shape.context_tokens, shape.chunks)
-        return self._attention.launched_s(stage)
+        return self._attended(shape.batch, rounded(shape.context_tokens), shape.chunks).alone_s
+
+    def _attended(self, batch: int, context_tokens: int, chunks: tuple[tuple[int, int], ...]) -> Load:
+        stage = self._attention.mixed_attention(batch, context_tokens, chunks)
+        return Load(self._attention.launched_s(stage), stage.work.bytes, stage.work.flops)
+
+    def all_ffns(self, rows: int) -> Load:
+        """The FFNs of all layers on one rank."""
+        work = sum((self._ffn.ffn(layer, rows).work.times(count) for layer, count in self._alike.items()), Work())
+        seconds = sum(count * self.ffn_s(layer, rows) for layer, count in self._alike.items())
+        return Load(seconds, work.bytes, work.flops)
 
     def ffn_s(self, layer: int, rows: int) -> float:
         """One layer's FFN of `rows` rows of all replicas, gathered and summed over all ranks."""
@@ -73,9 +91,19 @@ class GroupCosts:
         """A whole step, `shapes` by replica: replicas wait for the slowest of them in every layer."""
         spec, rows = self._stages.spec, sum(shape.rows for shape in shapes)
         attention_s = max(self.attention_s(shape) for shape in shapes)
-        ffns_s = sum(count * self.ffn_s(layer, rows) for layer, count in self._alike.items())
+        ffns_s = self.all_ffns(rows).alone_s
         ends_s = max(self.embedding_s(s.rows) + self.head_s(s.batch + len(s.chunks)) for s in shapes)
         return spec.num_layers * attention_s + ffns_s + ends_s
+
+    def step_load(self, shapes: Sequence[StepShape]) -> Load:
+        """What a whole step asks of a device of its busiest replica: seconds when nothing else runs there, bytes, FLOPs."""
+        layers, ffns = self._stages.spec.num_layers, self.all_ffns(sum(shape.rows for shape in shapes))
+        moved = computed = 0.0
+        for own in shapes:
+            if own.rows:
+                attention = self._attended(own.batch, rounded(own.context_tokens), own.chunks)
+                moved, computed = max(moved, attention.bytes), max(computed, attention.flops)
+        return Load(self.step_s(shapes), ffns.bytes + layers * moved, ffns.flops + layers * computed)
 
     def posted_bytes(self, rows: int, all_rows: int) -> int:
         """Bytes that a rank posts in one layer, of a step of `rows` rows in its replica."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from serving.cost.contention import Contention
 from serving.host import HostedSystem, pool_config
 from serving.interface import Device, ServedModel
 from serving.memory.kv_pool import KVGeometry
@@ -37,8 +38,15 @@ class Instance:
 class GroupedSystem(HostedSystem):
     """Base of systems whose models are served by groups of devices."""
 
-    def _start_groups(self, instances: Sequence[Instance], devices: Sequence[Device], options: EngineOptions) -> None:
-        """Start a worker on each of `devices` for its seats in `instances`, and let requests in at every replica."""
+    def _start_groups(
+        self,
+        instances: Sequence[Instance],
+        devices: Sequence[Device],
+        options: EngineOptions,
+        uncoordinated: Contention | None = None,
+    ) -> None:
+        """Start a worker on each of `devices` for its seats in `instances`, and let requests in at every replica. Where they
+        are `uncoordinated`, what an instance has of KV is what it finds, up to its bytes."""
         refs, made = [], []
         for instance in instances:
             group_ref, regions = self._group_ref(instance, options)
@@ -60,7 +68,7 @@ class GroupedSystem(HostedSystem):
                 if seat.rank == 0
                 for replica in range(seat.group.plan.dp)
             )
-            role = GroupWorkerConfig(device, seats, pools, options.limits, targets)
+            role = GroupWorkerConfig(device, seats, pools, options.limits, targets, uncoordinated=uncoordinated)
             worker = self._start_worker(device, role, [fd for number in seated for fd in made[number]])
             for target, (index, replica) in enumerate(targets):
                 first_rank = held[index].group.ranks_of(replica)[0]

@@ -15,6 +15,8 @@ from serving.parallel.costs import GroupCosts
 from serving.sim.clock import VirtualClock
 from serving.sim.groups import SimulatedGroup, SimulatedGroupWorker
 from serving.sim.pipeline import Pipeline
+from serving.sim.shared import Crowd, SharedDevice
+from serving.sim.uncoordinated import UncoordinatedGroup
 from serving.sim.workers import SimulatedFFNWorker, SimulatedModelWorker, SimulatedWorker
 from serving.spec import ModelSpec
 from serving.workers.config import (
@@ -48,6 +50,7 @@ class SimulatedBackend:
         self._stages: dict[tuple[str, ModelSpec, str], ModelStages] = {}
         self._ffn_workers: dict[int, SimulatedFFNWorker] = {}  # by the mailbox both ends share
         self._groups: dict[int, SimulatedGroup] = {}  # by the exchange that all ranks share
+        self._crowd: Crowd | None = None  # steps of engines that nobody arbitrates
         self._nodes: dict[int, int] = {}  # of the first rank of each group
 
     def start_worker(
@@ -56,7 +59,9 @@ class SimulatedBackend:
         if isinstance(role, RelayConfig):
             return SimulatedWorker(name, self.clock)  # its time is part of every crossing
         if isinstance(role, GroupWorkerConfig):
-            return SimulatedGroupWorker(name, self.clock, role, [self._group(seat, role) for seat in role.seats])
+            groups = [self._group(seat, role) for seat in role.seats]
+            shared = self._crowd.devices[role.device.name] if role.uncoordinated else None
+            return SimulatedGroupWorker(name, self.clock, role, groups, shared)
         stages = [self._stages_for(model, role.device) for model in self._as_held(role)]
         if isinstance(role, ModelWorkerConfig):
             behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
@@ -72,10 +77,24 @@ class SimulatedBackend:
             raise UserError(
                 f"{seat.model.name}: {plan} spans nodes; its collectives were measured within one, so keep a group in a node"
             )
+        stages = self._stages_for(seat.model, role.device)
+        if role.uncoordinated is not None:
+            self._share_out(role, stages)
         if key not in self._groups:
-            costs = GroupCosts(self._stages_for(seat.model, role.device), plan)
-            self._groups[key] = SimulatedGroup(seat, costs, role.limits, self.clock)
+            costs = GroupCosts(stages, plan)
+            if role.uncoordinated is None:
+                self._groups[key] = SimulatedGroup(seat, costs, role.limits, self.clock)
+            else:
+                self._groups[key] = UncoordinatedGroup(seat, costs, role.limits, self.clock, self._crowd)
         return self._groups[key]
+
+    def _share_out(self, role: GroupWorkerConfig, stages: ModelStages) -> None:
+        """The device's KV is whoever's maps it: as much as the largest of its pools."""
+        if self._crowd is None:
+            self._crowd = Crowd(self.clock, role.uncoordinated, stages.dtype)
+        if role.device.name not in self._crowd.devices:
+            pages = max(pool.num_pages for pool in role.pools)
+            self._crowd.devices[role.device.name] = SharedDevice(stages.hardware, pages)
 
     def _as_held(self, role: Role) -> Sequence[ServedModel]:
         """The role's models as their worker holds them: narrower where it has a slice of their width."""

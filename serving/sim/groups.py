@@ -16,9 +16,10 @@ from serving.parallel.costs import GroupCosts, StepShape
 from serving.scheduler import StepPlan, StepScheduler
 from serving.sequence import Sequence as LiveSequence
 from serving.sim.clock import VirtualClock
+from serving.sim.shared import SharedDevice
 from serving.sim.workers import SIMULATED_TOKEN, SimulatedWorker
 from serving.workers.config import GroupSeat, GroupWorkerConfig
-from serving.workers.messages import PoolUse, Stop, Submit, Tokens
+from serving.workers.messages import PoolUse, Preempted, Stop, Submit, Tokens
 
 
 class SimulatedGroup:
@@ -70,19 +71,18 @@ class SimulatedGroup:
         own = [shapes[self._plan.replica_of(rank)] for rank in ranks]
         embedding = [costs.embedding_s(shape.rows) for shape in own]
         attention = [costs.attention_s(shape) for shape in own]
-        ffns = [costs.ffn_s(layer, rows) for layer in layers]
         wanted = [len(plan.logit_rows) if plan else 0 for plan in self._plans]
         head = [costs.head_s(wanted[self._plan.replica_of(rank)]) for rank in ranks]
         for rank, worker in enumerate(self._ranks):
             worker.count_bytes(len(layers) * costs.posted_bytes(own[rank].rows, rows))
         if all(worker.serves_one for worker in self._ranks):
             together = [first + len(layers) * each for first, each in zip(embedding, attention, strict=True)]
-            return deque([together, [sum(ffns)] * len(ranks), head])
+            return deque([together, [costs.all_ffns(rows).alone_s] * len(ranks), head])
         stages: deque[list[float]] = deque()
         for layer in layers:
             first = embedding if layer == 0 else [0.0] * len(ranks)
             stages.append([a + b for a, b in zip(first, attention, strict=True)])
-            stages.append([ffns[layer]] * len(ranks))
+            stages.append([costs.ffn_s(layer, rows)] * len(ranks))
         stages.append(head)
         return stages
 
@@ -102,6 +102,9 @@ class SimulatedGroup:
         for worker, seconds in zip(self._ranks, stages.popleft(), strict=True):
             worker.take(seconds, arrived)
 
+    def _release(self, replica: int, request_id: int) -> None:
+        del self._held[replica][request_id]
+
     def _complete(self) -> None:
         plans, self._plans = self._plans, None
         items = []
@@ -112,7 +115,7 @@ class SimulatedGroup:
             for sequence, token, last in scheduler.complete(plan, tokens):
                 items.append((sequence.request_id, token, last))
                 if last:
-                    del self._held[replica][sequence.request_id]
+                    self._release(replica, sequence.request_id)
         self._ranks[0].report(tuple(items))
         for worker in self._ranks:
             worker.step_done()
@@ -122,14 +125,26 @@ class SimulatedGroup:
 class SimulatedGroupWorker(SimulatedWorker):
     """A device with seats in groups: serves their stages in order of arrival."""
 
-    def __init__(self, name: str, clock: VirtualClock, role: GroupWorkerConfig, groups: list[SimulatedGroup]) -> None:
+    def __init__(
+        self,
+        name: str,
+        clock: VirtualClock,
+        role: GroupWorkerConfig,
+        groups: list[SimulatedGroup],
+        shared: SharedDevice | None = None,
+    ) -> None:
         super().__init__(name, clock)
+        self._shared = shared  # where engines run side by side
         self._role, self._groups = role, groups
         self._queue: deque[tuple[float, Callable[[], None]]] = deque()
         self._next_sample_ns = 0
         for pool in role.pools:
             for index in pool.models:
                 groups[index].join(role.seats[index].rank, self, pool.page_bytes)
+
+    def read_counters(self) -> dict[str, int]:
+        busy_ns = self._counters["busy_ns"] + (round(self._shared.busy_s * 1e9) if self._shared else 0)
+        return {**self._counters, "busy_ns": busy_ns}
 
     @property
     def serves_one(self) -> bool:
@@ -147,6 +162,9 @@ class SimulatedGroupWorker(SimulatedWorker):
 
     def count_bytes(self, posted: int) -> None:
         self._counters["bytes_crossed"] += posted
+
+    def preempted(self, request_ids: tuple[int, ...]) -> None:
+        self._outbox.append(Preempted(self._clock.now_ns(), request_ids))
 
     def report(self, items: tuple[tuple[int, int, bool], ...]) -> None:
         if items:

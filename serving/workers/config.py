@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serving.batching import StepLimits
+from serving.cost.contention import Contention
 from serving.interface import Device, ServedModel
 from serving.parallel.exchange import ExchangeShape
 from serving.parallel.ffn_part import FFNPart
@@ -145,6 +146,7 @@ class GroupWorkerConfig:
     limits: StepLimits
     targets: tuple[tuple[int, int], ...]
     sample_interval_ms: float = 50.0
+    uncoordinated: Contention | None = None  # each seat an engine of its own that takes device and KV as it finds them
 
 
 Role = ModelWorkerConfig | FFNWorkerConfig | RelayConfig | GroupWorkerConfig

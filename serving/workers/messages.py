@@ -34,9 +34,16 @@ class PoolUse(NamedTuple):
     pages: tuple[tuple[str, dict[str, int]], ...]
 
 
-def encode(message: Submit | Stop | Tokens | PoolUse) -> bytes:
+class Preempted(NamedTuple):
+    """Worker to host: requests that lost their KV and will be computed again."""
+
+    time_ns: int
+    request_ids: tuple[int, ...]
+
+
+def encode(message: Submit | Stop | Tokens | PoolUse | Preempted) -> bytes:
     return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def decode(data: bytes) -> Submit | Stop | Tokens | PoolUse:
+def decode(data: bytes) -> Submit | Stop | Tokens | PoolUse | Preempted:
     return pickle.loads(data)

@@ -1,0 +1,101 @@
+"""Devices that uncoordinated engines share: steps stretched by whatever else runs, and KV for whoever maps it first.
+
+An engine that nobody arbitrates launches when it has work. Its step is a demand for its devices (time alone, bytes, FLOPs:
+those of its busiest replica); while several steps are under way, each runs at the rate that serving/cost/contention.py gives it on the device where
+it fares worst, because its ranks meet in every layer. Rates change only when a step begins or ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from serving.cost.contention import Contention, Load, slowdowns
+from serving.cost.hardware import Hardware
+from serving.sim.clock import VirtualClock
+
+_DONE_S = 1e-10
+
+
+@dataclass(eq=False)
+class SharedDevice:
+    """Free KV pages of a device, whom to tell when some are given back, and how long any step ran on it."""
+
+    hardware: Hardware
+    free_pages: int
+    busy_s: float = 0.0
+    waiting: dict[int, Callable[[], None]] = field(default_factory=dict)
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    left_s: float
+    load: Load
+    devices: Sequence[str]
+    then: Callable[[], None]
+    rate: float = 1.0
+
+
+class Crowd:
+    """The steps under way on `devices`, by name."""
+
+    def __init__(self, clock: VirtualClock, contention: Contention, dtype: str) -> None:
+        self.devices: dict[str, SharedDevice] = {}
+        self._clock, self._contention, self._dtype = clock, contention, dtype
+        self._jobs: list[_Job] = []
+        self._seen_s = 0.0
+        self._plans = 0
+        self._ending = False
+
+    def start(self, load: Load, devices: Sequence[str], then: Callable[[], None]) -> None:
+        """Begin a step that asks `load` of each of `devices`; `then()` at its end."""
+        self._advance()
+        self._jobs.append(_Job(load.alone_s, load, devices, then))
+        if not self._ending:
+            self._replan()
+
+    def _advance(self) -> None:
+        now_s = self._clock.now_ns() / 1e9
+        passed_s, self._seen_s = now_s - self._seen_s, now_s
+        if not passed_s:
+            return
+        for job in self._jobs:
+            job.left_s -= passed_s * job.rate
+        for name in {name for job in self._jobs for name in job.devices}:
+            self.devices[name].busy_s += passed_s
+
+    def _replan(self) -> None:
+        """Rates from now on, and when the first step will end at them."""
+        here: dict[str, list[_Job]] = {}
+        for job in self._jobs:
+            job.rate = 1.0
+            for name in job.devices:
+                here.setdefault(name, []).append(job)
+        done = set()
+        for name, jobs in here.items():
+            together = tuple(map(id, jobs))
+            if len(jobs) < 2 or together in done:
+                continue  # devices of the same steps give them the same rates
+            done.add(together)
+            hardware = self.devices[name].hardware
+            for job, value in zip(
+                jobs, slowdowns([job.load for job in jobs], hardware, self._contention, self._dtype), strict=True
+            ):
+                job.rate = min(job.rate, 1.0 / value)
+        self._plans += 1
+        if self._jobs:
+            plan, next_s = self._plans, min(max(job.left_s, 0.0) / job.rate for job in self._jobs)
+            self._clock.after(next_s, lambda: self._reached(plan))
+
+    def _reached(self, plan: int) -> None:
+        if plan != self._plans:
+            return  # something began meanwhile, and there is a newer plan
+        self._advance()
+        soonest_s = max(min(job.left_s / job.rate for job in self._jobs), 0.0) + _DONE_S
+        ended = [job for job in self._jobs if job.left_s / job.rate <= soonest_s]
+        self._jobs = [job for job in self._jobs if job not in ended]
+        self._ending = True
+        for job in ended:
+            job.then()
+        self._ending = False
+        self._replan()

@@ -1,0 +1,84 @@
+"""A group whose engine nobody arbitrates: it steps when it has work, maps pages while there are any, and preempts its youngest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from serving.batching import StepLimits
+from serving.growth import Claim, grow_or_preempt
+from serving.parallel.costs import GroupCosts, StepShape
+from serving.sim.clock import VirtualClock
+from serving.sim.groups import SimulatedGroup
+from serving.sim.shared import Crowd, SharedDevice
+from serving.workers.config import GroupSeat
+
+
+class UncoordinatedGroup(SimulatedGroup):
+    """One engine of several on the devices of `crowd`."""
+
+    def __init__(
+        self, seat: GroupSeat, costs: GroupCosts, limits: StepLimits, clock: VirtualClock, crowd: Crowd
+    ) -> None:
+        super().__init__(seat, costs, limits, clock)
+        self._crowd = crowd
+
+    def _begin(self) -> None:
+        may_step = [self._reserve(replica) for replica in range(self._plan.dp)]
+        plans = [
+            scheduler.next_step(lambda sequence, granted=granted: sequence.request_id in granted)
+            for scheduler, granted in zip(self._schedulers, may_step, strict=True)
+        ]
+        waits = any(scheduler.live for scheduler in self._schedulers) and not any(plans)
+        for device in self._devices(range(self._plan.ranks)):
+            if waits:
+                device.waiting[id(self)] = self._again
+            else:
+                device.waiting.pop(id(self), None)
+        if not any(plans):
+            return
+        self._plans = plans
+        shapes = [StepShape.of(plan.query_lens, plan.kv_lens) if plan else StepShape() for plan in plans]
+        rows = sum(shape.rows for shape in shapes)
+        for rank, worker in enumerate(self._ranks):
+            own = shapes[self._plan.replica_of(rank)].rows
+            worker.count_bytes(self._spec.num_layers * self._costs.posted_bytes(own, rows))
+        self._crowd.start(self._costs.step_load(shapes), self._plan.devices, self._complete)
+
+    def _release(self, replica: int, request_id: int) -> None:
+        pages = self._held[replica].pop(request_id)
+        for device in self._devices(self._plan.ranks_of(replica)):
+            device.free_pages += pages
+            waiting, device.waiting = device.waiting, {}
+            for again in waiting.values():
+                again()
+
+    def _reserve(self, replica: int) -> set[int]:
+        """Map what the replica's sequences need next, and preempt where there is nothing left. Returns who may step."""
+        held, geometry = self._held[replica], self._geometries[replica]
+        devices = self._devices(self._plan.ranks_of(replica))
+        sequences = self._schedulers[replica].sequences(0)
+        claims = [
+            Claim(held.get(one.request_id, 0), geometry.pages(len(one.tokens), self._page_bytes)) for one in sequences
+        ]
+        granted, preempted = grow_or_preempt(min(device.free_pages for device in devices), claims)
+        for index in preempted:
+            sequences[index].cached = 0
+            self._take(held, sequences[index].request_id, -claims[index].held, devices)
+        for index in granted:
+            self._take(held, sequences[index].request_id, claims[index].needed - claims[index].held, devices)
+        if preempted:
+            self._ranks[0].preempted(tuple(sequences[index].request_id for index in preempted))
+        return {sequences[index].request_id for index in granted}
+
+    @staticmethod
+    def _take(held: dict[int, int], request_id: int, pages: int, devices: Sequence[SharedDevice]) -> None:
+        held[request_id] = held.get(request_id, 0) + pages
+        for device in devices:
+            device.free_pages -= pages
+
+    def _devices(self, ranks: Sequence[int]) -> list[SharedDevice]:
+        return [self._crowd.devices[self._plan.devices[rank]] for rank in ranks]
+
+    def _again(self) -> None:
+        if self._plans is None:
+            self._begin()
