@@ -129,7 +129,7 @@ def test_a_request_that_waits_past_the_deadline_is_rejected(tiny_checkpoints):
 
 
 GENERATE_ERRORS = {
-    "unknown system": (["--system", "magic"], "unknown system 'magic'; known: crosspool, static"),
+    "unknown system": (["--system", "magic"], "unknown system 'magic'; known: crosspool, "),
     "unknown option": (["--option", "speed=9"], "system 'crosspool' has no option 'speed'"),
     "bad option value": (["--option", "lanes=0"], "option lanes is 0"),
     "ids that are none": (["--prompt-ids", "1,x"], "is not a comma-separated list of integers"),

