@@ -77,6 +77,17 @@ class Tracking:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """A search of the system's options before the run (:mod:`runner.tune`): `options` name the values to try, `systems` those
+    of one system beyond them. It simulates `card` and the first `requests` requests."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    systems: Mapping[str, Any] = field(default_factory=dict)
+    requests: int = 300
+    card: str = ""
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """One run. `timeline` keeps what workers did in the record. `workload` is handed to the workloads package as it is; `experiment` names the folder of its record."""
 
@@ -92,6 +103,7 @@ class BenchConfig:
     poll_interval_ms: float = 2.0
     force: bool = False
     timeline: bool = False
+    tune: Tune = field(default_factory=Tune)
     tracking: Tracking = field(default_factory=Tracking)
 
     def identity(self) -> dict[str, Any]:
@@ -102,6 +114,8 @@ class BenchConfig:
         # What came later counts only where it is used, so that older records are still found.
         if not content["timeline"]:
             content.pop("timeline")
+        if not content["tune"]["options"]:
+            content.pop("tune")
         if not content["backend"]["oversubscribe"]:
             content["backend"].pop("oversubscribe")
         return content
@@ -123,6 +137,7 @@ def bench_from_dict(content: Mapping[str, Any]) -> BenchConfig:
             "system": _build(SystemConfig, content.get("system"), "system"),
             "backend": _build(BackendConfig, content.get("backend", {}), "backend"),
             "slo": _build(SLO, content.get("slo"), "slo"),
+            "tune": _build(Tune, content.get("tune", {}), "tune"),
             "tracking": _build(Tracking, content.get("tracking", {}), "tracking"),
         },
         "the configuration",
@@ -216,6 +231,8 @@ def _validate(config: BenchConfig) -> None:
         raise UserError("backend sim: name either a card (backend.card) or a calibration file (backend.calibration)")
     if config.timeline and backend.name != "real":
         raise UserError("timeline=true: only workers that compute leave timelines; use backend=real")
+    if config.tune.requests < 1:
+        raise UserError(f"tune.requests is {config.tune.requests}; it must be at least 1")
     if config.tracking.mode not in TRACKING_MODES:
         raise UserError(f"unknown tracking.mode {config.tracking.mode!r}; known: {', '.join(TRACKING_MODES)}")
     names = [model.name for model in config.models]

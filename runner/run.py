@@ -20,6 +20,7 @@ from runner.replay import INTERRUPTED, Replay
 from runner.sampler import SystemSampler
 from runner.spans import kept_spans
 from runner.tracking import track
+from runner.tune import tuned
 from serving import registry
 from serving.backend import Backend, RealBackend
 from serving.errors import UserError, one_line
@@ -131,12 +132,14 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
     ]
     workload = workload_from_dict(config.workload)
     trace = build_trace(workload, limits)
-    spans = tempfile.TemporaryDirectory(prefix="timeline-") if config.timeline else None
-    options = {**config.system.options, **({"timeline_dir": spans.name} if spans else {})}
-    system: System = registry.create(config.system.name, options)
     devices = tuple(Device(d.name, d.kind, d.index, d.memory_mib << 20, d.node, d.card) for d in config.devices)
+    cluster, demand = Cluster(devices), _demand(trace, trace.duration_s)
+    tuning = tuned(config, cluster, models, demand, trace)
+    spans = tempfile.TemporaryDirectory(prefix="timeline-") if config.timeline else None
+    options = {**tuning.options, **({"timeline_dir": spans.name} if spans else {})}
+    system: System = registry.create(config.system.name, options)
     computing = tuple(dict.fromkeys(_cores(config)))
-    placement = system.plan(Cluster(devices), models, _demand(trace, trace.duration_s))
+    placement = system.plan(cluster, models, demand)
     with locks.cores(computing):
         try:
             backend = _backend(config.backend)
@@ -152,6 +155,7 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
         spans.cleanup()
     more = {
         "system_series": sampled,
+        "tuning": tuning.content,
         "placement": _describe(placement),
         "seeds": {key: value for key, value in asdict(workload).items() if "seed" in key},
         "trace": {

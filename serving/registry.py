@@ -39,11 +39,21 @@ def options_from_dict(options_class: type, options: Mapping[str, Any], system: s
         raise UserError(f"system {system!r}: {error}") from None
 
 
+def all_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a system, its defaults where `options` says nothing. Raises :class:`UserError` as :func:`create`."""
+    return dataclasses.asdict(options_from_dict(_classes(name)[1], options, name))
+
+
 def create(name: str, options: Mapping[str, Any] | None = None) -> System:
     """A new, unstarted system. Raises :class:`UserError` for an unknown name or option."""
+    system_class, options_class = _classes(name)
+    return system_class(options_from_dict(options_class, options or {}, name))
+
+
+def _classes(name: str) -> tuple[type, type]:
     try:
         module_name, class_name, options_name = _SYSTEMS[name]
     except KeyError:
         raise UserError(f"unknown system {name!r}; known: {', '.join(_SYSTEMS)}") from None
     module = importlib.import_module(module_name)
-    return getattr(module, class_name)(options_from_dict(getattr(module, options_name), options or {}, name))
+    return getattr(module, class_name), getattr(module, options_name)

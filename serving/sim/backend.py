@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from serving.cost.calibrated import CalibratedStages, read_calibration
+from serving.cost.cards import stages_on
 from serving.cost.hardware import load_hardware
 from serving.cost.operators import CostModel
 from serving.cost.stages import ModelStages, StageCosts
@@ -128,6 +129,12 @@ def simulate_card(card: str, coarse: bool = True) -> SimulatedBackend:
 
     load_hardware(card)
     return SimulatedBackend(card, costs_of, coarse=coarse)
+
+
+def simulate_datasheet(card: str) -> SimulatedBackend:
+    """A backend for searches, not for results: `card` with its fitted costs, or by its datasheet where nothing was fitted."""
+    load_hardware(card)
+    return SimulatedBackend(f"{card} (to compare settings)", lambda model: stages_on(card, model))
 
 
 def simulate_calibrated(path: str | Path) -> SimulatedBackend:

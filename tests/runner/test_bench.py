@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PRESETS = sorted(path.stem for path in (REPOSITORY / "conf" / "conf").glob("*.yaml"))
 GROUPS = [
     f"{group}={path.stem}"
-    for group in ("system", "model", "cluster", "workload", "backend", "tracking")
+    for group in ("system", "model", "cluster", "workload", "backend", "tune", "tracking")
     for path in sorted((REPOSITORY / "conf" / group).glob("*.yaml"))
 ]
 QUICK = [
