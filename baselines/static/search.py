@@ -5,7 +5,7 @@ For every way to cut the devices into groups: models are placed one at a time, t
 where the predicted score of everything placed is best; models in one group share its compute and its memory. Then replicas
 are added, to the model that is served worst, as long as they help. Deviations: the score comes from a cost model rather than
 a simulation (serving/cost, see predict.py); a group is tensor and data parallel over its devices as the model's KV heads
-allow (no pipeline parallelism); more than eight devices are cut into equal groups only.
+allow (no pipeline parallelism) and within a node; many devices are cut into groups of one size only.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class PlacementSearch:
     def run(self) -> Found:
         """The best placement found. Raises :class:`CapacityError`, saying what is missing, when no cut places all models."""
         best = self._equal()
-        for sizes in partitions(len(self._cluster.devices)):
-            found = self._place(sizes)
+        for groups in cuts(self._cluster.devices):
+            found = self._place(groups)
             if found is not None and (best is None or found.score.key > best.score.key):
                 best = found
         if best is None:
@@ -64,8 +64,7 @@ class PlacementSearch:
         except CapacityError:
             return None
 
-    def _place(self, sizes: Sequence[int]) -> Found | None:
-        groups = list(_cut(self._cluster.devices, sizes))
+    def _place(self, groups: Sequence[tuple[str, ...]]) -> Found | None:
         seated: list[tuple[ServedModel, GroupPlan]] = []
         found: Found | None = None
         for model in sorted(self._models, key=self._weight, reverse=True):
@@ -134,29 +133,24 @@ def _whole_bytes(model: ServedModel) -> int:
     return share_weights_bytes(model, GroupPlan(("any",)), 0)
 
 
-def partitions(devices: int) -> Iterator[tuple[int, ...]]:
-    """Ways to cut `devices` alike devices into groups, as sizes in descending order: all of them, or for many devices
-    groups of one size and a rest."""
-    if devices > _MOST_DEVICES_IN_ALL_PARTITIONS:
-        for size in range(1, devices + 1):
-            rest = devices % size
-            yield (size,) * (devices // size) + ((rest,) if rest else ())
+def cuts(devices: Sequence[Device]) -> Iterator[list[tuple[str, ...]]]:
+    """Ways to cut devices into groups, as names. Groups stay within a node, whose links they need; devices of most memory come
+    first, so that groups are of alike devices. Of one node of few devices all partitions are tried, else groups of one size."""
+    nodes: dict[int, list[str]] = {}
+    for device in sorted(devices, key=lambda device: -device.memory_bytes):
+        nodes.setdefault(device.node, []).append(device.name)
+    if len(nodes) == 1 and len(devices) <= _MOST_DEVICES_IN_ALL_PARTITIONS:
+        (names,) = nodes.values()
+        yield from _partitions(names, len(names))
         return
-    yield from _partitions(devices, devices)
+    for size in range(1, max(map(len, nodes.values())) + 1):
+        yield [tuple(names[first : first + size]) for names in nodes.values() for first in range(0, len(names), size)]
 
 
-def _partitions(left: int, most: int) -> Iterator[tuple[int, ...]]:
-    if left == 0:
-        yield ()
-    for first in range(min(left, most), 0, -1):
-        for others in _partitions(left - first, first):
-            yield (first, *others)
-
-
-def _cut(devices: Sequence[Device], sizes: Sequence[int]) -> Iterator[tuple[str, ...]]:
-    """Device names by group; devices of most memory first, so that groups are of alike devices."""
-    ordered = [device.name for device in sorted(devices, key=lambda device: -device.memory_bytes)]
-    first = 0
-    for size in sizes:
-        yield tuple(ordered[first : first + size])
-        first += size
+def _partitions(names: Sequence[str], most: int) -> Iterator[list[tuple[str, ...]]]:
+    """All cuts of `names`, in order, into groups of descending sizes of at most `most`."""
+    if not names:
+        yield []
+    for size in range(min(len(names), most), 0, -1):
+        for others in _partitions(names[size:], size):
+            yield [tuple(names[:size]), *others]

@@ -50,7 +50,8 @@ class StaticPartition(GroupedSystem):
         if self.options.placement == "given":
             return lay_out(cluster, given_groups(self.options.groups, cluster, models), self.options)
         if self.options.placement == "searched":
-            card = self.options.card or _DEFAULT_CARD[cluster.devices[0].kind]
+            first = cluster.devices[0]
+            card = self.options.card or first.card or _DEFAULT_CARD[first.kind]
             stages = {model.name: stages_on(card, model) for model in models}
             predictor = Predictor(stages, demand, self.options)
             found = PlacementSearch(cluster, models, self.options, predictor).run()

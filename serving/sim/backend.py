@@ -134,7 +134,9 @@ def simulate_card(card: str, coarse: bool = True) -> SimulatedBackend:
 def simulate_datasheet(card: str) -> SimulatedBackend:
     """A backend for searches, not for results: `card` with its fitted costs, or by its datasheet where nothing was fitted."""
     load_hardware(card)
-    return SimulatedBackend(f"{card} (to compare settings)", lambda model: stages_on(card, model))
+    return SimulatedBackend(
+        f"{card} (to compare settings)", lambda model, device: stages_on(device.card or card, model)
+    )
 
 
 def simulate_calibrated(path: str | Path) -> SimulatedBackend:

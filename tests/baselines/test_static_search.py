@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from baselines.static.layout import equal_groups, lay_out
 from baselines.static.options import StaticOptions
 from baselines.static.predict import Predictor
-from baselines.static.search import PlacementSearch, partitions
+from baselines.static.search import PlacementSearch, cuts
 from serving import registry
 from serving.checkpoints.sizes import config_of
 from serving.cost.cards import stages_on
@@ -113,11 +113,14 @@ def test_infeasible_cells_say_what_is_missing():
         searched(cpu_cluster(1, 3 << 20), [model_of("mixtral")], Demand(), page_bytes=1 << 20)
 
 
-@pytest.mark.parametrize(("devices", "count"), [(1, 1), (4, 5), (8, 22), (12, 12)])
-def test_devices_are_cut_into_groups_in_every_way_that_is_promised(devices, count):
-    found = list(partitions(devices))
-    assert len(set(found)) == len(found) == count
-    assert all(sum(sizes) == devices for sizes in found)
+@pytest.mark.parametrize(("nodes", "count"), [((1,), 1), ((4,), 5), ((8,), 22), ((12,), 12), ((4, 2), 4)])
+def test_devices_are_cut_into_groups_within_nodes_in_every_way_that_is_promised(nodes, count):
+    devices = [Device(f"{n}.{i}", "cuda", i, 1, node=n) for n, size in enumerate(nodes) for i in range(size)]
+    found = list(cuts(devices))
+    assert len({str(groups) for groups in found}) == len(found) == count
+    for groups in found:
+        assert sorted(name for group in groups for name in group) == sorted(device.name for device in devices)
+        assert all(len({name.split(".")[0] for name in group}) == 1 for group in groups)
 
 
 def test_a_searched_placement_computes_the_same(tiny_checkpoints):
