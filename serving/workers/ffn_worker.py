@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from serving.workers.counters import Counters
 from serving.workers.doorbell import answered, ring
 from serving.workers.timeline import FFN, Recorder
 
+_SPINS_BEFORE_YIELD = 64  # longer than a crossing takes; from then on others that want this core get it
 _SPINS_BEFORE_SLEEP = 20000  # about 20 ms of polling before an idle worker lets go of its core
 _IDLE_SLEEP_S = 0.0001
 _LONGEST_WAIT_S = 0.01
@@ -65,6 +67,8 @@ class FFNWorker:
                     spins = 0
             if spins > _SPINS_BEFORE_SLEEP:
                 time.sleep(_IDLE_SLEEP_S)
+            elif spins > _SPINS_BEFORE_YIELD:
+                os.sched_yield()
 
     def _answer(self) -> None:
         while self._control.empty:

@@ -8,6 +8,7 @@ device without a barrier, and a lane that finishes is given its next batch at on
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Sequence as Seq
@@ -28,6 +29,7 @@ from serving.workers.ports import FFNPort
 from serving.workers.timeline import ATTENTION, FINISH, Recorder
 
 _MAP_AHEAD_TOKENS = 16  # keep this many tokens mapped beyond the last one where there is idle time to do it
+_SPINS_BEFORE_YIELD = 64  # longer than a crossing takes; from then on others that want this core get it
 _SPINS_BEFORE_SLEEP = 2000
 _IDLE_SLEEP_S = 0.0003
 
@@ -107,6 +109,8 @@ class ModelWorker:
         for step in self._lanes:
             if step is not None:
                 step.model.port.rest()
+                if idle_spins > _SPINS_BEFORE_YIELD:
+                    os.sched_yield()
                 return
         if idle_spins > _SPINS_BEFORE_SLEEP:
             time.sleep(_IDLE_SLEEP_S)
