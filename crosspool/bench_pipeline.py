@@ -145,8 +145,10 @@ def report(runs: Sequence[Run], batch: int) -> str:
     base = [run.tokens_per_s for run in mine if (run.cell.lanes, run.cell.control) == _BASE]
     lines = [
         f"decode batch {batch}, {len(base)} runs a cell",
-        f"{'in flight':>9} {'control':>8} {'tok/s':>8} {'x neither':>10} {'95 % interval':>15} {'attention us':>13} "
-        f"{'FFN us':>8} {'busier side busy':>17}   waits (attention side; FFN side)",
+        (
+            f"{'in flight':>9} {'control':>8} {'tok/s':>8} {'x neither':>10} {'95 % interval':>15} {'attention us':>13} "
+            f"{'FFN us':>8} {'busier side busy':>17}   waits (attention side; FFN side)"
+        ),
     ]
     for cell in dict.fromkeys(run.cell for run in mine):
         same = [run for run in mine if run.cell == cell]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from crosspool.weights_pool import Held, from_plain, legs_of, require_known, share_out, to_plain
+from crosspool.weights_pool import Held, Legs, from_plain, legs_of, require_known, share_out, to_plain
 from serving.capacity import (
     attention_bytes,
     attention_workspace_bytes,
@@ -36,17 +36,21 @@ CONTROLS = ("lowered", "host")
 class CrossPoolOptions(EngineOptions):
     """Beside what every engine has: `lanes`, the number of in-flight batches (the paper has 2), and `control`, which is
     `lowered` (the two sides poll each other's mailbox) or `host` (a third process hands over every stage). The first
-    device is the KV pool, all others are the weights pool, over which `ffn_sharding` spreads FFNs: `whole` models, each
-    `layer` on one device, or every layer's width over all (`tensor`)."""
+    `kv_devices` devices are the KV pool, data-parallel ranks that each hold all attention weights and take a request where
+    most KV is free; all others are the weights pool, over which `ffn_sharding` spreads FFNs: `whole` models, each `layer`
+    on one device, or every layer's width over all (`tensor`)."""
 
     lanes: int = 2
     control: str = "lowered"
+    kv_devices: int = 1
     ffn_sharding: str = "whole"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.lanes, int) or self.lanes < 1:
             raise UserError(f"option lanes is {self.lanes!r}; at least one batch must be in flight")
+        if not isinstance(self.kv_devices, int) or self.kv_devices < 1:
+            raise UserError(f"option kv_devices is {self.kv_devices!r}; the KV pool needs at least one device")
         if self.control not in CONTROLS:
             raise UserError(f"option control is {self.control!r}; known: {', '.join(CONTROLS)}")
         require_known(self.ffn_sharding)
@@ -62,12 +66,16 @@ class CrossPool(HostedSystem):
         super().__init__(self.options.timeline_dir)
 
     def plan(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Placement:
-        """KV and attention halves on the first device, FFNs on the others as `ffn_sharding` says."""
-        if len(cluster.devices) < 2:
-            raise UserError("crosspool needs two devices at least: one for the KV pool, one for the weights pool")
-        kv_device, *weights_devices = cluster.devices
+        """KV and attention halves on the first `kv_devices` devices, FFNs on the others as `ffn_sharding` says."""
+        ranks = self.options.kv_devices
+        if len(cluster.devices) <= ranks:
+            raise UserError(
+                f"crosspool with {ranks} KV devices needs {ranks + 1} devices at least, one of them for the weights pool; "
+                f"there are {len(cluster.devices)}"
+            )
+        kv_devices, weights_devices = cluster.devices[:ranks], cluster.devices[ranks:]
         pool = share_out(models, weights_devices, self.options.ffn_sharding)
-        plans = [self._plan_kv_pool(kv_device, models)]
+        plans = [self._plan_kv_pool(device, models) for device in kv_devices]
         for device, held in zip(weights_devices, pool, strict=True):
             plans.append(self._plan_weights_pool(device, models, held))
         return Placement(self.name, tuple(models), tuple(plans), {**asdict(self.options), "ffn": to_plain(pool)})
@@ -93,40 +101,53 @@ class CrossPool(HostedSystem):
         return DevicePlan(device, "weights-pool", weights, 0)
 
     def _launch(self, placement: Placement) -> None:
-        kv_plan, *weights_plans = placement.devices
-        limits, lanes = self.options.limits, self.options.lanes
-        models = placement.models
-        row_bytes = max(model.spec.hidden_size * element_bytes(model.dtype) for model in models)
-        shape = MailboxShape(slots=lanes, slot_bytes=limits.max_rows * row_bytes)
+        ranks = self.options.kv_devices
+        kv_plans, weights_plans = placement.devices[:ranks], placement.devices[ranks:]
+        limits, models = self.options.limits, placement.models
         pool = from_plain(placement.options["ffn"])
         by_name = {model.name: model for model in models}
-        mailboxes = []
+        mailboxes: list[list[MailboxRef]] = [[] for _ in kv_plans]  # by KV rank, one a weights device
         for plan, held in zip(weights_plans, pool, strict=True):
+            boxes = [self._new_mailbox(models) for _ in kv_plans]
             hosted = tuple(by_name[name] for name in held)
-            bells = self._new_bells() if self.options.control == "host" else None
-            mailbox = MailboxRef(ref(self._new_mailbox_region(shape.region_bytes)), shape, bells)
-            role = FFNWorkerConfig(plan.device, hosted, limits, (mailbox,), tuple(held.values()))
-            self._start_worker(plan.device, role, descriptors([mailbox]))
-            mailboxes.append(mailbox)
+            role = FFNWorkerConfig(plan.device, hosted, limits, tuple(boxes), tuple(held.values()))
+            self._start_worker(plan.device, role, descriptors(boxes))
+            for rank, box in zip(mailboxes, boxes, strict=True):
+                rank.append(box)
         if self.options.control == "host":
-            relay = RelayConfig(tuple(mailbox.bells for mailbox in mailboxes))
-            self._start_worker(RELAY, relay, descriptors(mailboxes))
+            every = [box for rank in mailboxes for box in rank]
+            self._start_worker(RELAY, RelayConfig(tuple(box.bells for box in every)), descriptors(every))
         legs = [legs_of(model, pool) for model in models]
+        for number, (plan, boxes) in enumerate(zip(kv_plans, mailboxes, strict=True)):
+            name = "kv-pool" if ranks == 1 else f"kv-pool-{number}"
+            role = self._kv_role(plan, name, models, legs, boxes)
+            self._register_pools(self._start_worker(plan.device, role, descriptors(boxes)), role, self.options)
+
+    def _new_mailbox(self, models: Sequence[ServedModel]) -> MailboxRef:
+        row_bytes = max(model.spec.hidden_size * element_bytes(model.dtype) for model in models)
+        shape = MailboxShape(self.options.lanes, self.options.limits.max_rows * row_bytes)
+        bells = self._new_bells() if self.options.control == "host" else None
+        return MailboxRef(ref(self._new_mailbox_region(shape.region_bytes)), shape, bells)
+
+    def _kv_role(
+        self,
+        plan: DevicePlan,
+        name: str,
+        models: tuple[ServedModel, ...],
+        legs: Sequence[Legs],
+        mailboxes: Sequence[MailboxRef],
+    ) -> ModelWorkerConfig:
         first = [layers[0][0] for layers in legs]
-        spread = {} if self.options.ffn_sharding == "whole" else dict(enumerate(legs))
-        kv_pool = pool_config(
-            "kv-pool", kv_plan.kv_bytes, self.options.page_bytes, range(len(models)), self.options.max_running
-        )
-        role = ModelWorkerConfig(
-            kv_plan.device,
+        options = self.options
+        pool = pool_config(name, plan.kv_bytes, options.page_bytes, range(len(models)), options.max_running)
+        return ModelWorkerConfig(
+            plan.device,
             models,
-            (kv_pool,),
-            limits,
-            lanes,
+            (pool,),
+            options.limits,
+            options.lanes,
             ffn_ports=tuple(port for port, _ in first),
             ffn_indices=tuple(index for _, index in first),
             mailboxes=tuple(mailboxes),
-            ffn_legs=spread,
+            ffn_legs={} if options.ffn_sharding == "whole" else dict(enumerate(legs)),
         )
-        worker = self._start_worker(kv_plan.device, role, descriptors(mailboxes))
-        self._register_pools(worker, role, self.options)
