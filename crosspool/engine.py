@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from crosspool.expectation import Expectation, PoolUse, compare, expect
+from crosspool.planner.from_trace import ServiceModel
 from crosspool.weights_pool import Held, Legs, from_plain, legs_of, require_known, share_out, to_plain
 from serving.capacity import (
     attention_bytes,
@@ -26,6 +28,7 @@ from serving.options import EngineOptions
 from serving.shm.mailbox import MailboxShape
 from serving.spec import element_bytes
 from serving.workers.config import FFNWorkerConfig, MailboxRef, ModelWorkerConfig, RelayConfig
+from serving.workers.messages import PoolUse as PoolReport
 from serving.workers.process import descriptors, ref
 
 RELAY = Device("relay", "host", 0, 0)  # no device: the process that stands for the host under host-driven control
@@ -38,12 +41,18 @@ class CrossPoolOptions(EngineOptions):
     `lowered` (the two sides poll each other's mailbox) or `host` (a third process hands over every stage). The first
     `kv_devices` devices are the KV pool, data-parallel ranks that each hold all attention weights and take a request where
     most KV is free; all others are the weights pool, over which `ffn_sharding` spreads FFNs: `whole` models, each `layer`
-    on one device, or every layer's width over all (`tensor`)."""
+    on one device, or every layer's width over all (`tensor`).
+
+    The KV pool is all memory that weights and workspace leave. Where the demand is known, the planner says for `quantile` of
+    the time how many pages requests hold, with `planned_token_s` for each token of output and a tenth of a second besides;
+    that stands in the record, beside what was observed."""
 
     lanes: int = 2
     control: str = "lowered"
     kv_devices: int = 1
     ffn_sharding: str = "whole"
+    quantile: float = 0.99
+    planned_token_s: float = 0.04
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +63,16 @@ class CrossPoolOptions(EngineOptions):
         if self.control not in CONTROLS:
             raise UserError(f"option control is {self.control!r}; known: {', '.join(CONTROLS)}")
         require_known(self.ffn_sharding)
+        if not 0 < self.quantile < 1 or not self.planned_token_s > 0:
+            raise UserError(
+                f"option quantile is {self.quantile!r} and planned_token_s {self.planned_token_s!r}; the one lies between 0 "
+                "and 1 (0.99 is usual), the other above 0"
+            )
+
+    @property
+    def service(self) -> ServiceModel:
+        """How long the planner takes a request to live."""
+        return ServiceModel(base_s=0.1, prompt_token_s=0.0, output_token_s=self.planned_token_s)
 
 
 class CrossPool(HostedSystem):
@@ -64,6 +83,9 @@ class CrossPool(HostedSystem):
     def __init__(self, options: CrossPoolOptions | None = None) -> None:
         self.options = options or CrossPoolOptions()
         super().__init__(self.options.timeline_dir)
+        self._expected: Expectation | None = None
+        self._use: list[PoolUse] = []
+        self._latest_use: dict[str, int] = {}  # pages in use by pool
 
     def plan(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Placement:
         """KV and attention halves on the first `kv_devices` devices, FFNs on the others as `ffn_sharding` says."""
@@ -78,7 +100,25 @@ class CrossPool(HostedSystem):
         plans = [self._plan_kv_pool(device, models) for device in kv_devices]
         for device, held in zip(weights_devices, pool, strict=True):
             plans.append(self._plan_weights_pool(device, models, held))
-        return Placement(self.name, tuple(models), tuple(plans), {**asdict(self.options), "ffn": to_plain(pool)})
+        pages = sum(plan.kv_bytes for plan in plans) // self.options.page_bytes
+        options = self.options
+        expected = expect(models, demand, options.page_bytes, pages, options.quantile, options.service)
+        held = {"ffn": to_plain(pool), "expected": expected}
+        return Placement(self.name, tuple(models), tuple(plans), {**asdict(options), **held})
+
+    def notes(self) -> dict[str, object]:
+        """What the planner expected of the KV demand, and what was observed."""
+        if self._expected is None:
+            return {}
+        return {"planner": self._expected.described(), "observed": compare(self._expected, self._use)}
+
+    def _take_sample(self, device: Device, message: PoolReport) -> None:
+        super()._take_sample(device, message)
+        latest = {pool.name: self._latest_use.get(pool.name, 0) for pool in self._pools}
+        latest |= {name: sum(pages.values()) for name, pages in message.pages}
+        self._latest_use = latest
+        waiting = sum(pool.queue.waiting_pages for pool in self._pools)
+        self._use.append(PoolUse(message.time_ns / 1e9, sum(latest.values()), waiting))
 
     def _plan_kv_pool(self, device: Device, models: Sequence[ServedModel]) -> DevicePlan:
         limits, page_bytes = self.options.limits, self.options.page_bytes
@@ -101,6 +141,7 @@ class CrossPool(HostedSystem):
         return DevicePlan(device, "weights-pool", weights, 0)
 
     def _launch(self, placement: Placement) -> None:
+        self._expected, self._use, self._latest_use = placement.options["expected"], [], {}
         ranks = self.options.kv_devices
         kv_plans, weights_plans = placement.devices[:ranks], placement.devices[ranks:]
         limits, models = self.options.limits, placement.models

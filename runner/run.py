@@ -147,6 +147,7 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
             poll_s, simulated = config.poll_interval_ms / 1e3, config.backend.name == "sim"
             replay = Replay(system, trace, config.drain_timeout_s, poll_s, backend.clock, lengths_only=simulated)
             observation, sampled = _watched(replay, len(trace), config, computing)
+            notes = system.notes()
         finally:
             system.stop()
     _count_never_submitted(observation, trace)
@@ -157,6 +158,7 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
         "system_series": sampled,
         "tuning": tuning.content,
         "placement": _describe(placement),
+        "notes": notes,
         "seeds": {key: value for key, value in asdict(workload).items() if "seed" in key},
         "trace": {
             "digest": trace.digest,

@@ -69,6 +69,11 @@ class AdmissionQueue:
         return len(self._waiting)
 
     @property
+    def waiting_pages(self) -> int:
+        """Pages that the waiting requests ask for."""
+        return self._waiting_pages
+
+    @property
     def free_pages(self) -> int:
         """What would be left if everything in the queue were admitted; negative where the queue is longer than that."""
         return self.limits.budget_pages - self.promised_pages - self._waiting_pages

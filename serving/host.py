@@ -199,6 +199,10 @@ class HostedSystem:
             )
         return stats
 
+    def notes(self) -> dict[str, object]:
+        """Nothing, unless a system has something to say."""
+        return {}
+
     def stop(self) -> None:
         """Stop every worker and give back all shared memory. Safe at any time, and twice."""
         workers, self._workers = self._workers, []
