@@ -1,4 +1,9 @@
-"""What the workers of a run did, put together: a Chrome trace to look at, and idle time attributed to its causes.
+"""What the workers of a run did, put together: a Chrome trace and a Gantt to look at, and idle time attributed to causes.
+
+    python -m serving.timeline DIR [--from-ms 100 --for-ms 5]
+
+reads what a run with the option `timeline_dir=DIR` left there, writes `trace.json` and `gantt.png` beside it, and prints what
+each device waited for.
 
 A lane is *outstanding* from the end of its attention to the start of its next stage on the same device. While a device is
 idle, the cause is the other side computing, a hand-over in progress (outstanding, but nobody computes it: transfer and
@@ -7,13 +12,14 @@ control), or no work at all.
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from serving.errors import UserError
+from serving.errors import UserError, command
 from serving.workers.timeline import ATTENTION, FFN, FINISH, SPAN, STAGES
 
 WAITING_FOR_FFN, WAITING_FOR_ATTENTION = "waiting for FFN", "waiting for attention"
@@ -104,4 +110,82 @@ def _outstanding(attention: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(starts), np.concatenate(ends)
 
 
-__all__ = ["ATTENTION", "FFN", "FINISH", "attribute_idle", "chrome_trace", "read_timeline"]
+def sides(timelines: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The timelines of the devices that attended, and of those that computed FFNs only."""
+    attention = {name: spans for name, spans in timelines.items() if (spans["stage"] == ATTENTION).any()}
+    ffn = {n: s for n, s in timelines.items() if n not in attention and (s["stage"] == FFN).any()}
+    return attention, ffn
+
+
+def between(timelines: Mapping[str, np.ndarray], from_ms: float, for_ms: float) -> dict[str, np.ndarray]:
+    """Spans that start within `for_ms` from `from_ms` after the first span of all (0: to the end)."""
+    first = min((spans["start_ns"].min() for spans in timelines.values() if len(spans)), default=0)
+    low = first + from_ms * 1e6
+    high = low + for_ms * 1e6 if for_ms else np.inf
+    return {n: s[(s["start_ns"] >= low) & (s["start_ns"] < high)] for n, s in timelines.items()}
+
+
+def draw_gantt(timelines: Mapping[str, np.ndarray], path: Path) -> None:
+    """A row a device and lane, a bar a stage, a colour a model: pale where it is attention, full where it is FFN."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [(name, int(lane)) for name, spans in timelines.items() for lane in np.unique(spans["lane"])]
+    if not rows:
+        raise UserError("no span lies in the time asked for; see --from-ms and --for-ms")
+    origin_ns = min(spans["start_ns"].min() for spans in timelines.values() if len(spans))
+    figure, axes = plt.subplots(figsize=(10, 0.8 + 0.45 * len(rows)), layout="constrained")
+    for row, (name, lane) in enumerate(rows):
+        mine = timelines[name][timelines[name]["lane"] == lane]
+        for stage in range(len(STAGES)):
+            spans = mine[mine["stage"] == stage]
+            bars = np.stack([spans["start_ns"] - origin_ns, spans["end_ns"] - spans["start_ns"]], axis=1) / 1e6
+            colours = [f"C{int(model) % 10}" for model in spans["model"]]
+            axes.broken_barh(
+                bars,
+                (row - 0.4, 0.8),
+                facecolors=colours,
+                alpha=1.0 if stage == FFN else 0.55,
+                hatch="//" * (stage == FINISH),
+            )
+    axes.set_yticks(range(len(rows)), [f"{name} lane {lane}" for name, lane in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("time (ms); a colour a model, hatched: LM head and sampling")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def idle_table(timelines: Mapping[str, np.ndarray]) -> str:
+    """What every device waited for: attention devices against all FFN devices, and the other way round."""
+    attention, ffn = sides(timelines)
+    if not attention or not ffn:
+        return "one pool only: nothing crosses, nothing to wait for"
+    lines = []
+    for mine, others, side in ((attention, ffn, "attention"), (ffn, attention, "ffn")):
+        other = np.concatenate(list(others.values()))
+        for name, spans in mine.items():
+            pair = (spans, other) if side == "attention" else (other, spans)
+            shares = attribute_idle(*pair)[side]
+            lines.append(f"{name:>10}  " + "  ".join(f"{cause} {share:.1%}" for cause, share in shares.items()))
+    return "\n".join(lines)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m serving.timeline", description=__doc__.split("\n\n")[0])
+    parser.add_argument("directory", type=Path, help="what a run's option timeline_dir named")
+    parser.add_argument("--from-ms", type=float, default=0.0, help="after the first span")
+    parser.add_argument("--for-ms", type=float, default=0.0, help="how much of it (0: all)")
+    args = parser.parse_args(argv)
+    shown = between(read_timeline(args.directory), args.from_ms, args.for_ms)
+    draw_gantt(shown, args.directory / "gantt.png")
+    (args.directory / "trace.json").write_text(chrome_trace(shown))
+    print(idle_table(shown))
+    print(f"{args.directory / 'gantt.png'}\n{args.directory / 'trace.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

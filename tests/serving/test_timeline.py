@@ -68,3 +68,20 @@ def test_a_directory_without_a_timeline_is_one_clear_line(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros(3))
     with pytest.raises(UserError, match="not a timeline of this version"):
         read_timeline(tmp_path)
+
+
+def test_the_command_draws_a_gantt_and_says_what_devices_waited_for(tmp_path, tiny_checkpoints, capsys):
+    """The commands of the README, shortened: a run that records itself, and its timeline drawn."""
+    from serving.generate import main as generate
+    from serving.timeline import main
+
+    directory = tmp_path / "timeline"
+    arguments = ["--model", str(tiny_checkpoints["mixtral"]), "--prompt-ids", "1,2,3", "--max-new-tokens", "4"]
+    assert generate([*arguments, "--option", f"timeline_dir={directory}"]) == 0
+    assert main([str(directory)]) == 0
+    printed = capsys.readouterr().out
+    assert "cpu-0" in printed
+    assert "waiting for attention" in printed
+    assert (directory / "gantt.png").stat().st_size > 5000
+    assert json.loads((directory / "trace.json").read_text())["traceEvents"]
+    assert main([str(directory), "--from-ms", "1e9"]) == 2
