@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     measure = add("calibrate", _calibrate, "measure this machine and the stages of models on it")
     measure.add_argument("--out", metavar="FILE", required=True, help="the JSON file to write")
     measure.add_argument(
-        "--model", metavar="DIR", action="append", default=[], help="a checkpoint directory; repeatable"
+        "--model", metavar="[NAME=]DIR", action="append", default=[], help="a checkpoint directory; repeatable"
     )
     measure.add_argument("--dtype", default="float32", help="what models compute in")
     measure.add_argument("--dummy", action="store_true", help="seeded weights: only config.json is read")
@@ -120,7 +120,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     from serving.cost import calibrate
     from serving.cost.calibrated import calibration, rows_by_operator, write_calibration
 
-    served = [_served(Path(model), options.dtype, options.dummy) for model in options.model]
+    served = [_served(model, options.dtype, options.dummy) for model in options.model]
     provenance = {
         "machine": calibrate.machine_name(),
         "date": datetime.date.today().isoformat(),
@@ -148,9 +148,11 @@ def _calibrate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _served(directory: Path, dtype: str, dummy: bool) -> ServedModel:
+def _served(named: str, dtype: str, dummy: bool) -> ServedModel:
+    """The model in a directory, under the directory's name or the one given before it."""
     element_bytes(dtype)
-    return ServedModel(load_spec(directory), directory, dtype, dummy)
+    name, _, directory = named.rpartition("=")
+    return ServedModel(load_spec(directory, name or None), Path(directory), dtype, dummy)
 
 
 def _pin(core: int) -> None:
