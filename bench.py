@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner import sweep
 from runner.overrides import explain
+from runner.short import VARIABLE, is_short, shortened
 from serving.errors import UserError, one_line
 
 CONFIGURATION = Path(__file__).resolve().parent / "conf"
@@ -33,6 +34,9 @@ def task(config: DictConfig) -> None:
 
 def main() -> int:
     _interrupt_on(signal.SIGINT, signal.SIGTERM)
+    if is_short():
+        print(f"note: {VARIABLE} is set: the first cell, and a second of arrivals", file=sys.stderr)
+        sys.argv[1:] = shortened(sys.argv[1:])
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # it may stand anywhere
     with tempfile.TemporaryDirectory(prefix="sweep-", dir=_folder_that_nodes_share()) as folder:
         log = Path(folder) / "cells.jsonl"

@@ -21,6 +21,7 @@ from pathlib import Path
 from runner import ship, tracking
 from runner.config import TRACKING_MODES, Tracking
 from runner.experiments import MODES, Experiment, of_mode
+from runner.short import is_short
 from serving import doctor
 from serving.errors import UserError, command
 
@@ -78,6 +79,11 @@ def why_skipped(experiment: Experiment, machine: Machine) -> str:
     return ""
 
 
+def chosen(mode: str) -> list[Experiment]:
+    """The experiments to run in `mode`."""
+    return of_mode(mode)[:1] if is_short() else of_mode(mode)
+
+
 def preflight(mode: str, machine: Machine) -> None:
     """Say what there is, what will run and for how long, and what will not. Raises UserError where nothing can."""
     gpus = ", ".join(machine.gpus) or "none"
@@ -100,7 +106,7 @@ def preflight(mode: str, machine: Machine) -> None:
     if missing:
         raise UserError(f"this machine cannot run the CPU backend: {'; '.join(missing)}")
     total = 0.0
-    for experiment in of_mode(mode):
+    for experiment in chosen(mode):
         why = why_skipped(experiment, machine)
         minutes = 0.0 if why else experiment.minutes(mode)
         total += minutes
@@ -199,7 +205,7 @@ def run_mode(mode: str) -> int:
     preflight(mode, machine)
     lines: list[Line] = []
     interrupted = False
-    for experiment in of_mode(mode):
+    for experiment in chosen(mode):
         why = why_skipped(experiment, machine)
         if interrupted:
             lines.append(Line(experiment.name, SKIPPED, 0, "interrupted; start again to go on where it stopped"))
