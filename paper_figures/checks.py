@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from paper_figures.kv_capacity import usable
 from paper_figures.paper import facts
+from paper_figures.rate_by_context import highest
 from paper_figures.records import Run, Study
 from paper_figures.selection import panels
 from paper_figures.shapes import kv_share, shapes
@@ -108,6 +109,13 @@ def completed_share_gap(runs: Sequence[Run], numerator: str, denominator: str) -
     return Measured(shares[0] - shares[1], tuple(used))
 
 
+def highest_rate(runs: Sequence[Run], system: str) -> Measured:
+    """The highest rate served at the longest context swept (as in the exhibit rate_by_context)."""
+    longest = max((context(run) or 0 for run in runs), default=0)
+    mine = _complete([run for run in runs if context(run) == longest], system)
+    return Measured(float(highest(mine)["rate_rps"]), tuple(mine))
+
+
 def cold_share(runs: Sequence[Run], coldest_models: float) -> Measured:
     """Share of tokens of the coldest `coldest_models` of a run's models: of the run with most models."""
     complete = [run for run in runs if run.ok]
@@ -178,6 +186,7 @@ CHECKS: dict[str, Callable[..., Measured]] = {
         model_metric_ratio,
         ablation_speedup,
         completed_share_gap,
+        highest_rate,
         cold_share,
         pooled_peak,
         usable_kv_ratio,

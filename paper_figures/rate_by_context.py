@@ -41,7 +41,7 @@ class RateByContext(FigureExhibit):
         for variant in style.order(labels.values()):
             for length in sorted({context(run) for run in runs}):
                 cell = [run for run in runs if labels[run.run_id] == variant and context(run) == length]
-                rows.append({"system": variant, "context_tokens": length, **_highest(cell)})
+                rows.append({"system": variant, "context_tokens": length, **highest(cell)})
         return pd.DataFrame(rows)
 
     def draw(self, rows: pd.DataFrame, figure: Figure) -> None:
@@ -65,7 +65,7 @@ class RateByContext(FigureExhibit):
         legend_above(figure, [axis])
 
 
-def _highest(cell: Sequence[Run]) -> dict[str, object]:
+def highest(cell: Sequence[Run]) -> dict[str, object]:
     """The highest rate served, whether none higher was tried, and how many rates were."""
     attained = {}
     for value in sorted({rate(run) for run in cell if run.ok}):

@@ -61,9 +61,10 @@ class Experiment:
 
 _SEED = "workload.seeds.schedule"
 _RATE, _SKEW, _PROMPT = "workload.arrivals.rate_rps", "workload.popularity.alpha", "workload.lengths.prompt_max"
+_DURATION, _BINS = "workload.duration_s", "workload.lengths.bins"
+_LONG = ("fast", "full")
 _SCARCE = ("conf=smoke",)
-_HEADLINE = ("crosspool", "static", "elastic", "swap", "quota")
-_THREE = ("crosspool", "static", "elastic")  # those that the paper compares
+_HEADLINE = ("crosspool", "static", "swap", "quota")
 _PAPER_THREE = ("paper-crosspool", "paper-static", "paper-elastic")
 _PAPER_RATES = (0.2, 0.5, 0.8, 1.0)
 
@@ -99,7 +100,6 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         figures=("latency_vs_rate", "tbt_vs_rate", "goodput", "outcomes", "summary"),
         cell_s=28,
         paper="Fig. 7",
-        systems=_THREE,
     ),
     Experiment(
         name="skew",
@@ -166,13 +166,65 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         question="The paper's TBT experiment at its own scale: three models on five A100 40 GB, simulated.",
         base=("conf=paper-tbt",),
         sweeps={
-            "fast": {_RATE: _PAPER_RATES, "workload.duration_s": (120,)},
+            "fast": {_RATE: _PAPER_RATES, _DURATION: (120,)},
             "full": {_RATE: _PAPER_RATES, _SEED: (0, 1, 2)},
         },
         figures=("tbt_vs_rate", "tbt_by_model", "latency_vs_rate", "kv_capacity", "placement", "outcomes", "summary"),
-        cell_s=15,
+        cell_s=8,
         paper="Fig. 7",
         systems=_PAPER_THREE,
+    ),
+    Experiment(
+        name="paper-ablation",
+        question="The pipeline and lowered control at the paper's scale, simulated.",
+        base=("conf=paper-ablation",),
+        sweeps={
+            mode: {"system.options.lanes": (1, 2), "system.options.control": ("host", "lowered")} for mode in _LONG
+        },
+        figures=("ablation",),
+        cell_s=10,
+        paper="Table 3",
+        systems=("paper-crosspool",),
+    ),
+    Experiment(
+        name="paper-context",
+        question="The highest rate served by length of context at the paper's scale, simulated.",
+        base=("conf=paper-context",),
+        sweeps={
+            "fast": {_BINS: ("[4-8K]", "[16-32K]", "[64-128K]"), _RATE: (0.1, 0.4, 1.6), _DURATION: (120,)},
+            "full": {
+                _BINS: ("[4-8K]", "[8-16K]", "[16-32K]", "[32-64K]", "[64-128K]"),
+                _RATE: (0.1, 0.2, 0.4, 0.8, 1.6, 3.2),
+                _SEED: (0, 1, 2),
+            },
+        },
+        figures=("rate_by_context", "outcomes", "summary"),
+        cell_s=6,
+        paper="Fig. 6",
+        systems=_PAPER_THREE,
+    ),
+    Experiment(
+        name="paper-sensitivity",
+        question="What Fig. 7's ratio rests on that the paper does not say: here the batch cap, simulated.",
+        base=("conf=paper-sensitivity",),
+        sweeps={
+            "fast": {"system.options.max_batch": (2, 4, 8, 16), _DURATION: (120,)},
+            "full": {"system.options.max_batch": (2, 4, 8, 16), "workload.lengths.output_median": (115, 229, 458)},
+        },
+        figures=("sensitivity",),
+        cell_s=8,
+        paper="Fig. 7",
+        systems=("paper-crosspool", "paper-elastic"),
+    ),
+    Experiment(
+        name="paper-active-kv",
+        question="Active KV of four models at 0.2 requests a second each, simulated.",
+        base=("conf=paper-active-kv",),
+        sweeps={"fast": {_DURATION: (900,)}, "full": {_DURATION: (3600,)}},
+        figures=("active_kv",),
+        cell_s=30,
+        paper="Fig. 1b",
+        systems=("crosspool",),
     ),
     Experiment(
         name="planner-overflow",
