@@ -52,12 +52,14 @@ class DeviceEntry:
 @dataclass(frozen=True)
 class BackendConfig:
     """`real` computes; `sim` takes time as a `card` of conf/hardware would, or as the `calibration` file says this machine
-    does. `oversubscribe` lets more CPU devices compute than there are cores, which the record then says."""
+    does. `oversubscribe` lets more CPU devices compute than there are cores, which the record then says. Without `prefill`
+    (sim only) prompts come with their KV, as from prefill engines of their own: the paper measures decode only."""
 
     name: str = "real"
     card: str = ""
     calibration: str = ""
     oversubscribe: bool = False
+    prefill: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,14 @@ class BenchConfig:
             content.pop("tune")
         if not content["backend"]["oversubscribe"]:
             content["backend"].pop("oversubscribe")
+        if content["backend"]["prefill"]:
+            content["backend"].pop("prefill")
+        for entry, keys in [(m, ("published",)) for m in content["models"]] + [
+            (d, ("node", "card")) for d in content["devices"]
+        ]:
+            for key in keys:
+                if not entry[key]:
+                    entry.pop(key)
         return content
 
 
@@ -233,6 +243,8 @@ def _validate(config: BenchConfig) -> None:
         raise UserError("timeline=true: only workers that compute leave timelines; use backend=real")
     if config.tune.requests < 1:
         raise UserError(f"tune.requests is {config.tune.requests}; it must be at least 1")
+    if backend.name == "real" and not backend.prefill:
+        raise UserError("backend.prefill=false is for backend=sim: the real backend computes every prompt")
     if config.tracking.mode not in TRACKING_MODES:
         raise UserError(f"unknown tracking.mode {config.tracking.mode!r}; known: {', '.join(TRACKING_MODES)}")
     names = [model.name for model in config.models]

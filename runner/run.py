@@ -191,7 +191,9 @@ def _backend(config: BackendConfig) -> Backend:
         return RealBackend()
     from serving.sim.backend import simulate_calibrated, simulate_card
 
-    return simulate_card(config.card) if config.card else simulate_calibrated(config.calibration)
+    if config.card:
+        return simulate_card(config.card, prefill=config.prefill)
+    return simulate_calibrated(config.calibration, prefill=config.prefill)
 
 
 def _cores(config: BenchConfig) -> tuple[int, ...]:

@@ -123,7 +123,7 @@ class _Search:
 
         card, backend = self._config.tune.card, self._config.backend
         if not card and backend.calibration:
-            return simulate_calibrated(backend.calibration)
+            return simulate_calibrated(backend.calibration, prefill=backend.prefill)
         if not card and backend.card:
-            return simulate_card(backend.card)
+            return simulate_card(backend.card, prefill=backend.prefill)
         return simulate_datasheet(card or _DEFAULT_CARD[self._cluster.devices[0].kind])

@@ -33,7 +33,7 @@ from serving.workers.config import (
 class SimulatedBackend:
     """Simulated workers whose stages cost what `stages_of(model, device)` says; `hardware` names what is simulated.
     `of_parts` is whether costs are known of models cut into parts too; `coarse`, whether recurring events are taken many at
-    a time, which changes nothing but the time it takes."""
+    a time, which changes nothing but the time it takes. Without `prefill` prompts come with their KV."""
 
     name = "sim"
 
@@ -43,11 +43,12 @@ class SimulatedBackend:
         stages_of: Callable[[ServedModel, Device], ModelStages],
         of_parts: bool = True,
         coarse: bool = True,
+        prefill: bool = True,
     ) -> None:
         self.hardware = hardware
         self.clock = VirtualClock()
         self._pipeline = Pipeline(self.clock, coarse)
-        self._stages_of, self._of_parts = stages_of, of_parts
+        self._stages_of, self._of_parts, self._prefill = stages_of, of_parts, prefill
         self._stages: dict[tuple[str, ModelSpec, str], ModelStages] = {}
         self._ffn_workers: dict[int, SimulatedFFNWorker] = {}  # by the mailbox both ends share
         self._groups: dict[int, SimulatedGroup] = {}  # by the exchange that all ranks share
@@ -66,7 +67,7 @@ class SimulatedBackend:
         stages = [self._stages_for(model, role.device) for model in self._as_held(role)]
         if isinstance(role, ModelWorkerConfig):
             behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
-            return SimulatedModelWorker(name, self.clock, role, stages, behind, self._pipeline)
+            return SimulatedModelWorker(name, self.clock, role, stages, behind, self._pipeline, self._prefill)
         worker = SimulatedFFNWorker(name, self.clock, role, stages, self._pipeline.add_ffn())
         for mailbox in role.mailboxes:
             self._ffn_workers[mailbox.region.fd] = worker
@@ -84,9 +85,9 @@ class SimulatedBackend:
         if key not in self._groups:
             costs = GroupCosts(stages, plan)
             if role.uncoordinated is None:
-                self._groups[key] = SimulatedGroup(seat, costs, role.limits, self.clock)
+                self._groups[key] = SimulatedGroup(seat, costs, role.limits, self.clock, self._prefill)
             else:
-                self._groups[key] = UncoordinatedGroup(seat, costs, role.limits, self.clock, self._crowd)
+                self._groups[key] = UncoordinatedGroup(seat, costs, role.limits, self.clock, self._crowd, self._prefill)
         return self._groups[key]
 
     def _share_out(self, role: GroupWorkerConfig, stages: ModelStages) -> None:
@@ -114,7 +115,7 @@ class SimulatedBackend:
         return self._stages[key]
 
 
-def simulate_card(card: str, coarse: bool = True) -> SimulatedBackend:
+def simulate_card(card: str, coarse: bool = True, prefill: bool = True) -> SimulatedBackend:
     """A backend with the fitted costs of `card` (conf/hardware), and of other cards where devices name theirs. Raises
     UserError for an unknown one, listing the known, and CapacityError for a device with more memory than its card has."""
 
@@ -128,7 +129,7 @@ def simulate_card(card: str, coarse: bool = True) -> SimulatedBackend:
         return StageCosts(model.spec, CostModel(hardware))
 
     load_hardware(card)
-    return SimulatedBackend(card, costs_of, coarse=coarse)
+    return SimulatedBackend(card, costs_of, coarse=coarse, prefill=prefill)
 
 
 def simulate_datasheet(card: str) -> SimulatedBackend:
@@ -139,9 +140,12 @@ def simulate_datasheet(card: str) -> SimulatedBackend:
     )
 
 
-def simulate_calibrated(path: str | Path) -> SimulatedBackend:
+def simulate_calibrated(path: str | Path, prefill: bool = True) -> SimulatedBackend:
     """A backend with the costs measured on this machine by `python -m serving.cost calibrate`, kept in `path`."""
     found = read_calibration(path)
     return SimulatedBackend(
-        f"calibrated {Path(path).stem}", lambda model, device: CalibratedStages(model.spec, found), of_parts=False
+        f"calibrated {Path(path).stem}",
+        lambda model, device: CalibratedStages(model.spec, found),
+        of_parts=False,
+        prefill=prefill,
     )

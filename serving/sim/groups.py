@@ -25,7 +25,10 @@ from serving.workers.messages import PoolUse, Preempted, Stop, Submit, Tokens
 class SimulatedGroup:
     """What the ranks of one group do together: its replicas' schedulers, and the step under way."""
 
-    def __init__(self, seat: GroupSeat, costs: GroupCosts, limits: StepLimits, clock: VirtualClock) -> None:
+    def __init__(
+        self, seat: GroupSeat, costs: GroupCosts, limits: StepLimits, clock: VirtualClock, prefill: bool = True
+    ) -> None:
+        self._prefill = prefill
         self._plan, self._costs, self._clock = seat.group.plan, costs, clock
         self._spec = seat.model.spec
         self._ranks: list[SimulatedGroupWorker | None] = [None] * self._plan.ranks
@@ -46,7 +49,10 @@ class SimulatedGroup:
 
     def submit(self, request: Submit, replica: int) -> None:
         prompt = list(request.prompt)
-        self._schedulers[replica].add(LiveSequence(request.request_id, 0, prompt, len(prompt), request.max_new_tokens))
+        sequence = LiveSequence(request.request_id, 0, prompt, len(prompt), request.max_new_tokens)
+        if not self._prefill:
+            sequence.cached = len(prompt) - 1
+        self._schedulers[replica].add(sequence)
         if self._plans is None:
             self._begin()
 

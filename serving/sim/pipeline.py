@@ -17,7 +17,7 @@ from serving.sim.clock import VirtualClock
 
 _ATTENDED, _ARRIVED, _RETURNED, _FINISHED = range(4)
 _NEVER = 1 << 62
-_MOST_SITUATIONS = 64  # of a pattern that has not recurred by then nothing is kept
+_MOST_SITUATIONS = 16  # what has not recurred by then is not looked for any more, until a step begins or ends
 
 
 class FFNDevice:
@@ -192,7 +192,7 @@ class Pipeline:
 
     def _jump(self, device: AttentionDevice, started: Lane, now_ns: int, until_ns: int) -> None:
         """Where the situation in which `started` begins a layer was met before, go on as many recurrences at once as fit."""
-        if len(self._devices) > 1:
+        if len(self._devices) > 1 or len(self._seen) >= _MOST_SITUATIONS:
             return
         active = [lane for lane in device.lanes if lane.step is not None]
         if started is not active[0]:
@@ -210,9 +210,8 @@ class Pipeline:
         before = self._seen.get(situation)
         layers = tuple(lane.layer for lane in active)
         if before is None:
-            if len(self._seen) < _MOST_SITUATIONS:
-                counted = [(worker.busy_ns, worker.steps) for worker in self._ffn_devices]
-                self._seen[situation] = (now_ns, layers, device.busy_ns, device.crossed_bytes, counted)
+            counted = [(worker.busy_ns, worker.steps) for worker in self._ffn_devices]
+            self._seen[situation] = (now_ns, layers, device.busy_ns, device.crossed_bytes, counted)
             return
         since_ns, since_layers, busy_ns, crossed, counted = before
         period_ns = now_ns - since_ns

@@ -17,9 +17,15 @@ class UncoordinatedGroup(SimulatedGroup):
     """One engine of several on the devices of `crowd`."""
 
     def __init__(
-        self, seat: GroupSeat, costs: GroupCosts, limits: StepLimits, clock: VirtualClock, crowd: Crowd
+        self,
+        seat: GroupSeat,
+        costs: GroupCosts,
+        limits: StepLimits,
+        clock: VirtualClock,
+        crowd: Crowd,
+        prefill: bool = True,
     ) -> None:
-        super().__init__(seat, costs, limits, clock)
+        super().__init__(seat, costs, limits, clock, prefill)
         self._crowd = crowd
 
     def _begin(self) -> None:

@@ -33,8 +33,8 @@ def trace(seconds, rate_rps, seed=0):
     return requests
 
 
-def simulate(requests, coarse, **options):
-    backend = simulate_card("a100-40gb", coarse)
+def simulate(requests, coarse, prefill=True, **options):
+    backend = simulate_card("a100-40gb", coarse, prefill)
     system = registry.create("crosspool", {"page_bytes": 2 << 20, "ffn_sharding": "tensor", "max_batch": 4, **options})
     system.start(system.plan(CARDS, MODELS, Demand()), backend)
     try:
@@ -50,6 +50,13 @@ def test_many_events_at_once_are_the_same_run(options):
     coarse = simulate(requests, True, **options)
     assert coarse == simulate(requests, False, **options)
     assert coarse == simulate(requests, True, **options)
+
+
+def test_prompts_that_come_with_their_kv_cost_no_prefill():
+    requests = [TraceRequest(0, MODELS[0].name, 0.0, 900, 3, ())]
+    whole, apart = (simulate(requests, True, prefill=prefill)[0][0] for prefill in (True, False))
+    assert apart[0] < whole[0] / 2
+    assert apart[2] - apart[1] == whole[2] - whole[1]
 
 
 stage_ns = st.integers(1, 40)
