@@ -86,9 +86,13 @@ def test_a_documented_command_exists(command):
 def copy(tmp_path_factory):
     """A copy of this repository, whose results are its own."""
     target = tmp_path_factory.mktemp("copy") / "repository"
-    shutil.copytree(
-        ROOT, target, ignore=shutil.ignore_patterns(".git", ".venv", "local", "checkpoints", "__pycache__", ".*_cache")
-    )
+    made = {".git", ".venv", "checkpoints", "outputs", "local"}  # at the top, or below results
+
+    def ignored(folder, names):
+        ours = made if Path(folder) in (ROOT, ROOT / "results") else set()
+        return [name for name in names if name in ours or name == "__pycache__"]
+
+    shutil.copytree(ROOT, target, ignore=ignored)
     return target
 
 
