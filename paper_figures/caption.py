@@ -10,6 +10,7 @@ from paper_figures.selection import differing, flatten, variants
 
 _BACKENDS = {"real": "Measured", "sim": "SIMULATED (cost model, virtual clock)", "offline": "Calculated"}
 
+_MOST_FOR_OTHERS = 0.1
 _IN_SHORT = {"real": "measured", "sim": "simulated", "offline": "calculated"}
 
 
@@ -32,6 +33,9 @@ def caption(exhibit: Exhibit, runs: Sequence[Run]) -> str:
     for run in runs:
         if not run.ok:
             parts.append(f"Could not run: {labels[run.run_id]} ({run.reason or run.status}).")
+    others = max((run.metrics.get("other_cpu_share") or 0.0 for run in runs), default=0.0)
+    if others > _MOST_FOR_OTHERS:
+        parts.append(f"The machine was not quiet: other programs took up to {others:.0%} of its cores during a run.")
     if all(run.shipped for run in runs):
         parts.append("Records that ship with the repository.")
     if any(run.dirty for run in runs):

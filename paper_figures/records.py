@@ -139,7 +139,9 @@ class Run:
             raise BadRecord(f"{self.path / name}: {str(error).splitlines()[0]}") from None
 
     def completed(self) -> pd.DataFrame:
-        return self.requests[self.requests["outcome"] == "completed"]
+        """Completed requests of which token times are kept: of a shipped record, some of them."""
+        rows = self.requests
+        return rows[(rows["outcome"] == "completed") & (rows["token_times_ns"].str.len() > 0)]
 
     def ttft_ms(self) -> np.ndarray:
         """First token from the planned arrival, of completed requests."""

@@ -4,7 +4,7 @@
     python -m runner.ship verify                  every file is the manifest's, every record reads
 
 A shipped record says so in its own `shipped` key: paper_figures never draws it beside one that was made here unless told to.
-Rows that nothing draws are thinned: token ids are left out, series keep every n-th time.
+Rows that nothing draws are thinned: token ids are left out, token times are those of 125 requests at most, series keep every n-th time. Metrics stay those of all.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from serving.errors import UserError, command
 _REPOSITORY = Path(__file__).resolve().parents[1]
 LOCAL, SHIPPED = _REPOSITORY / "results" / "local", _REPOSITORY / "results" / "shipped"
 MANIFEST = "manifest.json"
-_MOST_SERIES_ROWS, _MOST_TIMELINE_ROWS, _MOST_SYSTEM_SAMPLES = 2_000, 2_000, 60
+_MOST_TIMED_REQUESTS, _MOST_SERIES_ROWS, _MOST_TIMELINE_ROWS, _MOST_SYSTEM_SAMPLES = 125, 1_000, 2_000, 60
+_TIMES = "token_times_ns.list.element"
 
 
 def pack(source: Path, target: Path, experiments: Sequence[str]) -> int:
@@ -74,21 +75,33 @@ def pack(source: Path, target: Path, experiments: Sequence[str]) -> int:
 def _pack_record(record: Record, target: Path) -> None:
     target.mkdir(parents=True)
     content = dict(record.content)
-    content["shipped"] = {"thinned": ["token_ids", SERIES_FILE, TIMELINE_FILE, "system_series"]}
+    content["shipped"] = {"thinned": ["token_ids", "token_times_ns", SERIES_FILE, TIMELINE_FILE, "system_series"]}
     content["config"] = {**content["config"], "results_dir": "results/local"}  # no path of the machine that made it
     content["command"] = " ".join(word for word in content["command"].split() if not word.startswith("results_dir="))
     samples = content.get("system_series") or []
     content["system_series"] = samples[:: max(1, -(-len(samples) // _MOST_SYSTEM_SAMPLES))]
     (target / RECORD_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    requests = record.requests()
-    index = requests.schema.get_field_index("token_ids")
-    empty = pa.array([[] for _ in range(len(requests))], requests.schema.field(index).type)
-    _write(requests.set_column(index, requests.schema.field(index), empty), target / REQUESTS_FILE)
+    _write(_without_tokens(record.requests()), target / REQUESTS_FILE)
     _write(_thinned(record.series(), "time_ns", _MOST_SERIES_ROWS), target / SERIES_FILE)
     if (record.path / TIMELINE_FILE).is_file():
         spans = pq.read_table(record.path / TIMELINE_FILE).sort_by("start_ns")
         first = max(0, (len(spans) - _MOST_TIMELINE_ROWS) // 2)
         _write(spans.slice(first, _MOST_TIMELINE_ROWS), target / TIMELINE_FILE)
+
+
+def _without_tokens(requests: pa.Table) -> pa.Table:
+    """All requests, none with its token ids, and evenly spread ones with the times of their tokens."""
+    every = max(1, -(-len(requests) // _MOST_TIMED_REQUESTS))
+    times = requests["token_times_ns"].to_pylist()
+    kept = {
+        "token_ids": [[] for _ in times],
+        "token_times_ns": [found if number % every == 0 else [] for number, found in enumerate(times)],
+    }
+    for name, values in kept.items():
+        index = requests.schema.get_field_index(name)
+        field = requests.schema.field(index)
+        requests = requests.set_column(index, field, pa.array(values, field.type))
+    return requests
 
 
 def _thinned(rows: pa.Table, key: str, most: int) -> pa.Table:
@@ -101,7 +114,9 @@ def _thinned(rows: pa.Table, key: str, most: int) -> pa.Table:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    pq.write_table(table, path, compression="zstd")
+    encoding = {"use_dictionary": False, "column_encoding": {_TIMES: "DELTA_BINARY_PACKED"}}
+    timed = "token_times_ns" in table.schema.names
+    pq.write_table(table, path, compression="zstd", **(encoding if timed else {}))
 
 
 def verify(target: Path) -> tuple[int, list[str]]:

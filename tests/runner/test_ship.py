@@ -40,7 +40,7 @@ def test_a_packed_record_is_small_reads_and_names_no_place_of_its_maker(shipped)
     rows = record.requests().to_pylist()
     assert len(rows) == 20 and rows[3]["token_times_ns"] == [8, 12] and rows[3]["token_ids"] == []
     series = record.series().to_pandas()
-    assert len(series) <= 2000 and set(series.groupby("time_ns").size()) == {2}
+    assert len(series) <= 1000 and set(series.groupby("time_ns").size()) == {2}
     assert ship.main(["verify", "--shipped", str(shipped)]) == 0
 
 
