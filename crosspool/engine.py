@@ -21,6 +21,7 @@ from serving.capacity import (
     require_kv,
     require_weights,
 )
+from serving.cuda.config import CardWorkerConfig
 from serving.errors import UserError
 from serving.host import HostedSystem, pool_config
 from serving.interface import Cluster, Demand, Device, DevicePlan, Placement, ServedModel
@@ -32,13 +33,14 @@ from serving.workers.messages import PoolUse as PoolReport
 from serving.workers.process import descriptors, ref
 
 RELAY = Device("relay", "host", 0, 0)  # no device: the process that stands for the host under host-driven control
-CONTROLS = ("lowered", "host")
+CONTROLS = ("lowered", "host", "resident")  # the last on cuda devices only
 
 
 @dataclass(frozen=True)
 class CrossPoolOptions(EngineOptions):
     """Beside what every engine has: `lanes`, the number of in-flight batches (the paper has 2), and `control`, which is
-    `lowered` (the two sides poll each other's mailbox) or `host` (a third process hands over every stage). The first
+    `lowered` (the two sides poll each other's mailbox) or `host` (a third process hands over every stage), or on cuda
+    devices `resident` (lowered, with an FFN kernel that never returns). The first
     `kv_devices` devices are the KV pool, data-parallel ranks that each hold all attention weights and take a request where
     most KV is free; all others are the weights pool, over which `ffn_sharding` spreads FFNs: `whole` models, each `layer`
     on one device, or every layer's width over all (`tensor`).
@@ -89,6 +91,8 @@ class CrossPool(HostedSystem):
 
     def plan(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Placement:
         """KV and attention halves on the first `kv_devices` devices, FFNs on the others as `ffn_sharding` says."""
+        if self.options.control == "resident" and cluster.devices[0].kind != "cuda":
+            raise UserError("option control=resident is of cuda devices; on others lowered control polls mailboxes")
         ranks = self.options.kv_devices
         if len(cluster.devices) <= ranks:
             raise UserError(
@@ -142,6 +146,9 @@ class CrossPool(HostedSystem):
 
     def _launch(self, placement: Placement) -> None:
         self._expected, self._use, self._latest_use = placement.options["expected"], [], {}
+        if placement.devices[0].device.kind == "cuda":
+            self._launch_on_cards(placement)
+            return
         ranks = self.options.kv_devices
         kv_plans, weights_plans = placement.devices[:ranks], placement.devices[ranks:]
         limits, models = self.options.limits, placement.models
@@ -192,3 +199,28 @@ class CrossPool(HostedSystem):
             mailboxes=tuple(mailboxes),
             ffn_legs={} if options.ffn_sharding == "whole" else dict(enumerate(legs)),
         )
+
+    def _launch_on_cards(self, placement: Placement) -> None:
+        """One process drives all cards: what meets without the host are kernels, and two processes on one card would take
+        turns on it."""
+        kv_plan, *weights_plans = placement.devices
+        models = placement.models
+        if self.options.ffn_sharding != "whole" or self.options.kv_devices != 1:
+            raise UserError("cuda devices run with one KV device (kv_devices=1) and whole FFNs (ffn_sharding=whole)")
+        holder = {name: plan.device for plan in weights_plans for name in plan.weights_bytes}
+        kv_pool = pool_config(
+            "kv-pool", kv_plan.kv_bytes, self.options.page_bytes, range(len(models)), self.options.max_running
+        )
+        local = (-1,) * len(models)
+        role = CardWorkerConfig(
+            kv_plan.device,
+            models,
+            (kv_pool,),
+            self.options.limits,
+            self.options.lanes,
+            local,
+            local,
+            ffn_devices=tuple(holder[model.name] for model in models),
+            control=self.options.control,
+        )
+        self._register_pools(self._start_worker(kv_plan.device, role), role, self.options)

@@ -33,7 +33,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-ids", action="append", required=True, metavar="1,2,3", help="token ids; repeatable")
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--dtype", default="float32", choices=sorted(BYTES_PER_ELEMENT))
-    parser.add_argument("--devices", type=int, default=2, help="CPU devices, one core each")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="kind of the devices")
+    parser.add_argument(
+        "--devices", type=int, default=2, help="devices: CPU cores, or cards, shared where there are fewer"
+    )
     parser.add_argument("--device-memory-mib", type=int, default=1024, help="budget of each device")
     parser.add_argument("--stop-at-eos", action="store_true", help="end at an end-of-sequence id of the model")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the system")
@@ -62,6 +65,16 @@ def cpu_cluster(devices: int, memory_bytes: int) -> Cluster:
     return Cluster(tuple(Device(f"cpu:{i}", "cpu", i, memory_bytes) for i in range(devices)))
 
 
+def cuda_cluster(devices: int, memory_bytes: int) -> Cluster:
+    """`devices` devices with a budget of `memory_bytes` each, dealt out over this machine's cards."""
+    import torch
+
+    cards = torch.cuda.device_count()
+    if not cards:
+        raise UserError("--device cuda: torch sees no card (python -m serving.doctor says what it sees)")
+    return Cluster(tuple(Device(f"gpu{i}", "cuda", i % cards, memory_bytes) for i in range(devices)))
+
+
 def generate(system: System, requests: Sequence[Request]) -> dict[int, list[int]]:
     """Tokens of every request, by id, from a started system. Raises UserError when one is rejected or fails."""
     tokens: dict[int, list[int]] = {request.request_id: [] for request in requests}
@@ -88,11 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--model: directory names must differ, got {', '.join(names)}")
     models = [ServedModel(spec, Path(directory), args.dtype) for spec, directory in zip(specs, args.model, strict=True)]
     system = registry.create(args.system, dict(parse_option(text) for text in args.option))
-    cluster = cpu_cluster(args.devices, args.device_memory_mib << 20)
+    cluster = (cuda_cluster if args.device == "cuda" else cpu_cluster)(args.devices, args.device_memory_mib << 20)
     prompts = [parse_ids(text) for text in args.prompt_ids]
     placement = system.plan(cluster, models, Demand())
     cores = len(os.sched_getaffinity(0))
-    if args.devices > cores:
+    if args.device == "cpu" and args.devices > cores:
         print(
             f"note: {args.devices} devices share {cores} cores; the tokens are the same, only slower", file=sys.stderr
         )

@@ -71,14 +71,15 @@ def _rope_gqa_kernel(
 
     if (tl.program_id(1) + 1) * BLOCK_H > num_heads:
         slot = tl.load(slot_ptr + token).to(tl.int64)
+        written = is_key & (slot + tl.zeros_like(head) >= 0)
         key = cache_ptr + (2 * slot * num_kv_heads + kv_head) * dim
         value = key + num_kv_heads * dim
-        a, b = _rotate(k_ptr + token * k_token_stride + kv_head * k_head_stride, first, second, cos, sin, is_key)
-        tl.store(key + first, a.to(cache_ptr.dtype.element_ty), mask=is_key)
-        tl.store(key + second, b.to(cache_ptr.dtype.element_ty), mask=is_key)
+        a, b = _rotate(k_ptr + token * k_token_stride + kv_head * k_head_stride, first, second, cos, sin, written)
+        tl.store(key + first, a.to(cache_ptr.dtype.element_ty), mask=written)
+        tl.store(key + second, b.to(cache_ptr.dtype.element_ty), mask=written)
         source = v_ptr + token * v_token_stride + kv_head * v_head_stride
-        tl.store(value + first, tl.load(source + first, mask=is_key), mask=is_key)
-        tl.store(value + second, tl.load(source + second, mask=is_key), mask=is_key)
+        tl.store(value + first, tl.load(source + first, mask=written), mask=written)
+        tl.store(value + second, tl.load(source + second, mask=written), mask=written)
 
 
 @triton.jit
@@ -119,13 +120,16 @@ def _rope_mla_kernel(
     tl.store(out + second, b.to(out_ptr.dtype.element_ty), mask=is_query)
 
     if tl.program_id(1) == 0:
-        entry = cache_ptr + tl.load(slot_ptr + token).to(tl.int64) * (rank + 2 * half)
+        slot = tl.load(slot_ptr + token).to(tl.int64)
+        entry = cache_ptr + slot * (rank + 2 * half)
         channel = tl.arange(0, BLOCK_RANK)
-        latent = tl.load(latent_ptr + token * latent_stride + channel, mask=channel < rank)
-        tl.store(entry + channel, latent, mask=channel < rank)
-        key_a, key_b = _rotate(k_ptr + token * k_stride, first, second, cos, sin, inside)
-        tl.store(entry + rank + first, key_a.to(cache_ptr.dtype.element_ty), mask=inside)
-        tl.store(entry + rank + second, key_b.to(cache_ptr.dtype.element_ty), mask=inside)
+        of_latent = (channel < rank) & (slot + tl.zeros_like(channel) >= 0)
+        latent = tl.load(latent_ptr + token * latent_stride + channel, mask=of_latent)
+        tl.store(entry + channel, latent, mask=of_latent)
+        of_key = inside & (slot + tl.zeros_like(pair) >= 0)
+        key_a, key_b = _rotate(k_ptr + token * k_stride, first, second, cos, sin, of_key)
+        tl.store(entry + rank + first, key_a.to(cache_ptr.dtype.element_ty), mask=of_key)
+        tl.store(entry + rank + second, key_b.to(cache_ptr.dtype.element_ty), mask=of_key)
 
 
 def rope_write_gqa(

@@ -16,7 +16,7 @@ import torch
 
 from serving.errors import CapacityError
 from serving.memory.pages import PageLender, contiguous_runs
-from serving.memory.virtual import PhysicalPages, VirtualRange
+from serving.memory.virtual import HOST_MEMORY, Memory
 from serving.spec import MLASpec, ModelSpec
 
 
@@ -67,9 +67,9 @@ class ModelKV:
         stride_bytes = math.lcm(page_bytes, token_bytes)
         self._run_bytes = -(-self.geometry.max_context_tokens * token_bytes // stride_bytes) * stride_bytes
         self._layer_bytes = self._run_bytes * max_runs
-        self._run_slots = self._run_bytes // token_bytes
-        self._range = VirtualRange(self._layer_bytes * spec.num_layers)
-        shape = cache_shape(spec, self._run_slots * max_runs)
+        self.run_slots = self._run_bytes // token_bytes
+        self._range = pool.memory.reserve(self._layer_bytes * spec.num_layers)
+        shape = cache_shape(spec, self.run_slots * max_runs)
         self.layers: list[torch.Tensor] = [
             self._range.tensor(layer * self._layer_bytes, shape, getattr(torch, dtype))
             for layer in range(spec.num_layers)
@@ -82,7 +82,7 @@ class ModelKV:
         if not self._free_runs:
             raise CapacityError(f"{self.geometry.model}: no free KV run; raise max_running")
         index = self._free_runs.pop()
-        return Run(index=index, start_slot=index * self._run_slots)
+        return Run(index=index, start_slot=index * self.run_slots)
 
     def grow(self, run: Run, tokens: int) -> None:
         """Map pages under `run` until `tokens` tokens fit; a no-op where they do. Raises CapacityError, mapping none."""
@@ -125,12 +125,21 @@ class ModelKV:
 
 
 class KVPool:
-    """`num_pages` pages of `page_bytes`, lent to the runs of `models`: one page size, whatever each model's geometry."""
+    """`num_pages` pages of `page_bytes`, lent to the runs of `models`: one page size, whatever each model's geometry. Pages
+    and address space come from `memory`, the host's or a card's."""
 
-    def __init__(self, num_pages: int, page_bytes: int, models: Sequence[tuple[ModelSpec, str]], max_runs: int) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_bytes: int,
+        models: Sequence[tuple[ModelSpec, str]],
+        max_runs: int,
+        memory: Memory = HOST_MEMORY,
+    ) -> None:
         self.page_bytes = page_bytes
         self.lender = PageLender(num_pages)
-        self.physical = PhysicalPages(num_pages, page_bytes)
+        self.memory = memory
+        self.physical = memory.pages(num_pages, page_bytes)
         self.models = {spec.name: ModelKV(spec, dtype, self, max_runs) for spec, dtype in models}
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from typing import Any, Protocol
 
 import torch
 
@@ -101,3 +102,22 @@ class VirtualRange:
         if self._address:
             _libc.munmap(self._address, self.length_bytes)
             self._address = 0
+
+
+class Memory(Protocol):
+    """Where a KV pool gets physical pages and address space from; both have the methods of the classes above."""
+
+    def pages(self, num_pages: int, page_bytes: int) -> Any: ...
+
+    def reserve(self, length_bytes: int) -> Any: ...
+
+
+class _HostMemory:
+    def pages(self, num_pages: int, page_bytes: int) -> PhysicalPages:
+        return PhysicalPages(num_pages, page_bytes)
+
+    def reserve(self, length_bytes: int) -> VirtualRange:
+        return VirtualRange(length_bytes)
+
+
+HOST_MEMORY = _HostMemory()

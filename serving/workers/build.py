@@ -70,6 +70,10 @@ def build_worker(
         recorder,
     )
     if isinstance(role, ModelWorkerConfig):
+        if role.device.kind == "cuda":
+            from serving.cuda.build import build_card_worker  # Triton and a driver, which CPU runs need not have
+
+            return build_card_worker(role, wires)
         return _build_model_worker(role, wires)
     if isinstance(role, FFNWorkerConfig):
         return _build_ffn_worker(role, wires)

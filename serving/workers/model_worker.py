@@ -145,9 +145,7 @@ class ModelWorker:
         if plan is None:
             return False
         model = self._models[plan.model]
-        for sequence, rows in plan.items:
-            if sequence.cached + rows > sequence.run.mapped_tokens:
-                self._grow(model, sequence, sequence.cached + rows)
+        self._map_for(model, plan)
         run_starts = tuple(sequence.run.start_slot for sequence, _ in plan.items)
         layout = BatchLayout(plan.query_lens, plan.kv_lens, run_starts, plan.logit_rows)
         hidden = model.half.embed(torch.tensor(plan.token_ids))
@@ -180,10 +178,13 @@ class ModelWorker:
             self._recorder.add(started_ns, ended_ns, stage, lane, step.model.index, step.layer, rows)
 
     def _finish(self, step: InFlight, ffn_out: torch.Tensor) -> None:
-        model = step.model
         sampled: list[int] = []
         if step.layout.logit_rows:
-            sampled = model.half.logits(step.hidden, ffn_out, step.layout).argmax(dim=-1).tolist()
+            sampled = step.model.half.logits(step.hidden, ffn_out, step.layout).argmax(dim=-1).tolist()
+        self._conclude(step, sampled)
+
+    def _conclude(self, step: InFlight, sampled: list[int]) -> None:
+        model = step.model
         produced = self._scheduler.complete(step.plan, iter(sampled))
         ended = [sequence for sequence, _, last in produced if last]
         for sequence in ended:
@@ -198,6 +199,11 @@ class ModelWorker:
         self._counters.set("bytes_crossed", sum({id(m.port): m.port.bytes_crossed for m in self._models}.values()))
 
     # -- pages ---------------------------------------------------------------------------------------------------------
+    def _map_for(self, model: HostedModel, plan: StepPlan) -> None:
+        for sequence, rows in plan.items:
+            if sequence.cached + rows > sequence.run.mapped_tokens:
+                self._grow(model, sequence, sequence.cached + rows)
+
     def _plan_mapping(self, step: InFlight) -> None:
         for sequence, _ in step.plan.items:
             wanted = min(len(sequence.tokens) + _MAP_AHEAD_TOKENS, sequence.most_cached)

@@ -1,0 +1,99 @@
+"""From a worker's configuration to a worker on cards: budgets charged, halves loaded, steps captured."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from serving.checkpoints import open_weights
+from serving.checkpoints.weights import Weights
+from serving.cuda.config import CardWorkerConfig
+from serving.cuda.dummy import CardDummyWeights
+from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
+from serving.cuda.layout import BLOCK_TOKENS
+from serving.cuda.memory import CardMemory
+from serving.cuda.runner import CardModel, StepRunner
+from serving.cuda.worker import CardWorker
+from serving.errors import UserError
+from serving.interface import Device, ServedModel
+from serving.layers.sizes import weight_bytes_attention, weight_bytes_ffn
+from serving.memory.budget import MemoryBudget
+from serving.memory.kv_pool import KVPool
+from serving.workers.config import ModelWorkerConfig
+from serving.workers.model_worker import HostedModel
+
+
+def prepare_process() -> None:
+    """What must be set before the driver starts: nothing may load beside a kernel that waits, and streams that wait for
+    each other must not share a hardware queue."""
+    os.environ["CUDA_MODULE_LOADING"] = "EAGER"
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
+    if not torch.cuda.is_available():
+        raise UserError("a device of kind cuda was asked for, but torch sees none (see python -m serving.doctor)")
+
+
+def card(device: Device) -> torch.device:
+    """The card of a device. Raises UserError where this machine has no such card."""
+    if device.index >= torch.cuda.device_count():
+        raise UserError(f"{device.name} is card {device.index}, but this machine has {torch.cuda.device_count()}")
+    return torch.device("cuda", device.index)
+
+
+def _weights(model: ServedModel, device: torch.device) -> Weights:
+    if model.dummy:
+        return CardDummyWeights(model.spec, device=device, dtype=getattr(torch, model.dtype))
+    return open_weights(model)
+
+
+def load_attention(model: ServedModel, device: Device, budget: MemoryBudget) -> CardAttentionHalf:
+    budget.charge(f"attention weights of {model.name}", weight_bytes_attention(model.spec, model.dtype))
+    with _weights(model, card(device)) as weights:
+        return CardAttentionHalf(model.spec, weights, getattr(torch, model.dtype), card(device))
+
+
+def load_ffn(model: ServedModel, device: Device, budget: MemoryBudget) -> CardFFNHalf:
+    budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(model.spec, model.dtype))
+    with _weights(model, card(device)) as weights:
+        return CardFFNHalf(model.spec, weights, getattr(torch, model.dtype), card(device))
+
+
+def open_pool(num_pages: int, page_bytes: int, models: list[ServedModel], max_runs: int, device: Device) -> KVPool:
+    """A KV pool in a card's memory. Raises UserError where a run would not begin on a block."""
+    memory = CardMemory(card(device))
+    pool = KVPool(num_pages, page_bytes, [(m.spec, m.dtype) for m in models], max_runs, memory)
+    for kv in pool.models.values():
+        if kv.run_slots % BLOCK_TOKENS:
+            raise UserError(f"pages of {page_bytes} bytes do not hold whole blocks of {kv.geometry.model}")
+    return pool
+
+
+@torch.inference_mode()
+def build_card_worker(role: ModelWorkerConfig, wires) -> CardWorker:
+    """A loaded, warmed-up worker; `wires` is what every worker has towards its host."""
+    prepare_process()
+    torch.cuda.set_device(card(role.device))
+    crosspool = isinstance(role, CardWorkerConfig)
+    ffn_devices = role.ffn_devices if crosspool else (role.device,) * len(role.models)
+    budgets = {device.name: MemoryBudget(device.name, device.memory_bytes) for device in (role.device, *ffn_devices)}
+    attention = [load_attention(model, role.device, budgets[role.device.name]) for model in role.models]
+    ffns = [load_ffn(m, d, budgets[d.name]) for m, d in zip(role.models, ffn_devices, strict=True)]
+    pools = []
+    for config in role.pools:
+        budgets[role.device.name].charge(f"KV pool {config.name}", config.num_pages * config.page_bytes)
+        hosted = [role.models[index] for index in config.models]
+        pools.append(
+            (config.name, open_pool(config.num_pages, config.page_bytes, hosted, config.max_runs, role.device))
+        )
+    kv_of = {name: kv for _, pool in pools for name, kv in pool.models.items()}
+    kvs = [kv_of[model.name] for model in role.models]
+    models = [CardModel.of(*parts) for parts in zip(attention, ffns, kvs, strict=True)]
+    runner = StepRunner(models, role.lanes, role.limits, role.control if crosspool else "fused")
+    hosted = [
+        HostedModel(i, half, kv, runner, i, half.spec.num_layers)
+        for i, (half, kv) in enumerate(zip(attention, kvs, strict=True))
+    ]
+    return CardWorker(
+        runner, hosted, pools, role.limits, role.lanes, wires.control, wires.tokens, wires.counters,
+        role.sample_interval_ms, wires.recorder,
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""A card's form of :mod:`serving.memory.virtual`: created pages in a pool, address space that they are mapped into.
+
+Creating a page costs more than mapping one, so all of a pool's pages are created when it opens, and then only mapped.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from serving.cuda import driver
+from serving.errors import UserError
+
+
+class PhysicalPages:
+    """`num_pages` pages of `page_bytes` of a card's memory, held as handles from the start."""
+
+    def __init__(self, num_pages: int, page_bytes: int, device: torch.device) -> None:
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)  # the driver's calls need a current context
+        smallest = driver.granularity_bytes(device.index)
+        if page_bytes <= 0 or page_bytes % smallest:
+            raise UserError(f"KV page of {page_bytes} bytes is not a multiple of {device}'s {smallest}")
+        self.num_pages, self.page_bytes = num_pages, page_bytes
+        self.handles: list[int] = []
+        try:
+            for _ in range(num_pages):
+                self.handles.append(driver.create(device.index, page_bytes))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        while self.handles:
+            driver.release(self.handles.pop())
+
+
+class VirtualRange:
+    """`length_bytes` of a card's address space. Offsets are multiples of the page size."""
+
+    def __init__(self, length_bytes: int, device: torch.device) -> None:
+        unit = driver.GRANULARITY_BYTES
+        self.length_bytes = -(-length_bytes // unit) * unit
+        self._device = device
+        self._address = driver.reserve(self.length_bytes)
+        self._mapped: set[tuple[int, int]] = set()  # (offset, bytes) of each mapping
+
+    def map(self, offset_bytes: int, physical: PhysicalPages, first_page: int, count: int) -> None:
+        """Put pages `first_page`.. at `offset_bytes`, readable and writable by the card."""
+        size = physical.page_bytes
+        for page in range(count):
+            offset = offset_bytes + page * size
+            driver.map_memory(self._address + offset, size, physical.handles[first_page + page])
+            self._mapped.add((offset, size))
+        driver.allow(self._device.index, self._address + offset_bytes, count * size)
+
+    def unmap(self, offset_bytes: int, length_bytes: int) -> None:
+        """Take the pages in [offset, offset + length) away. No work that reads them may be under way."""
+        driver.unmap(self._address + offset_bytes, length_bytes)
+        self._mapped = {entry for entry in self._mapped if not offset_bytes <= entry[0] < offset_bytes + length_bytes}
+
+    def tensor(self, offset_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor over [offset, ...) of the range, mapped or not. It must not outlive the range."""
+        length = math.prod(shape) * dtype.itemsize
+        if offset_bytes + length > self.length_bytes:
+            raise ValueError("tensor exceeds the virtual range")
+        storage = torch._C._construct_storage_from_data_pointer(self._address + offset_bytes, self._device, length)
+        return torch.empty(0, dtype=dtype, device=self._device).set_(storage, 0, shape)
+
+    def close(self) -> None:
+        """Unmap what is left and release the address space. Tensors over it must be gone."""
+        if self._address:
+            for offset, size in self._mapped:
+                driver.unmap(self._address + offset, size)
+            driver.free_address(self._address, self.length_bytes)
+            self._address = 0
+
+
+class CardMemory:
+    """Where a KV pool on `device` gets pages and address space."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def pages(self, num_pages: int, page_bytes: int) -> PhysicalPages:
+        return PhysicalPages(num_pages, page_bytes, self._device)
+
+    def reserve(self, length_bytes: int) -> VirtualRange:
+        return VirtualRange(length_bytes, self._device)

@@ -1,0 +1,73 @@
+"""The model worker on cards: whole steps are launched and then looked for, where the CPU's computes them itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serving.cuda.runner import StepRunner
+from serving.memory.kv_pool import KVPool
+from serving.scheduler import StepPlan
+from serving.workers.model_worker import HostedModel, ModelWorker
+from serving.workers.timeline import ATTENTION
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step that is under way on the cards."""
+
+    model: HostedModel
+    plan: StepPlan
+    started_ns: int
+
+
+class CardWorker(ModelWorker):
+    """Runs steps through `runner`; everything else is the CPU worker's. Its busy time is the time from a step's launch to
+    its end as the host sees it, of one lane at least."""
+
+    def __init__(self, runner: StepRunner, models: Sequence[HostedModel], pools: Sequence[tuple[str, KVPool]], *rest):
+        super().__init__(models, pools, *rest)
+        self._runner = runner
+        self._busy_since_ns = 0
+
+    def run(self) -> None:
+        super().run()
+        self._runner.close()
+
+    def _poll(self) -> bool:
+        progressed = self._take_control() if not self._control.empty else False
+        for lane, step in enumerate(self._lanes):
+            if step is None:
+                progressed |= self._begin(lane)
+            elif self._runner.done(lane):
+                self._lanes[lane] = None
+                self._end(lane, step)
+                progressed = True
+        return progressed
+
+    def _rest(self, idle_spins: int) -> None:
+        if not any(self._lanes):
+            super()._rest(idle_spins)
+
+    def _begin(self, lane: int) -> bool:
+        plan = self._scheduler.next_step()
+        if plan is None:
+            return False
+        model = self._models[plan.model]
+        self._map_for(model, plan)
+        now_ns = time.monotonic_ns()
+        if not any(self._lanes):
+            self._busy_since_ns = now_ns
+        self._lanes[lane] = Launched(model, plan, now_ns)
+        self._runner.launch(lane, plan.model, plan)
+        return True
+
+    def _end(self, lane: int, step: Launched) -> None:
+        ended_ns = time.monotonic_ns()
+        self._counters.add("busy_ns", ended_ns - self._busy_since_ns)
+        self._busy_since_ns = ended_ns
+        if self._recorder is not None:
+            rows = sum(step.plan.query_lens)
+            self._recorder.add(step.started_ns, ended_ns, ATTENTION, lane, step.model.index, 0, rows)
+        self._conclude(step, self._runner.result(lane) if step.plan.logit_rows else [])
