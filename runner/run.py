@@ -126,14 +126,13 @@ def _finished(directory: Path) -> Record | None:
 
 
 def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
-    models = [_served_model(entry, config.backend.name) for entry in config.models]
+    models = served_models(config)
     limits = [
         ModelLimits(m.name, m.spec.vocab_size, m.spec.max_context_tokens, tokenizer=str(m.checkpoint)) for m in models
     ]
     workload = workload_from_dict(config.workload)
     trace = build_trace(workload, limits)
-    devices = tuple(Device(d.name, d.kind, d.index, d.memory_mib << 20, d.node, d.card) for d in config.devices)
-    cluster, demand = Cluster(devices), _demand(trace, trace.duration_s)
+    cluster, demand = cluster_of(config), _demand(trace, trace.duration_s)
     tuning = tuned(config, cluster, models, demand, trace)
     spans = tempfile.TemporaryDirectory(prefix="timeline-") if config.timeline else None
     options = {**tuning.options, **({"timeline_dir": spans.name} if spans else {})}
@@ -236,6 +235,16 @@ def _count_never_submitted(observation: Observation, trace: Any) -> None:
                     reason=observation.interrupted or "never submitted",
                 )
             )
+
+
+def cluster_of(config: BenchConfig) -> Cluster:
+    """The devices of a run."""
+    return Cluster(tuple(Device(d.name, d.kind, d.index, d.memory_mib << 20, d.node, d.card) for d in config.devices))
+
+
+def served_models(config: BenchConfig) -> list[ServedModel]:
+    """The models of a run, checkpoints made where they are to be and are not there."""
+    return [_served_model(entry, config.backend.name) for entry in config.models]
 
 
 def _served_model(entry: ModelEntry, backend: str) -> ServedModel:
