@@ -10,7 +10,9 @@ from typing import Any
 
 from paper_figures.records import Run
 
-_NOT_A_SCENARIO = ("system.", "workload.seeds", "tracking", "results_dir", "force", "experiment", "poll_interval_ms")
+_NOT_A_SCENARIO = (
+    "system.", "tune.", "timeline", "workload.seeds", "tracking", "results_dir", "force", "experiment", "poll_interval_ms",
+)  # fmt: skip
 _SHORT = {"workload.": "", "arrivals.rate_rps": "rate", "popularity.alpha": "skew", "lengths.": ""}
 
 
