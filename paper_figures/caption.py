@@ -54,6 +54,12 @@ def _seeds(runs: Sequence[Run]) -> str:
     return f"{count} seeds ({told})" if told else f"1 seed ({runs[0].seed})"
 
 
+def _in_short(hardware: str) -> str:
+    """`hardware` as it is where there is room for it, else its name and the number of its devices."""
+    name, _, devices = hardware.partition(" [")
+    return hardware if len(hardware) <= 60 else f"{name[:45]} [{devices.count('MiB')} devices]"
+
+
 def stamp(runs: Sequence[Run]) -> str:
     """The caption in a few words, for inside the figure: what a picture cut out of its page must still say."""
     if not runs:
@@ -62,4 +68,6 @@ def stamp(runs: Sequence[Run]) -> str:
     hardware = sorted({run.hardware for run in runs})
     more = f" and {len(hardware) - 1} more" if len(hardware) > 1 else ""
     seeds = len({run.seed for run in runs})
-    return f"{backends} on {hardware[0][:60]}{more}" + (f"; n = {seeds}" if any(run.config for run in runs) else "")
+    return f"{backends} on {_in_short(hardware[0])}{more}" + (
+        f"; n = {seeds}" if any(run.config for run in runs) else ""
+    )

@@ -12,7 +12,7 @@ from paper_figures.exhibit import FigureExhibit, NothingToDraw, legend_above
 from paper_figures.records import Run
 from paper_figures.selection import panels, variants
 
-_MIB = 1 << 20
+_MIB, _GIB = 1 << 20, 1 << 30
 
 
 class KVCapacity(FigureExhibit):
@@ -50,11 +50,12 @@ class KVCapacity(FigureExhibit):
     def draw(self, rows: pd.DataFrame, figure: Figure) -> None:
         axis = figure.subplots()
         places = list(range(len(rows)))
-        axis.barh(places, rows["total_bytes"] / _MIB, 0.66, color="#d9d9d9", label="all KV")
-        width = (rows["most_bytes"] - rows["least_bytes"]) / _MIB
-        axis.barh(places, rows["least_bytes"] / _MIB, 0.3, color="#0072B2", label="any one model can use")
+        unit, named = (_GIB, "GiB") if rows["total_bytes"].max() > 4 * _GIB else (_MIB, "MiB")
+        axis.barh(places, rows["total_bytes"] / unit, 0.66, color="#d9d9d9", label="all KV")
+        width = (rows["most_bytes"] - rows["least_bytes"]) / unit
+        axis.barh(places, rows["least_bytes"] / unit, 0.3, color="#0072B2", label="any one model can use")
         axis.barh(
-            places, width, 0.3, rows["least_bytes"] / _MIB, color="#56B4E9", hatch="///", edgecolor="white",
+            places, width, 0.3, rows["least_bytes"] / unit, color="#56B4E9", hatch="///", edgecolor="white",
             label="best served model",
         )  # fmt: skip
         for place, row in zip(places, rows.itertuples(index=False), strict=True):
@@ -62,7 +63,7 @@ class KVCapacity(FigureExhibit):
                 axis.text(0, place, " could not run", va="center", fontsize=6)
         axis.set_yticks(places, [style.look(name).label for name in rows["system"]])
         axis.invert_yaxis()
-        axis.set_xlabel("KV memory (MiB)")
+        axis.set_xlabel(f"KV memory ({named})")
         axis.grid(axis="y", visible=False)
         legend_above(figure, [axis], columns=3)
 
