@@ -43,7 +43,9 @@ class CrossPoolOptions(EngineOptions):
     devices `resident` (lowered, with an FFN kernel that never returns). The first
     `kv_devices` devices are the KV pool, data-parallel ranks that each hold all attention weights and take a request where
     most KV is free; all others are the weights pool, over which `ffn_sharding` spreads FFNs: `whole` models, each `layer`
-    on one device, or every layer's width over all (`tensor`).
+    on one device, or every layer's width over all (`tensor`). With `stages` 4 transfers are stages of their own beside
+    attention and FFN; with 2 a device is held up by rows that leave it (within a host the core that computes copies them in
+    either case, and four stages only tell the two apart).
 
     The KV pool is all memory that weights and workspace leave. Where the demand is known, the planner says for `quantile` of
     the time how many pages requests hold, with `planned_token_s` for each token of output and a tenth of a second besides;
@@ -55,6 +57,7 @@ class CrossPoolOptions(EngineOptions):
     ffn_sharding: str = "whole"
     quantile: float = 0.99
     planned_token_s: float = 0.04
+    stages: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +68,8 @@ class CrossPoolOptions(EngineOptions):
         if self.control not in CONTROLS:
             raise UserError(f"option control is {self.control!r}; known: {', '.join(CONTROLS)}")
         require_known(self.ffn_sharding)
+        if self.stages not in (2, 4):
+            raise UserError(f"option stages is {self.stages!r}; known: 2, 4")
         if not 0 < self.quantile < 1 or not self.planned_token_s > 0:
             raise UserError(
                 f"option quantile is {self.quantile!r} and planned_token_s {self.planned_token_s!r}; the one lies between 0 "
@@ -158,7 +163,7 @@ class CrossPool(HostedSystem):
         for plan, held in zip(weights_plans, pool, strict=True):
             boxes = [self._new_mailbox(models) for _ in kv_plans]
             hosted = tuple(by_name[name] for name in held)
-            role = FFNWorkerConfig(plan.device, hosted, limits, tuple(boxes), tuple(held.values()))
+            role = FFNWorkerConfig(plan.device, hosted, limits, tuple(boxes), tuple(held.values()), self.options.stages)
             self._start_worker(plan.device, role, descriptors(boxes))
             for rank, box in zip(mailboxes, boxes, strict=True):
                 rank.append(box)
@@ -197,6 +202,7 @@ class CrossPool(HostedSystem):
             ffn_ports=tuple(port for port, _ in first),
             ffn_indices=tuple(index for _, index in first),
             mailboxes=tuple(mailboxes),
+            stages=options.stages,
             ffn_legs={} if options.ffn_sharding == "whole" else dict(enumerate(legs)),
         )
 

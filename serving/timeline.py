@@ -6,8 +6,8 @@ reads what a run with the option `timeline_dir=DIR` left there, writes `trace.js
 each device waited for.
 
 A lane is *outstanding* from the end of its attention to the start of its next stage on the same device. While a device is
-idle, the cause is the other side computing, a hand-over in progress (outstanding, but nobody computes it: transfer and
-control), or no work at all.
+idle, the cause is the other side computing, a hand-over in progress (outstanding, but nobody computes it: control), or no work
+at all. Where transfers are stages of their own, the time in which rows are copied is theirs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from serving.errors import UserError, command
-from serving.workers.timeline import ATTENTION, FFN, FINISH, SPAN, STAGES
+from serving.workers.timeline import A2F, ATTENTION, F2A, FFN, FINISH, SPAN, STAGES
 
 WAITING_FOR_FFN, WAITING_FOR_ATTENTION = "waiting for FFN", "waiting for attention"
-HAND_OVER, NO_WORK, BUSY = "hand-over", "no work", "busy"
+TRANSFER, HAND_OVER, NO_WORK, BUSY = "transfer", "hand-over", "no work", "busy"
 
 
 def read_timeline(directory: str | Path) -> dict[str, np.ndarray]:
@@ -71,24 +71,36 @@ def attribute_idle(attention: np.ndarray, ffn: np.ndarray) -> dict[str, dict[str
         raise UserError("the timeline of one side is empty; idle time cannot be attributed")
     edges = np.unique(np.concatenate([s[f] for s in (attention, ffn) for f in ("start_ns", "end_ns")]))
     lengths = np.diff(edges)
-    attention_busy = _covered(edges, attention["start_ns"], attention["end_ns"])
-    ffn_busy = _covered(edges, ffn["start_ns"], ffn["end_ns"])
+    attention_busy, attention_copies = _computing(edges, attention), _copying(edges, attention)
+    ffn_busy, ffn_copies = _computing(edges, ffn), _copying(edges, ffn)
+    copies = attention_copies | ffn_copies
     outstanding = _covered(edges, *_outstanding(attention))
     total = lengths.sum()
 
-    def shares(busy: np.ndarray, other_busy: np.ndarray, waiting: str) -> dict[str, float]:
+    def shares(busy: np.ndarray, own_copies: np.ndarray, other_busy: np.ndarray, waiting: str) -> dict[str, float]:
         masks = {
             BUSY: busy,
-            waiting: ~busy & other_busy,
-            HAND_OVER: ~busy & ~other_busy & outstanding,
-            NO_WORK: ~busy & ~other_busy & ~outstanding,
+            TRANSFER: ~busy & (own_copies | copies & ~other_busy),
+            waiting: ~busy & ~own_copies & other_busy,
+            HAND_OVER: ~busy & ~copies & ~other_busy & outstanding,
+            NO_WORK: ~busy & ~copies & ~other_busy & ~outstanding,
         }
         return {cause: float(lengths[mask].sum() / total) for cause, mask in masks.items()}
 
     return {
-        "attention": shares(attention_busy, ffn_busy, WAITING_FOR_FFN),
-        "ffn": shares(ffn_busy, attention_busy, WAITING_FOR_ATTENTION),
+        "attention": shares(attention_busy, attention_copies, ffn_busy, WAITING_FOR_FFN),
+        "ffn": shares(ffn_busy, ffn_copies, attention_busy, WAITING_FOR_ATTENTION),
     }
+
+
+def _computing(edges: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    mine = spans[~np.isin(spans["stage"], (A2F, F2A))]
+    return _covered(edges, mine["start_ns"], mine["end_ns"])
+
+
+def _copying(edges: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    mine = spans[np.isin(spans["stage"], (A2F, F2A))]
+    return _covered(edges, mine["start_ns"], mine["end_ns"])
 
 
 def _covered(edges: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -104,7 +116,7 @@ def _outstanding(attention: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     starts, ends = [], []
     for lane in np.unique(attention["lane"]):
         spans = np.sort(attention[attention["lane"] == lane], order="start_ns")
-        away = spans["stage"][:-1] == ATTENTION
+        away = np.isin(spans["stage"][:-1], (ATTENTION, A2F)) & (spans["stage"][1:] != A2F)
         starts.append(spans["end_ns"][:-1][away])
         ends.append(spans["start_ns"][1:][away])
     return np.concatenate(starts), np.concatenate(ends)

@@ -32,6 +32,7 @@ class Route:
         self.row_bytes = self.parts * spec.hidden_size * element_bytes(served.dtype)
         self._legs = [(layer, [(workers[port], index) for port, index in shape[0]]) for shape, layer in firsts.items()]
         self._lowered = role.mailboxes[legs[0][0][0]].bells is None
+        self._inline = role.stages == 2
         self._same_node = {workers[port].node for one in legs for port, _ in one} == {role.device.node}
         self.alike = functools.cache(lambda period: alike_layers(self.kinds, period))
         self.jobs = functools.cache(self._jobs)
@@ -43,15 +44,26 @@ class Route:
         remote = model in role.ffn_legs or role.ffn_ports[model] >= 0
         return cls(role, model, workers) if remote else None
 
-    def _jobs(self, rows: int) -> list[tuple[tuple[FFNDevice, int], ...]]:
+    def inline_ns(self, stages: ModelStages, rows: int) -> int:
+        """For how long a device is held up by rows that leave it: while they do, unless transfers are stages of their own."""
+        return self._one_way_ns(stages, rows) if self._inline else 0
+
+    def _jobs(self, stages: ModelStages, rows: int) -> list[tuple[tuple[FFNDevice, int], ...]]:
         """By kind of layer: its devices and their nanoseconds for so many rows."""
         return [
-            tuple((worker.device, worker.times[index].ffn_ns(layer, rows)) for worker, index in legs)
+            tuple(
+                (worker.device, worker.times[index].ffn_ns(layer, rows) + self.inline_ns(stages, rows))
+                for worker, index in legs
+            )
             for layer, legs in self._legs
         ]
 
     def cross_ns(self, stages: ModelStages, rows: int) -> int:
-        """One way. The parts' rows share the attention device's link, so the last of them is there after all of them."""
+        """How long rows are on their way, one way, beside what the devices do."""
+        return 0 if self._inline else self._one_way_ns(stages, rows)
+
+    def _one_way_ns(self, stages: ModelStages, rows: int) -> int:
+        """The parts' rows share the attention device's link, so the last of them is there after all of them."""
         if rows not in self._cross_ns:
             cost = crossing(stages.hardware, rows * self.row_bytes, self._lowered, self._same_node)
             self._cross_ns[rows] = round(cost.latency_s * 1e9)

@@ -159,16 +159,17 @@ class SimulatedModelWorker(SimulatedWorker):
             whole_ns = times.embedding_ns(rows) + layers * attention_ns + ffns_ns + times.head_ns(wanted)
             return Step((plan, wanted), whole_ns, 0, 0, layers)
         sum_ns = times.sum_ns(rows, route.parts)
+        inline_ns = route.inline_ns(times.stages, rows)
         return Step(
             (plan, wanted),
-            first_ns=times.embedding_ns(rows) + attention_ns,
-            attention_ns=attention_ns + sum_ns,
+            first_ns=times.embedding_ns(rows) + attention_ns + inline_ns,
+            attention_ns=attention_ns + sum_ns + inline_ns,
             finish_ns=times.head_ns(wanted) + sum_ns,
             layers=layers,
             cross_ns=route.cross_ns(times.stages, rows),
             crossed_bytes=2 * rows * route.row_bytes,
             route=route.kinds,
-            jobs=route.jobs(rows),
+            jobs=route.jobs(times.stages, rows),
             alike=route.alike,
         )
 

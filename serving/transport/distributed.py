@@ -22,6 +22,8 @@ class DistributedFFN:
     """The attention side's port (see :class:`serving.workers.ports.FFNPort`) to the FFNs at rank `peer`. Rows that wait for
     their answer are kept by lane until it comes; `bytes_crossed` counts both ways."""
 
+    crosses = True
+
     def __init__(self, peer: int, lanes: int) -> None:
         self._peer = peer
         self._sent: list[tuple[torch.Tensor, torch.Tensor, list[dist.Work]] | None] = [None] * lanes

@@ -150,6 +150,7 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
         wires.counters,
         role.sample_interval_ms,
         wires.recorder,
+        role.stages,
     )
 
 
@@ -161,7 +162,7 @@ def _build_ffn_worker(role: FFNWorkerConfig, wires: _Wires) -> FFNWorker:
         _warm_up_ffn(half, model, part)
         halves.append((half, model.spec.hidden_size, getattr(torch, model.dtype)))
     mailboxes = [(_mailbox(ref), ref.bells) for ref in role.mailboxes]
-    return FFNWorker(halves, mailboxes, wires.control, wires.counters, wires.recorder)
+    return FFNWorker(halves, mailboxes, wires.control, wires.counters, wires.recorder, role.stages)
 
 
 def _build_group_worker(role: GroupWorkerConfig, wires: _Wires) -> GroupWorker:

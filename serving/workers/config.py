@@ -79,7 +79,8 @@ class ModelWorkerConfig:
     """A worker that holds KV and attention halves. `ffn_ports[i]` is the mailbox of model i, or -1 for FFN in place;
     `ffn_indices[i]` is the number under which the FFN worker behind that mailbox knows model i. Where a model's FFN lies
     behind several mailboxes, `ffn_legs` has for each of its layers the (mailbox, number) pairs that its rows go to, in order
-    of rank: what comes back from them is added up."""
+    of rank: what comes back from them is added up. With `stages` 4 transfers are stages of their own, with 2 they are part of
+    the stage before them."""
 
     device: Device
     models: tuple[ServedModel, ...]
@@ -91,6 +92,7 @@ class ModelWorkerConfig:
     mailboxes: tuple[MailboxRef, ...] = ()
     sample_interval_ms: float = 50.0
     ffn_legs: Mapping[int, tuple[tuple[tuple[int, int], ...], ...]] = field(default_factory=dict)  # by model, by layer
+    stages: int = 4
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class FFNWorkerConfig:
     limits: StepLimits
     mailboxes: tuple[MailboxRef, ...]
     parts: tuple[FFNPart, ...] = ()
+    stages: int = 4  # as in ModelWorkerConfig
 
 
 @dataclass(frozen=True)

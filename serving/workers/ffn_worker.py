@@ -14,7 +14,7 @@ from serving.shm.ring import Ring
 from serving.workers.config import Bells
 from serving.workers.counters import Counters
 from serving.workers.doorbell import answered, ring
-from serving.workers.timeline import FFN, Recorder
+from serving.workers.timeline import F2A, FFN, Recorder
 
 _SPINS_BEFORE_YIELD = 64  # longer than a crossing takes; from then on others that want this core get it
 _SPINS_BEFORE_SLEEP = 20000  # about 20 ms of polling before an idle worker lets go of its core
@@ -37,6 +37,7 @@ class FFNWorker:
         control: Ring,
         counters: Counters,
         recorder: Recorder | None = None,
+        stages: int = 4,
     ) -> None:
         self._halves = list(halves)  # half, hidden size, dtype
         self._polled = [(box, slot) for box, bells in mailboxes if bells is None for slot in range(box.shape.slots)]
@@ -44,6 +45,7 @@ class FFNWorker:
         self._control = control
         self._counters = counters
         self._recorder = recorder
+        self._stages = stages
 
     def run(self) -> None:
         """Serve until a stop message, the only control there is."""
@@ -81,10 +83,15 @@ class FFNWorker:
         started_ns = time.monotonic_ns()
         half, hidden, dtype = self._halves[model]
         inbound, outbound = mailbox.views(slot, rows, hidden, dtype)
-        half.forward(layer, inbound, out=outbound)
+        result = half.forward(layer, inbound)
+        computed_ns = time.monotonic_ns()
+        outbound.copy_(result)
         mailbox.publish(slot)
         ended_ns = time.monotonic_ns()
         self._counters.add("busy_ns", ended_ns - started_ns)
         self._counters.add("steps", 1)
         if self._recorder is not None:
-            self._recorder.add(started_ns, ended_ns, FFN, slot, model, layer, rows)
+            ffn_end_ns = computed_ns if self._stages == 4 else ended_ns
+            self._recorder.add(started_ns, ffn_end_ns, FFN, slot, model, layer, rows)
+            if self._stages == 4:
+                self._recorder.add(computed_ns, ended_ns, F2A, slot, model, layer, rows)

@@ -26,7 +26,7 @@ from serving.shm.ring import Ring
 from serving.workers.counters import Counters
 from serving.workers.messages import PoolUse, Stop, Submit, Tokens, decode, encode
 from serving.workers.ports import FFNPort
-from serving.workers.timeline import ATTENTION, FINISH, Recorder
+from serving.workers.timeline import A2F, ATTENTION, FINISH, Recorder
 
 _MAP_AHEAD_TOKENS = 16  # keep this many tokens mapped beyond the last one where there is idle time to do it
 _SPINS_BEFORE_YIELD = 64  # longer than a crossing takes; from then on others that want this core get it
@@ -71,6 +71,7 @@ class ModelWorker:
         counters: Counters,
         sample_interval_ms: float,
         recorder: Recorder | None = None,
+        stages: int = 4,
     ) -> None:
         self._models = list(models)
         self._pools = list(pools)
@@ -78,6 +79,7 @@ class ModelWorker:
         self._lanes: list[InFlight | None] = [None] * lanes
         self._control, self._tokens, self._counters = control, tokens, counters
         self._recorder = recorder
+        self._transfers_apart = stages == 4
         self._sample_interval_ns = int(sample_interval_ms * 1e6)
         self._next_sample_ns = 0
         self._map_ahead: deque[tuple[HostedModel, Sequence]] = deque()
@@ -150,9 +152,8 @@ class ModelWorker:
         layout = BatchLayout(plan.query_lens, plan.kv_lens, run_starts, plan.logit_rows)
         hidden = model.half.embed(torch.tensor(plan.token_ids))
         hidden, ffn_in = model.half.attend(0, hidden, None, model.kv.layers[0], layout)
-        model.port.send(lane, model.ffn_index, 0, ffn_in)
         self._lanes[lane] = step = InFlight(model, plan, layout, hidden)
-        self._account(started_ns, ATTENTION, lane, step)
+        self._send(started_ns, lane, step, ffn_in)
         return True
 
     def _advance(self, lane: int, step: InFlight) -> None:
@@ -163,12 +164,23 @@ class ModelWorker:
         if step.layer < model.num_layers:
             cache = model.kv.layers[step.layer]
             step.hidden, ffn_in = model.half.attend(step.layer, step.hidden, ffn_out, cache, step.layout)
-            model.port.send(lane, model.ffn_index, step.layer, ffn_in)
-            self._account(started_ns, ATTENTION, lane, step)
+            self._send(started_ns, lane, step, ffn_in)
         else:
             self._finish(step, ffn_out)
             self._lanes[lane] = None
             self._account(started_ns, FINISH, lane, step)
+
+    def _send(self, started_ns: int, lane: int, step: InFlight, rows: torch.Tensor) -> None:
+        """Send `rows` on their way, at once: nothing else that this device could do would free the other one sooner."""
+        model = step.model
+        if self._transfers_apart and model.port.crosses:
+            self._account(started_ns, ATTENTION, lane, step)
+            started_ns = time.monotonic_ns()
+            model.port.send(lane, model.ffn_index, step.layer, rows)
+            self._account(started_ns, A2F, lane, step)
+        else:
+            model.port.send(lane, model.ffn_index, step.layer, rows)
+            self._account(started_ns, ATTENTION, lane, step)
 
     def _account(self, started_ns: int, stage: int, lane: int, step: InFlight) -> None:
         ended_ns = time.monotonic_ns()

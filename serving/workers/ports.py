@@ -19,6 +19,7 @@ class FFNPort(Protocol):
     """One exchange a lane at a time: `send`, then `done` until true, then `result`."""
 
     bytes_crossed: int
+    crosses: bool  # whether rows leave this process
 
     def send(self, lane: int, model: int, layer: int, rows: torch.Tensor) -> None: ...
 
@@ -35,6 +36,7 @@ class LocalFFN:
     """FFN halves in the same process: `send` computes."""
 
     bytes_crossed = 0
+    crosses = False
 
     def __init__(self, halves: Mapping[int, object], lanes: int) -> None:
         self._halves = halves
@@ -56,6 +58,7 @@ class LocalFFN:
 class RemoteFFN:
     """FFN halves behind a mailbox that both sides poll: lowered control. Counts the bytes that cross, both ways."""
 
+    crosses = True
     bell_fd = -1  # where the arrival of a result is announced; nowhere under lowered control
 
     def __init__(self, mailbox: Mailbox) -> None:
@@ -106,6 +109,8 @@ class RelayedFFN(RemoteFFN):
 class SpreadFFN:
     """FFN halves of which parts lie behind several mailboxes. A layer's rows go to each of its legs, (mailbox, number), and
     what comes back is added up in float32 in order of the legs."""
+
+    crosses = True
 
     def __init__(
         self,

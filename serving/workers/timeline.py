@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-STAGES = ("attention", "ffn", "finish")  # finish: the last residual, LM head and sampling
-ATTENTION, FFN, FINISH = range(len(STAGES))
+# finish: the last residual, LM head and sampling; a2f and f2a: rows on their way to the FFN and back
+STAGES = ("attention", "ffn", "finish", "a2f", "f2a")
+ATTENTION, FFN, FINISH, A2F, F2A = range(len(STAGES))
 SPAN = np.dtype(
     [
         ("start_ns", np.int64),

@@ -11,7 +11,7 @@ from serving.generate import cpu_cluster, generate
 from serving.interface import Demand, Request, ServedModel
 from serving.spec import load_spec
 from serving.timeline import ATTENTION, FFN, FINISH, attribute_idle, chrome_trace, read_timeline
-from serving.workers.timeline import SPAN
+from serving.workers.timeline import A2F, F2A, SPAN
 
 pytestmark = pytest.mark.cpu
 
@@ -25,10 +25,23 @@ def test_idle_time_is_attributed_by_cause():
     ffn = spans((12, 28, FFN, 0), (42, 58, FFN, 0))
     shares = attribute_idle(attention, ffn)
     assert shares["attention"] == pytest.approx(
-        {"busy": 0.40, "waiting for FFN": 0.32, "hand-over": 0.08, "no work": 0.20}
+        {"busy": 0.40, "transfer": 0, "waiting for FFN": 0.32, "hand-over": 0.08, "no work": 0.20}
     )
     assert shares["ffn"] == pytest.approx(
-        {"busy": 0.32, "waiting for attention": 0.40, "hand-over": 0.08, "no work": 0.20}
+        {"busy": 0.32, "transfer": 0, "waiting for attention": 0.40, "hand-over": 0.08, "no work": 0.20}
+    )
+
+
+def test_transfers_that_are_stages_of_their_own_are_told_from_control():
+    """Attention 0-10, its rows leave until 14, are found at 16, computed until 30, come back until 34, found at 36."""
+    attention = spans((0, 10, ATTENTION, 0), (10, 14, A2F, 0), (36, 50, FINISH, 0))
+    ffn = spans((16, 30, FFN, 0), (30, 34, F2A, 0))
+    shares = attribute_idle(attention, ffn)
+    assert shares["attention"] == pytest.approx(
+        {"busy": 0.48, "transfer": 0.16, "waiting for FFN": 0.28, "hand-over": 0.08, "no work": 0}
+    )
+    assert shares["ffn"] == pytest.approx(
+        {"busy": 0.28, "transfer": 0.16, "waiting for attention": 0.48, "hand-over": 0.08, "no work": 0}
     )
 
 
@@ -54,7 +67,9 @@ def test_a_run_leaves_a_timeline_that_adds_up(control, tiny_checkpoints, tmp_pat
     timelines = read_timeline(tmp_path)
     attention, ffn = timelines["cpu-0"], timelines["cpu-1"]
     steps = (attention["stage"] == FINISH).sum()
-    assert (attention["stage"] == ATTENTION).sum() == len(ffn) == steps * model.spec.num_layers
+    crossings = steps * model.spec.num_layers
+        counts = [(side["stage"] == stage).sum() for side in (attention, ffn) for stage in (ATTENTION, A2F, FFN, F2A)]
+        assert counts == [crossings, crossings, 0, 0, 0, 0, crossings, crossings]
     assert (attention["end_ns"] >= attention["start_ns"]).all()
     for side in attribute_idle(attention, ffn).values():
         assert sum(side.values()) == pytest.approx(1.0)

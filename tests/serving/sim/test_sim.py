@@ -8,7 +8,7 @@ from runner.observation import COMPLETED
 from runner.replay import Replay
 from serving import registry
 from serving.generate import cpu_cluster
-from serving.interface import Demand, ServedModel
+from serving.interface import Demand, Request, ServedModel
 from serving.sim.backend import SimulatedBackend, simulate_card
 from serving.sim.clock import VirtualClock
 from serving.spec import load_spec
@@ -95,3 +95,28 @@ def test_one_request_alone_takes_the_sum_of_its_stages(tiny_checkpoints):
     # launches are added a stage at a time here and a layer at a time there
     assert gaps_s == pytest.approx(expected_s, rel=0.25)
     assert row.token_times_ns[0] / 1e9 == pytest.approx(step_s(stages.mixed_attention(0, 0, [(5, 0)]), 5), rel=0.25)
+
+
+def test_transfers_as_stages_of_their_own_never_slow_a_pipeline_and_help_a_deep_one(tiny_checkpoints):
+    """With two stages a device is held up by what leaves it; more batches in flight cannot hide that, four stages can."""
+    spec = load_spec(tiny_checkpoints["mixtral"], "mixtral")
+    took_ns = {}
+    for lanes in (1, 4):
+        for stages in (2, 4):
+            system = registry.create(
+                "crosspool", {"lanes": lanes, "stages": stages, "max_batch": 1, "page_bytes": 4096}
+            )
+            backend = simulate_card("a100-40gb")
+            models = [ServedModel(spec, tiny_checkpoints["mixtral"])]
+            try:
+                system.start(system.plan(cpu_cluster(2, 64 << 20), models, Demand()), backend)
+                for number in range(4):
+                    system.submit(Request(number, "mixtral", (1, 2, 3), 40))
+                backend.clock.sleep(10.0)
+                ended = [event.time_ns for event in system.poll() if event.kind.terminal]
+            finally:
+                system.stop()
+            assert len(ended) == 4
+            took_ns[lanes, stages] = max(ended)
+    assert took_ns[4, 4] < took_ns[4, 2]
+    assert took_ns[1, 4] == pytest.approx(took_ns[1, 2], rel=0.01)  # alone, a batch waits for its rows either way
