@@ -151,7 +151,7 @@ class CrossPool(HostedSystem):
 
     def _launch(self, placement: Placement) -> None:
         self._expected, self._use, self._latest_use = placement.options["expected"], [], {}
-        if placement.devices[0].device.kind == "cuda":
+        if placement.devices[0].device.kind == "cuda" and self._backend.name == "real":
             self._launch_on_cards(placement)
             return
         ranks = self.options.kv_devices

@@ -68,8 +68,8 @@ def test_a_run_leaves_a_timeline_that_adds_up(control, tiny_checkpoints, tmp_pat
     attention, ffn = timelines["cpu-0"], timelines["cpu-1"]
     steps = (attention["stage"] == FINISH).sum()
     crossings = steps * model.spec.num_layers
-        counts = [(side["stage"] == stage).sum() for side in (attention, ffn) for stage in (ATTENTION, A2F, FFN, F2A)]
-        assert counts == [crossings, crossings, 0, 0, 0, 0, crossings, crossings]
+    counts = [(side["stage"] == stage).sum() for side in (attention, ffn) for stage in (ATTENTION, A2F, FFN, F2A)]
+    assert counts == [crossings, crossings, 0, 0, 0, 0, crossings, crossings]
     assert (attention["end_ns"] >= attention["start_ns"]).all()
     for side in attribute_idle(attention, ffn).values():
         assert sum(side.values()) == pytest.approx(1.0)
