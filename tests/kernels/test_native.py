@@ -15,6 +15,7 @@ from kernels.dense_ffn import reference as dense_reference
 from kernels.linear import cpu, linear, pack
 from kernels.moe_ffn import ExpertWeights, PackedExperts, moe_ffn
 from kernels.moe_ffn import reference as moe_reference
+from kernels.native import code
 
 pytestmark = [
     pytest.mark.cpu,
@@ -95,19 +96,31 @@ def test_it_is_left_alone_where_it_does_not_serve(monkeypatch):
         near(linear(x, pack(weight)), x @ weight.t(), torch.float32)
 
 
+def test_without_numba_the_other_forms_serve():
+    program = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import torch; from kernels import native; from kernels.linear import linear, pack\n"
+        "torch.set_num_threads(1); x = torch.randn(2, 64); w = torch.randn(64, 64)\n"
+        "print(native.available(torch.float32), torch.allclose(linear(x, pack(w)), x @ w.t(), atol=1e-4))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
 def test_a_machine_without_a_place_for_compiled_code_compiles_anew(tmp_path):
     """The package is read-only and so is the home directory: slower to start, and just as right."""
     program = (
-        "import torch, kernels.native as n; print(n.available(torch.float32), n._linear._cache.__class__.__name__)"
+        "import torch, kernels.native.code as c; print(c.works(torch.float32), c._linear._cache.__class__.__name__)"
     )
-    package = tmp_path / "kernels"
-    source = Path(native.__file__).parent
-    package.mkdir()
-    for name in ("__init__.py", "native.py"):
+    package = tmp_path / "kernels" / "native"
+    source = Path(code.__file__).parent
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    for name in ("__init__.py", "layout.py", "code.py"):
         (package / name).write_bytes((source / name).read_bytes())
     (package / "__pycache__").write_text("in the way")  # where compiled code would be kept
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True,
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.stdout.split() == ["True", "NullCache"]
+    assert done.stdout.split() == ["True", "NullCache"], done.stderr

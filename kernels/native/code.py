@@ -1,20 +1,9 @@
-"""Machine code for few rows on the CPU: products with packed weights and the whole routed FFN, each one call.
-
-With one to a few rows a product is a stream of weights, and what counts is how near to the memory's speed it is read.
-oneDNN's kernels reach half to three quarters of it; the loop here (a block of 64 outputs in registers, the packed weights
-read once and in order) 80 to 95 %. A whole FFN in one call also leaves no Python that grows with the number of experts.
-
-The weights stay in oneDNN's layout, so that products of many rows go on using its kernels: `[N/64][K][64]` in float32,
-`[N/64][K/2][64][2]` in bfloat16. :func:`available` packs a matrix and looks; where the layout is another one (a machine
-without AVX-512), everything here is left alone. The tile is LLVM code by way of Numba. One thread, and the interpreter lock is released.
+"""What :mod:`kernels.native` compiles: the tile as LLVM code by way of Numba, and the loops around it.
 
 All of it lies in one file because Numba's cache of compiled functions looks at one file's time stamp.
 """
 
 from __future__ import annotations
-
-import ctypes
-import functools
 
 import numba
 import numpy as np
@@ -24,9 +13,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-BLOCK = 64  # output features that a tile computes
+from kernels.native.layout import BLOCK, address, packed_as_read
+
 MOST_ROWS = 6  # of one tile: 6 x 4 sums, 4 weights and a factor fit the 32 vector registers
-_K_BLOCK = {torch.float32: 16, torch.bfloat16: 32}  # columns are padded to these
 
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _INTS, _FLOATS = ir.VectorType(_I32, 16), ir.VectorType(_F32, 16)
@@ -257,12 +246,11 @@ def _routed(x, gate_up, down, narrow, width, topk_weights, topk_experts, hidden,
             out[row, column] = total
 
 
-@functools.cache
-def available(dtype: torch.dtype) -> bool:
+def works(dtype: torch.dtype) -> bool:
     """Whether this machine has the instructions and oneDNN packs weights of `dtype` on it as the tiles here read them.
     Everything is compiled and tried on a small FFN here, so that no first request waits for a compiler."""
     wanted = {torch.float32: "avx512f", torch.bfloat16: "avx512bf16"}.get(dtype)
-    if wanted is None or not llvm.get_host_cpu_features().get(wanted) or not _packed_as_read(dtype):
+    if wanted is None or not llvm.get_host_cpu_features().get(wanted) or not packed_as_read(dtype):
         return False
     generator = torch.Generator().manual_seed(0)
     gate_up, down = (torch.randn(*shape, generator=generator).to(dtype) / 8 for shape in ((2 * 70, 66), (66, 70)))
@@ -277,31 +265,6 @@ def available(dtype: torch.dtype) -> bool:
     pairs = [products, *((result, expected) for result in results)]
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     return all((actual.float() - right).norm() <= bound * right.norm() for actual, right in pairs)
-
-
-def _packed_as_read(dtype: torch.dtype) -> bool:
-    block, steps = _K_BLOCK[dtype], 2 if dtype == torch.bfloat16 else 1
-    weight = torch.arange(2 * BLOCK * 3 * block).remainder(251).to(dtype).view(2 * BLOCK, 3 * block)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    if torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
-        return False
-    stored = torch.frombuffer((ctypes.c_char * weight.nbytes).from_address(address(packed)), dtype=dtype)
-    wanted = weight.view(2, BLOCK, -1, steps).transpose(1, 2)  # [N / 64, K / steps, 64, steps]
-    return torch.equal(stored, wanted.flatten())
-
-
-def serves(dtype: torch.dtype, *shapes: tuple[int, int]) -> bool:
-    """Whether products with packed weights of these shapes [N, K] may come here: one thread, whole steps of a tile, and more
-    than one output (oneDNN does not block a single one)."""
-    if torch.get_num_threads() > 1 or not available(dtype):
-        return False
-    step = 2 if dtype == torch.bfloat16 else 1
-    return all(outputs > 1 and columns % step == 0 for outputs, columns in shapes)
-
-
-def address(packed: torch.Tensor) -> int:
-    """Where the data of a packed weight lies; it stays there as long as the tensor lives."""
-    return torch.ops.mkldnn.data_ptr(packed)
 
 
 def _rows(x: torch.Tensor) -> np.ndarray:
