@@ -20,6 +20,7 @@ from paper_figures.placement import Placement
 from paper_figures.planner_overflow import PlannerOverflow
 from paper_figures.popularity import Popularity
 from paper_figures.rate_by_context import RateByContext
+from paper_figures.rate_estimate import RateEstimate
 from paper_figures.sensitivity import Sensitivity
 from paper_figures.skew import Skew
 from paper_figures.summary import Summary
@@ -35,6 +36,6 @@ EXHIBITS: dict[str, Exhibit] = {
     for kind in (
         Summary, TBTCDF, TTFTCDF, KVPagesOverTime, Outcomes, TBTByModel, LatencyVsRate, Goodput, Skew, ModelCount,
         Context, Ablation, KVShare, ModelTable, Popularity, ActiveKV, RateByContext, TBTVsRate, Placement, KVCapacity,
-        PipelineTimeline, PlannerOverflow, SwapBreakdown, Validation, Sensitivity, KernelRoofline,
+        RateEstimate, PipelineTimeline, PlannerOverflow, SwapBreakdown, Validation, Sensitivity, KernelRoofline,
     )
 }  # fmt: skip

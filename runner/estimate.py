@@ -106,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--token-ms", type=float, default=40.0, help="time between tokens that a request's life rests on"
     )
+    parser.add_argument("--csv", type=Path, help="also write one row a system and bin to this file")
     arguments = parser.parse_args(argv)
+    rows = ["system,bin,context_tokens,rate_rps"]
     print(f"{'req/s, estimated':<18}" + "".join(f"{label:>10}" for label in BINS))
     for name in arguments.system:
         with hydra.initialize_config_dir(str(_CONF), version_base="1.3"):
@@ -118,6 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:<18} does not fit: {error}")
             continue
         print(f"{name:<18}" + "".join(f"{rate:10.2f}" for rate in rates.values()))
+        rows += [f"{config.system.name},{label},{BINS[label]},{rate!r}" for label, rate in rates.items()]
+    if arguments.csv:
+        arguments.csv.write_text("\n".join(rows) + "\n")
     return 0
 
 

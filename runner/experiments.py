@@ -236,6 +236,16 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         studies=(("planner-overflow", "conf/planner/cpu2.yaml"), ("planner-overflow", "conf/planner/paper.yaml")),
     ),
     Experiment(
+        name="rate-estimate",
+        question="At what rate would contexts of a length be served, by the memory of the paper's placements alone?",
+        base=(),
+        sweeps={mode: {} for mode in _LONG},
+        figures=("rate_estimate",),
+        cell_s=8,
+        paper="Fig. 6",
+        studies=(("rate-estimate",),),
+    ),
+    Experiment(
         name="kernels",
         question="How near do the kernels come to the ceilings of this machine?",
         base=(),

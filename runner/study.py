@@ -2,6 +2,7 @@
 
     python -m runner.study kernels                              this machine's kernels (kernels.bench)
     python -m runner.study planner-overflow conf/planner/cpu2.yaml
+    python -m runner.study rate-estimate                        Fig. 6 as the paper estimates it (runner.estimate)
 
 Each calls the command that a person would, keeps what it wrote, and says how to get it again (SCHEMA.md, `study.json`).
 """
@@ -52,6 +53,16 @@ def _planner_overflow(arguments: Sequence[str]) -> tuple[dict[str, Any], list[di
     return {"backend": "offline", "hardware": "Monte Carlo"}, rows
 
 
+def _rate_estimate(arguments: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Rates by bin of context, estimated from placement and KV memory alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rates.csv"
+        _call(["runner.estimate", *arguments, "--csv", str(path)])
+        with path.open(newline="") as file:
+            rows = [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return {"backend": "offline", "hardware": "the placement's KV memory"}, rows
+
+
 def _number(text: str) -> Any:
     try:
         return float(text)
@@ -68,6 +79,7 @@ def _call(arguments: Sequence[str], fine: Sequence[int] = (0,)) -> None:
 KINDS: dict[str, Callable[[Sequence[str]], tuple[dict[str, Any], list[dict[str, Any]]]]] = {
     "kernels": _kernels,
     "planner-overflow": _planner_overflow,
+    "rate-estimate": _rate_estimate,
 }
 
 

@@ -54,11 +54,17 @@ def everything(write_run, write_study):
     write_run("swap", "swaps", swaps=3, **{"switch_ms/evict": 1.0, "switch_ms/load": 20.0})
     write_study("kernels", KERNELS, measured_with={"ceilings": {"bytes_per_s": 1e10, "flops": 1e11}})
     write_study("planner-overflow", OVERFLOW, backend="offline")
+    write_study("rate-estimate", ESTIMATE, backend="offline")
 
 
 KERNELS = [
     {"op": op, "shape": "made up", "dtype": "float32", "seconds": 1e-3 * n, "bytes": 10**6, "flops": 10**6 * n}
     for n, op in enumerate(("rope", "router", "moe_ffn"), 1)
+]
+ESTIMATE = [
+    {"system": system, "bin": f"{tokens // 1024}K", "context_tokens": tokens, "rate_rps": float(system == "crosspool")}
+    for system in ("crosspool", "static")
+    for tokens in (8192, 16384)
 ]
 OVERFLOW = [
     {"check": check, "fit": fit, "quantile": 1 - p, "budget_pages": 10.0, "promised": p, "observed": p}
@@ -71,7 +77,7 @@ EXPERIMENT_OF = {
     "latency_vs_rate": "by-rate", "goodput": "by-rate", "skew": "by-skew", "context": "by-context",
     "model_count": "by-models", "ablation": "by-option", "pipeline_timeline": "by-option", "rate_by_context": "by-context",
     "sensitivity": "assumptions", "validation": "both", "popularity": "many", "swap_breakdown": "swaps",
-    "kernel_roofline": "kernels", "planner_overflow": "planner-overflow", "kv_share": "models", "model_table": "models",
+    "kernel_roofline": "kernels", "rate_estimate": "rate-estimate", "planner_overflow": "planner-overflow", "kv_share": "models", "model_table": "models",
 }  # fmt: skip
 
 
