@@ -75,6 +75,10 @@ class ModelStages:
         """Seconds of a stage with its launches."""
         raise NotImplementedError
 
+    def beside_stream(self, operator: str) -> float:
+        """Slowdown of a stage (`stage_decode`, `stage_routed`) while a neighbour streams the memory that both draw on."""
+        return 1.0
+
     def share(self, parts: int) -> ModelStages:
         """The stages of one of `parts` devices that share out heads, widths and vocabulary, each with the sum over all of
         them that ends it."""

@@ -6,10 +6,28 @@ Integers make a run the same whether its events are taken one by one or many at 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from serving.cost.operators import rounded
 from serving.cost.stages import ModelStages, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbourly:
+    """How a stage gets along with others on memory that devices share (cores of one host): `beside` is its slowdown beside a
+    neighbour that streams, `draws` the share of a core's bandwidth that it takes itself."""
+
+    beside: float = 1.0
+    draws: float = 0.0
+
+    def mean(self, own_ns: int, other: Neighbourly, other_ns: int) -> Neighbourly:
+        """Of two stages in a row."""
+        part = own_ns / max(own_ns + other_ns, 1)
+        return Neighbourly(part * self.beside + (1 - part) * other.beside, part * self.draws + (1 - part) * other.draws)
+
+
+ALONE = Neighbourly()
 
 
 class StageTimes:
@@ -17,6 +35,9 @@ class StageTimes:
 
     def __init__(self, stages: ModelStages) -> None:
         self.stages = stages
+        self.attention_beside = self._neighbourly("stage_decode", stages.attention)
+        last = stages.spec.num_layers - 1
+        self.ffn_beside = self._neighbourly("stage_routed", lambda rows, _: stages.ffn(last, rows))
         self._attention = functools.lru_cache(maxsize=None)(self._attention_ns)
         self.ffn_ns = functools.lru_cache(maxsize=None)(self._ffn_ns)
         self.embedding_ns = functools.lru_cache(maxsize=None)(lambda rows: self._ns(stages.embedding(rows)))
@@ -34,6 +55,13 @@ class StageTimes:
             else:
                 chunks.append((rows, length - rows))
         return self._attention(batch, rounded(context) if batch else 0, tuple(chunks))
+
+    def _neighbourly(self, operator: str, stage_of: Callable[[int, int], Stage]) -> Neighbourly:
+        beside = self.stages.beside_stream(operator)
+        if beside <= 1.0:
+            return ALONE
+        stage, bandwidth = stage_of(1, 64), self.stages.hardware.memory_bandwidth
+        return Neighbourly(beside, min(1.0, stage.work.bytes / (stage.device_s * bandwidth)))
 
     def _attention_ns(self, batch: int, context: int, chunks: tuple[tuple[int, int], ...]) -> int:
         return self._ns(self.stages.mixed_attention(batch, context, chunks))

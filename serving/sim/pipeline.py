@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from serving.sim.clock import VirtualClock
+from serving.sim.costs import ALONE, Neighbourly
 
 _ATTENDED, _ARRIVED, _RETURNED, _FINISHED = range(4)
 _NEVER = 1 << 62
@@ -23,10 +24,11 @@ _MOST_SITUATIONS = 16  # what has not recurred by then is not looked for any mor
 class FFNDevice:
     """When it will be free, and how long it has computed."""
 
-    __slots__ = ("busy_ns", "free_ns", "steps")
+    __slots__ = ("busy_ns", "free_ns", "runs", "steps")
 
     def __init__(self) -> None:
         self.free_ns = self.busy_ns = self.steps = 0
+        self.runs = ALONE
 
 
 @dataclass(slots=True)
@@ -45,6 +47,8 @@ class Step:
     route: Sequence[int] = ()
     jobs: Sequence[tuple[tuple[FFNDevice, int], ...]] = ()
     alike: Callable[[int], Sequence[int]] | None = None
+    attention_beside: Neighbourly = ALONE
+    ffn_beside: Neighbourly = ALONE
 
 
 class Lane:
@@ -70,6 +74,8 @@ class AttentionDevice:
     cursor: int = 0
     busy: bool = False
     may_begin: bool = False
+    free_ns: int = 0
+    runs: Neighbourly = ALONE
     busy_ns: int = 0
     crossed_bytes: int = 0
 
@@ -129,7 +135,11 @@ class Pipeline:
             event, step, device = lane.event, lane.step, lane.device
             if event == _ARRIVED:
                 end_ns = 0
-                for worker, job_ns in step.jobs[step.route[lane.layer]]:
+                for worker, alone_ns in step.jobs[step.route[lane.layer]]:
+                    job_ns = alone_ns
+                    if step.ffn_beside is not ALONE:
+                        job_ns += self._lost_ns(worker, max(worker.free_ns, now_ns), alone_ns, step.ffn_beside)
+                        worker.runs = step.ffn_beside
                     done_ns = (max(now_ns, worker.free_ns)) + job_ns
                     worker.free_ns = done_ns
                     worker.busy_ns += job_ns
@@ -182,13 +192,29 @@ class Pipeline:
                 stage_ns, event = (step.finish_ns, _FINISHED) if last else (step.attention_ns, _ATTENDED)
             else:
                 continue
+            if step.attention_beside is not ALONE:
+                stage_ns += self._lost_ns(device, now_ns, stage_ns, step.attention_beside)
+                device.runs = step.attention_beside
             device.busy = True
             device.busy_ns += stage_ns
+            device.free_ns = now_ns + stage_ns
             device.cursor = index + 1
             self._push(now_ns + stage_ns, event, lane)
             if self._coarse and event == _ATTENDED and lane.layer:
                 self._jump(device, lane, now_ns, until_ns)
             return
+
+    def _lost_ns(self, own: AttentionDevice | FFNDevice, now_ns: int, stage_ns: int, runs: Neighbourly) -> int:
+        """What a stage that begins now loses to a neighbour that runs already, and the neighbour to it: charged to the later
+        of the two, because the end of the earlier one is settled. Stretching is by serving.cost.contention's rule."""
+        lost = 0.0
+        for other in (*self._devices, *self._ffn_devices):
+            overlap_ns = min(other.free_ns - now_ns, stage_ns)
+            if other is not own and overlap_ns > 0:
+                mine = 1.0 + (runs.beside - 1.0) * other.runs.draws
+                theirs = 1.0 + (other.runs.beside - 1.0) * runs.draws
+                lost += overlap_ns * ((1.0 - 1.0 / mine) + (1.0 - 1.0 / theirs))
+        return round(lost)
 
     def _jump(self, device: AttentionDevice, started: Lane, now_ns: int, until_ns: int) -> None:
         """Where the situation in which `started` begins a layer was met before, go on as many recurrences at once as fit."""
@@ -227,6 +253,7 @@ class Pipeline:
             lane.layer += times * (layer - since)
             lane.due_ns += times * period_ns
         self._events[:] = [(due_ns + times * period_ns, number, lane) for due_ns, number, lane in self._events]
+        device.free_ns += times * period_ns
         device.busy_ns += times * (device.busy_ns - busy_ns)
         device.crossed_bytes += times * (device.crossed_bytes - crossed)
         for worker, (worker_ns, steps) in zip(self._ffn_devices, counted, strict=True):

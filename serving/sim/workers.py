@@ -13,7 +13,7 @@ from serving.memory.kv_pool import KVGeometry
 from serving.scheduler import StepPlan, StepScheduler
 from serving.sequence import Sequence as LiveSequence
 from serving.sim.clock import VirtualClock
-from serving.sim.costs import StageTimes
+from serving.sim.costs import ALONE, StageTimes
 from serving.sim.pipeline import AttentionDevice, FFNDevice, Pipeline, Step
 from serving.sim.route import Route
 from serving.workers.config import FFNWorkerConfig, ModelWorkerConfig
@@ -157,7 +157,8 @@ class SimulatedModelWorker(SimulatedWorker):
         if route is None:
             ffns_ns = sum(times.ffn_ns(layer, rows) for layer in range(layers))
             whole_ns = times.embedding_ns(rows) + layers * attention_ns + ffns_ns + times.head_ns(wanted)
-            return Step((plan, wanted), whole_ns, 0, 0, layers)
+            beside = times.attention_beside.mean(layers * attention_ns, times.ffn_beside, ffns_ns)
+            return Step((plan, wanted), whole_ns, 0, 0, layers, attention_beside=ALONE if beside == ALONE else beside)
         sum_ns = times.sum_ns(rows, route.parts)
         inline_ns = route.inline_ns(times.stages, rows)
         return Step(
@@ -171,6 +172,8 @@ class SimulatedModelWorker(SimulatedWorker):
             route=route.kinds,
             jobs=route.jobs(times.stages, rows),
             alike=route.alike,
+            attention_beside=times.attention_beside,
+            ffn_beside=times.ffn_beside,
         )
 
     def _complete(self, payload: tuple[StepPlan, int]) -> None:

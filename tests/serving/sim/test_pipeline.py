@@ -13,6 +13,7 @@ from serving.cost.table1 import published_spec
 from serving.interface import Cluster, Demand, Device, ServedModel
 from serving.sim.backend import simulate_card
 from serving.sim.clock import VirtualClock
+from serving.sim.costs import Neighbourly
 from serving.sim.pipeline import AttentionDevice, Pipeline, Step, alike_layers
 from workloads.trace import TraceRequest
 
@@ -99,3 +100,27 @@ def test_a_step_alone_takes_the_sum_of_its_stages():
     (done,) = finished_at([(10, 7, 3, 5, 0)], 2, coarse=True)[0]
     ffns = sum(7 + layer % 2 for layer in range(5))
     assert done == (0, 5 * 10 + 2 + ffns + 2 * 5 * 3 + 5)
+
+
+def test_devices_that_share_memory_slow_each_other_while_both_run():
+    """Two cores of one host: the stage that begins while another runs bears what both lose, and nothing when alone."""
+    clock = VirtualClock()
+    pipeline, done = Pipeline(clock), []
+
+    def device(shapes):
+        left = list(shapes)
+
+        def begin():
+            return Step(0, left.pop(), 0, 0, 1, attention_beside=Neighbourly(beside=2.0, draws=1.0)) if left else None
+
+        made = AttentionDevice(begin, lambda _: done.append(clock.now_ns()))
+        pipeline.add_attention(made, 1)
+        return made
+
+    first, second = device([100]), device([100])
+    pipeline.submit(first)
+    clock.sleep(60e-9)
+    pipeline.submit(second)
+    clock.sleep(1e-6)
+    overlap_ns, lost_by_each = 40, 0.5
+    assert done == [100, 60 + 100 + 2 * overlap_ns * lost_by_each]
