@@ -151,7 +151,8 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
             system.stop()
     _count_never_submitted(observation, trace)
     if spans:
-        observation.timeline = kept_spans(spans.name)
+        if not observation.interrupted:  # workers that were ended early may have left none
+            observation.timeline = kept_spans(spans.name)
         spans.cleanup()
     more = {
         "system_series": sampled,
