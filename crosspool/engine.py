@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from crosspool.expectation import Expectation, PoolUse, compare, expect
 from crosspool.planner.from_trace import ServiceModel
 from crosspool.weights_pool import Held, Legs, from_plain, legs_of, require_known, share_out, to_plain
+from serving.admission import RULES as ADMISSIONS
 from serving.capacity import (
     attention_bytes,
     attention_workspace_bytes,
@@ -49,7 +50,9 @@ class CrossPoolOptions(EngineOptions):
 
     The KV pool is all memory that weights and workspace leave. Where the demand is known, the planner says for `quantile` of
     the time how many pages requests hold, with `planned_token_s` for each token of output and a tenth of a second besides;
-    that stands in the record, beside what was observed."""
+    that stands in the record, beside what was observed. `admission` promises a request the pages of all it may ask for
+    (`cap`), or of the output length that a share `quantile` of its model's requests does not exceed (`quantile`): then more
+    run at once, and one that grows beyond its promise may pause until another ends. Neither ever preempts."""
 
     lanes: int = 2
     control: str = "lowered"
@@ -58,6 +61,7 @@ class CrossPoolOptions(EngineOptions):
     quantile: float = 0.99
     planned_token_s: float = 0.04
     stages: int = 4
+    admission: str = "cap"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +72,8 @@ class CrossPoolOptions(EngineOptions):
         if self.control not in CONTROLS:
             raise UserError(f"option control is {self.control!r}; known: {', '.join(CONTROLS)}")
         require_known(self.ffn_sharding)
+        if self.admission not in ADMISSIONS:
+            raise UserError(f"option admission is {self.admission!r}; known: {', '.join(ADMISSIONS)}")
         if self.stages not in (2, 4):
             raise UserError(f"option stages is {self.stages!r}; known: 2, 4")
         if not 0 < self.quantile < 1 or not self.planned_token_s > 0:
@@ -151,6 +157,8 @@ class CrossPool(HostedSystem):
 
     def _launch(self, placement: Placement) -> None:
         self._expected, self._use, self._latest_use = placement.options["expected"], [], {}
+        if self.options.admission == "quantile":
+            self._promised_output_tokens = self._expected.promised if self._expected else {}
         if placement.devices[0].device.kind == "cuda" and self._backend.name == "real":
             self._launch_on_cards(placement)
             return
@@ -203,6 +211,7 @@ class CrossPool(HostedSystem):
             ffn_indices=tuple(index for _, index in first),
             mailboxes=tuple(mailboxes),
             stages=options.stages,
+            growth="reserved" if options.admission == "cap" else "pause",
             ffn_legs={} if options.ffn_sharding == "whole" else dict(enumerate(legs)),
         )
 
@@ -211,6 +220,8 @@ class CrossPool(HostedSystem):
         turns on it."""
         kv_plan, *weights_plans = placement.devices
         models = placement.models
+        if self.options.admission != "cap":
+            raise UserError("cuda devices run with admission=cap")
         if self.options.ffn_sharding != "whole" or self.options.kv_devices != 1:
             raise UserError("cuda devices run with one KV device (kv_devices=1) and whole FFNs (ffn_sharding=whole)")
         holder = {name: plan.device for plan in weights_plans for name in plan.weights_bytes}

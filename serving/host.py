@@ -62,6 +62,9 @@ class HostedSystem:
         self._pools_of_model: dict[str, list[_Pool]] = {}  # several where replicas of a model serve it
         self._models: dict[str, ServedModel] = {}
         self._live: dict[int, _Live] = {}
+        self._promised_output_tokens: dict[str, int] | None = (
+            None  # by model, where admission promises less than the cap
+        )
         self._events: list[Event] = []
         self._samples: list[PoolSample] = []
         self._started_ns = 0
@@ -110,7 +113,9 @@ class HostedSystem:
             page_bytes=config.page_bytes,
             max_running=config.max_runs,
             max_queued=options.max_queued,
+            rule="cap" if self._promised_output_tokens is None else "quantile",
             deadline_s=options.queue_deadline_s,
+            promised_output_tokens=self._promised_output_tokens or {},
         )
         pool = _Pool(config.name, worker, device, AdmissionQueue(limits, geometries), index_of_model)
         self._pools.append(pool)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from serving.cost.stages import ModelStages
 from serving.memory.kv_pool import KVGeometry
+from serving.pausing import growth_of
 from serving.scheduler import StepPlan, StepScheduler
 from serving.sequence import Sequence as LiveSequence
 from serving.sim.clock import VirtualClock
@@ -121,6 +122,7 @@ class SimulatedModelWorker(SimulatedWorker):
         self._role, self._times, self._pipeline = role, [StageTimes(mine) for mine in stages], pipeline
         self._prefill = prefill
         self._scheduler = StepScheduler(len(role.models), role.limits)
+        self._growth = growth_of(role)
         self._geometries = [KVGeometry.of(model.spec, model.dtype) for model in role.models]
         self._page_bytes = {index: pool.page_bytes for pool in role.pools for index in pool.models}
         self._pages = [0] * len(role.models)
@@ -137,6 +139,8 @@ class SimulatedModelWorker(SimulatedWorker):
             if not self._prefill:
                 sequence.cached = len(prompt) - 1
             self._scheduler.add(sequence)
+            if self._growth:
+                self._growth.add(sequence)
             self._pipeline.submit(self._device)
 
     def read_counters(self) -> dict[str, int]:
@@ -145,9 +149,11 @@ class SimulatedModelWorker(SimulatedWorker):
 
     # -- the life of a step --------------------------------------------------------------------------------------------
     def _begin(self) -> Step | None:
-        plan = self._scheduler.next_step()
+        plan = self._scheduler.next_step(self._growth and self._growth.may_step())
         if plan is None:
             return None
+        if self._growth:
+            self._growth.take(plan)
         self._grow(plan)
         times, layers = self._times[plan.model], self._role.models[plan.model].spec.num_layers
         query_lens = plan.query_lens
@@ -182,6 +188,8 @@ class SimulatedModelWorker(SimulatedWorker):
         ended = [sequence for sequence, _, last in produced if last]
         for sequence in ended:
             self._pages[sequence.model] -= self._held.pop(sequence.request_id)
+            if self._growth:
+                self._growth.remove(sequence)
         now_ns = self._clock.now_ns()
         self._counters["steps"] += 1
         if produced:

@@ -18,6 +18,7 @@ from serving.memory.kv_pool import KVPool, ModelKV
 from serving.parallel.exchange import Exchange
 from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
 from serving.parallel.share import Share, ShareOfWeights, share_spec
+from serving.pausing import growth_of
 from serving.shm.mailbox import Mailbox
 from serving.shm.region import SharedRegion
 from serving.shm.ring import Ring
@@ -151,6 +152,7 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
         role.sample_interval_ms,
         wires.recorder,
         role.stages,
+        growth_of(role),
     )
 
 

@@ -80,7 +80,8 @@ class ModelWorkerConfig:
     `ffn_indices[i]` is the number under which the FFN worker behind that mailbox knows model i. Where a model's FFN lies
     behind several mailboxes, `ffn_legs` has for each of its layers the (mailbox, number) pairs that its rows go to, in order
     of rank: what comes back from them is added up. With `stages` 4 transfers are stages of their own, with 2 they are part of
-    the stage before them."""
+    the stage before them. `growth` says whether admission has promised all that a sequence may need, or it may pause for
+    pages (:mod:`serving.pausing`), which needs a single pool."""
 
     device: Device
     models: tuple[ServedModel, ...]
@@ -93,6 +94,7 @@ class ModelWorkerConfig:
     sample_interval_ms: float = 50.0
     ffn_legs: Mapping[int, tuple[tuple[tuple[int, int], ...], ...]] = field(default_factory=dict)  # by model, by layer
     stages: int = 4
+    growth: str = "reserved"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from serving.batching import StepLimits
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
 from serving.memory.kv_pool import KVPool, ModelKV
+from serving.pausing import PausedGrowth
 from serving.scheduler import StepPlan, StepScheduler
 from serving.sequence import Sequence
 from serving.shm.ring import Ring
@@ -72,6 +73,7 @@ class ModelWorker:
         sample_interval_ms: float,
         recorder: Recorder | None = None,
         stages: int = 4,
+        growth: PausedGrowth | None = None,
     ) -> None:
         self._models = list(models)
         self._pools = list(pools)
@@ -80,6 +82,7 @@ class ModelWorker:
         self._control, self._tokens, self._counters = control, tokens, counters
         self._recorder = recorder
         self._transfers_apart = stages == 4
+        self._growth = growth
         self._sample_interval_ns = int(sample_interval_ms * 1e6)
         self._next_sample_ns = 0
         self._map_ahead: deque[tuple[HostedModel, Sequence]] = deque()
@@ -128,24 +131,27 @@ class ModelWorker:
         return True
 
     def _accept(self, request: Submit) -> None:
-        self._scheduler.add(
-            Sequence(
-                request_id=request.request_id,
-                model=request.model,
-                tokens=list(request.prompt),
-                prompt_tokens=len(request.prompt),
-                max_new_tokens=request.max_new_tokens,
-                stop_ids=request.stop_ids,
-                run=self._models[request.model].kv.open_run(),
-            )
+        sequence = Sequence(
+            request_id=request.request_id,
+            model=request.model,
+            tokens=list(request.prompt),
+            prompt_tokens=len(request.prompt),
+            max_new_tokens=request.max_new_tokens,
+            stop_ids=request.stop_ids,
+            run=self._models[request.model].kv.open_run(),
         )
+        self._scheduler.add(sequence)
+        if self._growth:
+            self._growth.add(sequence)
 
     # -- the life of a step --------------------------------------------------------------------------------------------
     def _begin(self, lane: int) -> bool:
         started_ns = time.monotonic_ns()
-        plan = self._scheduler.next_step()
+        plan = self._scheduler.next_step(self._growth and self._growth.may_step())
         if plan is None:
             return False
+        if self._growth:
+            self._growth.take(plan)
         model = self._models[plan.model]
         self._map_for(model, plan)
         run_starts = tuple(sequence.run.start_slot for sequence, _ in plan.items)
@@ -201,6 +207,8 @@ class ModelWorker:
         ended = [sequence for sequence, _, last in produced if last]
         for sequence in ended:
             model.kv.close_run(sequence.run)
+            if self._growth:
+                self._growth.remove(sequence)
         self._plan_mapping(step)
         now_ns = time.monotonic_ns()
         if produced:
@@ -217,6 +225,8 @@ class ModelWorker:
                 self._grow(model, sequence, sequence.cached + rows)
 
     def _plan_mapping(self, step: InFlight) -> None:
+        if self._growth:
+            return  # pages that are taken ahead of need would be missing where they are needed
         for sequence, _ in step.plan.items:
             wanted = min(len(sequence.tokens) + _MAP_AHEAD_TOKENS, sequence.most_cached)
             if sequence.run.mapped_tokens < wanted:
