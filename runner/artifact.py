@@ -140,7 +140,7 @@ def run_experiment(experiment: Experiment, mode: str) -> Line:
         if ended in (130, -2):
             raise KeyboardInterrupt
         status = status or ended
-    drawn = draw(LOCAL, LOCAL / "figures", experiment.figures, [experiment.name])
+    drawn = draw(LOCAL, LOCAL / "figures", experiment.drawn, [experiment.name])
     _publish(experiment.name)
     seconds = time.monotonic() - begun
     if status:
@@ -223,7 +223,7 @@ def run_mode(mode: str) -> int:
     print("\n== Exhibits that need no run, and claims", flush=True)
     begun = time.monotonic()
     drawn = draw(LOCAL, LOCAL / "figures", ["kv_share", "model_table"])
-    expected = [line.name for line in lines if line.verdict != SKIPPED]
+    expected = [] if is_short() else [line.name for line in lines if line.verdict != SKIPPED]
     status, different = claims(LOCAL, LOCAL / "figures", expected)
     lines = [_compared(line, different.get(line.name, [])) for line in lines]
     if status or drawn:

@@ -30,12 +30,18 @@ class Experiment:
     needs_gpu: bool = False
     paper: str = ""
     systems: tuple[str, ...] = field(default=("crosspool", "static"))
+    figures_of: Mapping[str, str] = field(default_factory=dict)  # exhibits that only a run of this system fills
     studies: tuple[tuple[str, ...], ...] = ()  # arguments of `python -m runner.study` instead of runs
 
     @property
     def present(self) -> tuple[str, ...]:
         """Those of `systems`, presets of conf/system, that this version has."""
         return tuple(system for system in self.systems if (_PRESETS / f"{system}.yaml").is_file())
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Exhibits that its runs fill in this version."""
+        return (*self.figures, *(name for name, system in self.figures_of.items() if system in self.present))
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -84,8 +90,8 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             "placement",
             "outcomes",
             "tbt_by_model",
-            "swap_breakdown",
         ),
+        figures_of={"swap_breakdown": "swap"},
         cell_s=28,
         systems=_HEADLINE,
     ),

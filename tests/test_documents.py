@@ -133,7 +133,7 @@ def test_the_reuse_walkthroughs_are_told_as_they_are_tested():
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
 def test_an_experiment_composes_in_every_mode_and_feeds_known_exhibits(experiment):
-    assert not set(experiment.figures) - set(EXHIBITS)
+    assert not {*experiment.figures, *experiment.figures_of} - set(EXHIBITS)
     for mode in experiment.sweeps:
         assert mode in MODES
         if experiment.studies:
