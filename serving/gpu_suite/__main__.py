@@ -3,7 +3,7 @@ full results under DIR, one short table last.
 
 Sections, in this order: `doctor`, `kernels` (correctness of every kernel, by its tests), `tokens` (every system on tiny
 checkpoints against the judge), `memory` (page mapping and crossing), `engine` (the ablation of control and lanes, real
-configurations with seeded values).
+configurations with seeded values), `serve` (two such models under open-loop load, system after system).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ SECTIONS = {
     "tokens": Section((*_PYTEST, "tests/serving/cuda/test_card_systems.py"), 400),
     "memory": Section(("-m", "serving.gpu_suite.memory", "--out", "{out}/memory.json"), 60),
     "engine": Section(("-m", "serving.gpu_suite.engine", "--out", "{out}/engine.json"), 400),
+    "serve": Section(("-m", "serving.gpu_suite.serve", "--out", "{out}/serve.json"), 400),
 }
 
 
