@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from serving.errors import command
+from serving.errors import UserError, command, one_line
 from serving.memory.budget import format_bytes
 
 OK, NOTE, MISSING = "ok", "note", "missing"
@@ -116,14 +116,28 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("peer access", NOTE if blocked else OK, detail)
     else:
         yield Finding("peer access", NOTE, "one GPU; both pools share it, each with a capped budget")
-    bindings = importlib.util.find_spec("cuda") is not None
-    yield Finding(
-        "cuda-bindings", OK if bindings else NOTE, "virtual KV by driver calls" if bindings else "absent: flat KV arena"
-    )
+    yield _virtual_memory()
     mps = shutil.which("nvidia-cuda-mps-control")
     yield Finding(
         "MPS", OK if mps else NOTE, "control program found" if mps else "absent: co-located engines time-slice"
     )
+
+
+def _virtual_memory() -> Finding:
+    from serving.cuda import driver
+
+    try:
+        pages = {driver.granularity_bytes(index) for index in range(_cards())}
+    except UserError as error:
+        return Finding("virtual KV", MISSING, one_line(error))
+    return Finding("virtual KV", OK, f"by driver calls, pages of {' or '.join(map(format_bytes, sorted(pages)))}")
+
+
+def _cards() -> int:
+    import torch
+
+    torch.cuda.init()  # the driver's calls need it to be started
+    return torch.cuda.device_count()
 
 
 def _driver_version() -> str:

@@ -70,7 +70,8 @@ def open_pool(num_pages: int, page_bytes: int, models: list[ServedModel], max_ru
 
 @torch.inference_mode()
 def build_card_worker(role: ModelWorkerConfig, wires) -> CardWorker:
-    """A loaded, warmed-up worker; `wires` is what every worker has towards its host."""
+    """A loaded, warmed-up worker; `wires` is what every worker has towards its host. Weights and KV are charged to the
+    devices' budgets; what the driver, the vendor's libraries and graphs need comes on top, and a page that anchors a pool."""
     prepare_process()
     torch.cuda.set_device(card(role.device))
     crosspool = isinstance(role, CardWorkerConfig)

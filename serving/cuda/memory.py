@@ -78,7 +78,10 @@ class VirtualRange:
 
 
 class CardMemory:
-    """Where a KV pool on `device` gets pages and address space."""
+    """Where a KV pool on `device` gets pages and address space. Triton asks the driver about every pointer that it is given,
+    and the driver knows mapped addresses only."""
+
+    anchored = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.launch import compile_ahead, recording
+from kernels.launch import Launch, compile_ahead, recording
 from kernels.lm_head import greedy
 from serving.batching import StepLimits
 from serving.cuda.exchange import ByEvents, Exchange, InPlace, Mailboxes, Residents, bytes_crossed
@@ -168,7 +168,7 @@ class StepRunner:
         """Compile what decode steps launch, several kernels at a time, then capture a step of every size and lane."""
         with recording() as calls:
             self._run_every_step(self.lanes[:1])
-        compile_ahead(calls)
+        compile_ahead(_distinct(calls))
         self._run_every_step(self.lanes)
         if not graphs:
             return
@@ -290,3 +290,15 @@ def _captured(lane: Lane, stream: torch.cuda.Stream, run: Callable[[], None]) ->
         finally:
             graph.capture_end()
     return graph
+
+
+def _distinct(calls: Seq[Launch]) -> list[Launch]:
+    """One call of each kind: layers launch the same kernels over and over, and asking for one to be compiled is not cheap."""
+
+    def kind(argument: object) -> object:
+        if isinstance(argument, torch.Tensor):
+            return argument.dtype, argument.data_ptr() % 16 == 0
+        return argument
+
+    found = {(id(c.kernel), tuple(map(kind, c.args)), tuple(c.meta.items())): c for c in calls}
+    return list(found.values())

@@ -66,15 +66,18 @@ class ModelKV:
         # A run starts on a page and on a slot, so its stride is a multiple of both.
         stride_bytes = math.lcm(page_bytes, token_bytes)
         self._run_bytes = -(-self.geometry.max_context_tokens * token_bytes // stride_bytes) * stride_bytes
-        self._layer_bytes = self._run_bytes * max_runs
+        anchors = int(pool.memory.anchored)  # a first run that nobody owns, so that tensors begin on a mapped page
+        self._layer_bytes = self._run_bytes * (max_runs + anchors)
         self.run_slots = self._run_bytes // token_bytes
         self._range = pool.memory.reserve(self._layer_bytes * spec.num_layers)
-        shape = cache_shape(spec, self.run_slots * max_runs)
+        shape = cache_shape(spec, self.run_slots * (max_runs + anchors))
         self.layers: list[torch.Tensor] = [
             self._range.tensor(layer * self._layer_bytes, shape, getattr(torch, dtype))
             for layer in range(spec.num_layers)
         ]
-        self._free_runs = list(range(max_runs - 1, -1, -1))
+        for layer in range(spec.num_layers * anchors):
+            self._range.map(layer * self._layer_bytes, pool.physical, pool.num_pages, 1)  # one page for all
+        self._free_runs = list(range(max_runs + anchors - 1, anchors - 1, -1))
         self.pages_in_use = 0
 
     def open_run(self) -> Run:
@@ -126,7 +129,7 @@ class ModelKV:
 
 class KVPool:
     """`num_pages` pages of `page_bytes`, lent to the runs of `models`: one page size, whatever each model's geometry. Pages
-    and address space come from `memory`, the host's or a card's."""
+    and address space come from `memory`, the host's or a card's, which may take one page more for itself."""
 
     def __init__(
         self,
@@ -139,7 +142,7 @@ class KVPool:
         self.page_bytes = page_bytes
         self.lender = PageLender(num_pages)
         self.memory = memory
-        self.physical = memory.pages(num_pages, page_bytes)
+        self.physical = memory.pages(num_pages + int(memory.anchored), page_bytes)
         self.models = {spec.name: ModelKV(spec, dtype, self, max_runs) for spec, dtype in models}
 
     @property

@@ -105,14 +105,21 @@ class VirtualRange:
 
 
 class Memory(Protocol):
-    """Where a KV pool gets physical pages and address space from; both have the methods of the classes above."""
+    """Where a KV pool gets physical pages and address space from; both have the methods of the classes above. Where it is
+    `anchored`, a tensor's first bytes must be mapped, whatever is read of it."""
+
+    anchored: bool
 
     def pages(self, num_pages: int, page_bytes: int) -> Any: ...
 
     def reserve(self, length_bytes: int) -> Any: ...
 
 
-class _HostMemory:
+class HostMemory:
+    """This process's own memory."""
+
+    anchored = False
+
     def pages(self, num_pages: int, page_bytes: int) -> PhysicalPages:
         return PhysicalPages(num_pages, page_bytes)
 
@@ -120,4 +127,4 @@ class _HostMemory:
         return VirtualRange(length_bytes)
 
 
-HOST_MEMORY = _HostMemory()
+HOST_MEMORY = HostMemory()

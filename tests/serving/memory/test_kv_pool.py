@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from serving.errors import CapacityError, UserError
 from serving.memory.kv_pool import KVGeometry, KVPool
+from serving.memory.virtual import HostMemory
 from serving.spec import spec_from_config
 
 pytestmark = pytest.mark.cpu
@@ -133,3 +134,26 @@ def test_geometry_follows_the_spec():
     assert KVGeometry.of(mha_spec(), "float32").token_bytes == 2 * 2 * 10 * 4
     assert KVGeometry.of(mla_spec(), "bfloat16").token_bytes == (28 + 6) * 2
     assert dataclasses.asdict(KVGeometry.of(mla_spec(), "bfloat16"))["num_layers"] == 2
+
+
+def test_anchored_memory_keeps_the_first_bytes_of_every_layer_mapped():
+    """Where tensors must begin on a mapped page, one page beyond the pool's lies under all of them and no run does."""
+
+    class Anchored(HostMemory):
+        anchored = True
+
+    pool = KVPool(8, PAGE_BYTES, [(mha_spec(layers=2), "float32")], max_runs=2, memory=Anchored())
+    kv = pool.models["gqa"]
+    assert all(layer[0].sum() == 0 for layer in kv.layers)
+    runs = [kv.open_run() for _ in range(2)]
+    for run in runs:
+        kv.grow(run, 1)
+        assert run.start_slot > 0
+        for layer in kv.layers:
+            layer[run.start_slot] = 1.0
+    assert pool.lender.lent_pages == 4
+    for run in runs:
+        kv.close_run(run)
+    assert all(layer[0].sum() == 0 for layer in kv.layers)
+    layer = None
+    pool.close()

@@ -1,0 +1,63 @@
+"""What is decided about cards before one is touched: which options they take, and what is said where there is none."""
+
+import ctypes
+
+import pytest
+import torch
+
+from crosspool.engine import CrossPool, CrossPoolOptions
+from serving.cuda import driver
+from serving.cuda.build import card
+from serving.cuda.exchange import bytes_crossed
+from serving.errors import UserError
+from serving.generate import cpu_cluster, cuda_cluster
+from serving.interface import Cluster, Demand, Device, ServedModel
+from serving.spec import load_spec
+
+pytestmark = pytest.mark.cpu
+
+without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a card")
+
+
+@pytest.fixture
+def model(tiny_checkpoints):
+    return ServedModel(load_spec(tiny_checkpoints["mixtral"]), tiny_checkpoints["mixtral"])
+
+
+def test_resident_control_is_refused_on_the_cpu(model):
+    with pytest.raises(UserError, match="resident is of cuda devices"):
+        CrossPool(CrossPoolOptions(control="resident")).plan(cpu_cluster(2, 64 << 20), [model], Demand())
+
+
+def test_both_pools_of_one_card_have_budgets_of_their_own(model):
+    devices = (Device("kv", "cuda", 0, 1 << 30), Device("weights", "cuda", 0, 2 << 30))
+    kv, weights = CrossPool(CrossPoolOptions(page_bytes=2 << 20)).plan(Cluster(devices), [model], Demand()).devices
+    assert kv.role == "kv-pool"
+    assert 0 < kv.kv_bytes < 1 << 30
+    assert sum(weights.weights_bytes.values()) < 2 << 30
+
+
+def test_cards_do_not_share_an_ffn_as_yet(model):
+    system = CrossPool(CrossPoolOptions(page_bytes=2 << 20, ffn_sharding="layer"))
+    devices = tuple(Device(f"gpu{i}", "cuda", i, 1 << 30) for i in range(3))
+    with pytest.raises(UserError, match="whole FFNs"):
+        system.start(system.plan(Cluster(devices), [model], Demand()))
+    system.stop()
+
+
+@without_card
+def test_a_card_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="sees no card"):
+        cuda_cluster(1, 1 << 30)
+    with pytest.raises(UserError, match="gpu3 is card 3"):
+        card(Device("gpu3", "cuda", 3, 1 << 30))
+
+
+def test_structures_have_the_sizes_of_the_driver():
+    """CUmemAllocationProp and CUmemAccessDesc of cuda.h, 64 bit."""
+    assert ctypes.sizeof(driver._AllocationProperties) == 32
+    assert ctypes.sizeof(driver._AccessDescriptor) == 12
+
+
+def test_bytes_crossed_counts_both_ways():
+    assert bytes_crossed(rows=3, hidden=2048, layers=48, element_bytes=2) == 2 * 3 * 2048 * 48 * 2
