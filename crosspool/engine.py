@@ -8,7 +8,7 @@ sides find each other through polled mailboxes. Admission reserves a request's d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from crosspool.expectation import Expectation, PoolUse, compare, expect
 from crosspool.planner.from_trace import ServiceModel
@@ -27,6 +27,7 @@ from serving.errors import UserError
 from serving.host import HostedSystem, pool_config
 from serving.interface import Cluster, Demand, Device, DevicePlan, Placement, ServedModel
 from serving.options import EngineOptions
+from serving.pairing import PAIRINGS, StageProfile, stage_profile
 from serving.shm.mailbox import MailboxShape
 from serving.spec import element_bytes
 from serving.workers.config import FFNWorkerConfig, MailboxRef, ModelWorkerConfig, RelayConfig
@@ -52,7 +53,10 @@ class CrossPoolOptions(EngineOptions):
     the time how many pages requests hold, with `planned_token_s` for each token of output and a tenth of a second besides;
     that stands in the record, beside what was observed. `admission` promises a request the pages of all it may ask for
     (`cap`), or of the output length that a share `quantile` of its model's requests does not exceed (`quantile`): then more
-    run at once, and one that grows beyond its promise may pause until another ends. Neither ever preempts."""
+    run at once, and one that grows beyond its promise may pause until another ends. Neither ever preempts.
+
+    `pairing` says which model steps beside one that is in flight: the one least recently served (`fair`), or one whose stages
+    fill the other's gaps (`profile`), as far as none waits for long."""
 
     lanes: int = 2
     control: str = "lowered"
@@ -62,6 +66,7 @@ class CrossPoolOptions(EngineOptions):
     planned_token_s: float = 0.04
     stages: int = 4
     admission: str = "cap"
+    pairing: str = "fair"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +79,8 @@ class CrossPoolOptions(EngineOptions):
         require_known(self.ffn_sharding)
         if self.admission not in ADMISSIONS:
             raise UserError(f"option admission is {self.admission!r}; known: {', '.join(ADMISSIONS)}")
+        if self.pairing not in PAIRINGS:
+            raise UserError(f"option pairing is {self.pairing!r}; known: {', '.join(PAIRINGS)}")
         if self.stages not in (2, 4):
             raise UserError(f"option stages is {self.stages!r}; known: 2, 4")
         if not 0 < self.quantile < 1 or not self.planned_token_s > 0:
@@ -118,7 +125,7 @@ class CrossPool(HostedSystem):
         pages = sum(plan.kv_bytes for plan in plans) // self.options.page_bytes
         options = self.options
         expected = expect(models, demand, options.page_bytes, pages, options.quantile, options.service)
-        held = {"ffn": to_plain(pool), "expected": expected}
+        held = {"ffn": to_plain(pool), "expected": expected, "profiles": self._profiles(models, demand)}
         return Placement(self.name, tuple(models), tuple(plans), {**asdict(options), **held})
 
     def notes(self) -> dict[str, object]:
@@ -134,6 +141,16 @@ class CrossPool(HostedSystem):
         self._latest_use = latest
         waiting = sum(pool.queue.waiting_pages for pool in self._pools)
         self._use.append(PoolUse(message.time_ns / 1e9, sum(latest.values()), waiting))
+
+    def _profiles(self, models: Sequence[ServedModel], demand: Demand) -> tuple[StageProfile, ...]:
+        if self.options.pairing == "fair":
+            return ()
+        profiles = []
+        for model in models:
+            lengths = demand.lengths.get(model.name, ())
+            context = sum(prompt + output / 2 for prompt, output in lengths) / max(len(lengths), 1)
+            profiles.append(stage_profile(model.spec, model.dtype, self.options.max_batch, context))
+        return tuple(profiles)
 
     def _plan_kv_pool(self, device: Device, models: Sequence[ServedModel]) -> DevicePlan:
         limits, page_bytes = self.options.limits, self.options.page_bytes
@@ -182,6 +199,7 @@ class CrossPool(HostedSystem):
         for number, (plan, boxes) in enumerate(zip(kv_plans, mailboxes, strict=True)):
             name = "kv-pool" if ranks == 1 else f"kv-pool-{number}"
             role = self._kv_role(plan, name, models, legs, boxes)
+            role = replace(role, profiles=placement.options["profiles"])
             self._register_pools(self._start_worker(plan.device, role, descriptors(boxes)), role, self.options)
 
     def _new_mailbox(self, models: Sequence[ServedModel]) -> MailboxRef:

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from serving.batching import StepLimits, compose_step, least_recently_served
+from serving.pairing import StageProfile, best_partner
 from serving.sequence import Sequence
+
+Profiles = tuple[StageProfile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,9 @@ class StepPlan:
 class StepScheduler:
     """Continuous batching over `num_models` models that share a device."""
 
-    def __init__(self, num_models: int, limits: StepLimits) -> None:
+    def __init__(self, num_models: int, limits: StepLimits, profiles: Profiles = ()) -> None:
+        """With `profiles`, one a model, the next model is the best partner of those in flight; else turns are fair."""
+        self._profiles = profiles
         self._limits = limits
         self._sequences: list[list[Sequence]] = [[] for _ in range(num_models)]  # in order of admission
         self._in_flight = [0] * num_models
@@ -83,7 +88,11 @@ class StepScheduler:
         ]
         if not ready:
             return None
-        model = least_recently_served(ready, self._served_at)
+        if self._profiles:
+            in_flight = [index for index, count in enumerate(self._in_flight) if count]
+            model = best_partner(ready, self._served_at, in_flight, self._profiles)
+        else:
+            model = least_recently_served(ready, self._served_at)
         self._steps += 1
         self._served_at[model] = self._steps
         waiting = [

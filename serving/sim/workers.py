@@ -121,7 +121,7 @@ class SimulatedModelWorker(SimulatedWorker):
         super().__init__(name, clock)
         self._role, self._times, self._pipeline = role, [StageTimes(mine) for mine in stages], pipeline
         self._prefill = prefill
-        self._scheduler = StepScheduler(len(role.models), role.limits)
+        self._scheduler = StepScheduler(len(role.models), role.limits, role.profiles)
         self._growth = growth_of(role)
         self._geometries = [KVGeometry.of(model.spec, model.dtype) for model in role.models]
         self._page_bytes = {index: pool.page_bytes for pool in role.pools for index in pool.models}

@@ -153,6 +153,7 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
         wires.recorder,
         role.stages,
         growth_of(role),
+        role.profiles,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from serving.batching import StepLimits
 from serving.cost.contention import Contention
 from serving.interface import Device, ServedModel
+from serving.pairing import StageProfile
 from serving.parallel.exchange import ExchangeShape
 from serving.parallel.ffn_part import FFNPart
 from serving.parallel.group import GroupPlan
@@ -81,7 +82,8 @@ class ModelWorkerConfig:
     behind several mailboxes, `ffn_legs` has for each of its layers the (mailbox, number) pairs that its rows go to, in order
     of rank: what comes back from them is added up. With `stages` 4 transfers are stages of their own, with 2 they are part of
     the stage before them. `growth` says whether admission has promised all that a sequence may need, or it may pause for
-    pages (:mod:`serving.pausing`), which needs a single pool."""
+    pages (:mod:`serving.pausing`), which needs a single pool. With `profiles`, one a model, models step beside those whose
+    stages fill their gaps (:mod:`serving.pairing`)."""
 
     device: Device
     models: tuple[ServedModel, ...]
@@ -95,6 +97,7 @@ class ModelWorkerConfig:
     ffn_legs: Mapping[int, tuple[tuple[tuple[int, int], ...], ...]] = field(default_factory=dict)  # by model, by layer
     stages: int = 4
     growth: str = "reserved"
+    profiles: tuple[StageProfile, ...] = ()
 
 
 @dataclass(frozen=True)

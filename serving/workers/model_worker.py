@@ -21,7 +21,7 @@ from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
 from serving.memory.kv_pool import KVPool, ModelKV
 from serving.pausing import PausedGrowth
-from serving.scheduler import StepPlan, StepScheduler
+from serving.scheduler import Profiles, StepPlan, StepScheduler
 from serving.sequence import Sequence
 from serving.shm.ring import Ring
 from serving.workers.counters import Counters
@@ -74,10 +74,11 @@ class ModelWorker:
         recorder: Recorder | None = None,
         stages: int = 4,
         growth: PausedGrowth | None = None,
+        profiles: Profiles = (),
     ) -> None:
         self._models = list(models)
         self._pools = list(pools)
-        self._scheduler = StepScheduler(len(self._models), limits)
+        self._scheduler = StepScheduler(len(self._models), limits, profiles)
         self._lanes: list[InFlight | None] = [None] * lanes
         self._control, self._tokens, self._counters = control, tokens, counters
         self._recorder = recorder

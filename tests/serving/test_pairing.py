@@ -29,8 +29,9 @@ def test_overlap_is_a_share_and_the_same_both_ways(one, other):
 
 def test_the_complement_of_what_is_in_flight_steps_next():
     profiles = [SHORT_LONG, LONG_SHORT, SHORT_LONG, LONG_SHORT]
-    assert best_partner([0, 2, 3], {0: 1, 2: 2, 3: 9}, [0], profiles) == 3
-    assert best_partner([0, 2, 3], {0: 1, 2: 2, 3: 9}, [1], profiles) == 0
+    assert best_partner([0, 2, 3], {0: 1, 3: 2, 2: 4}, [0], profiles) == 3
+    assert best_partner([0, 2, 3], {0: 1, 3: 2, 2: 4}, [1], profiles) == 0
+    assert best_partner([0, 2, 3], {0: 1, 2: 2, 3: 4}, [0], profiles) == 0  # the younger half waits for its turn
     assert best_partner([2, 3], {2: 5, 3: 1}, [], profiles) == 3
 
 
