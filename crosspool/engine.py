@@ -106,6 +106,7 @@ class CrossPool(HostedSystem):
         self._expected: Expectation | None = None
         self._use: list[PoolUse] = []
         self._latest_use: dict[str, int] = {}  # pages in use by pool
+        self._held_bytes = self._filled_bytes = 0
 
     def plan(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Placement:
         """KV and attention halves on the first `kv_devices` devices, FFNs on the others as `ffn_sharding` says."""
@@ -129,16 +130,27 @@ class CrossPool(HostedSystem):
         return Placement(self.name, tuple(models), tuple(plans), {**asdict(options), **held})
 
     def notes(self) -> dict[str, object]:
-        """What the planner expected of the KV demand, and what was observed."""
-        if self._expected is None:
-            return {}
-        return {"planner": self._expected.described(), "observed": compare(self._expected, self._use)}
+        """What the planner expected of the KV demand and what was observed; how pages were mapped, and what of them was lost
+        to rounding and mapped ahead of need."""
+        found: dict[str, object] = {}
+        if self._expected is not None:
+            found |= {"planner": self._expected.described(), "observed": compare(self._expected, self._use)}
+        counted = [worker.read_counters() for worker, _ in self._workers]
+        mapping = {
+            name: sum(c.get(name, 0) for c in counted) for name in ("pages_mapped", "mapped_ahead", "mapping_ns")
+        }
+        if self._held_bytes:
+            found["kv_mapping"] = mapping | {"unfilled_share": 1 - self._filled_bytes / self._held_bytes}
+        return found
 
     def _take_sample(self, device: Device, message: PoolReport) -> None:
         super()._take_sample(device, message)
         latest = {pool.name: self._latest_use.get(pool.name, 0) for pool in self._pools}
         latest |= {name: sum(pages.values()) for name, pages in message.pages}
         self._latest_use = latest
+        if message.used_bytes >= 0:  # of all samples, which come at even times
+            self._held_bytes += sum(sum(pages.values()) for _, pages in message.pages) * self.options.page_bytes
+            self._filled_bytes += message.used_bytes
         waiting = sum(pool.queue.waiting_pages for pool in self._pools)
         self._use.append(PoolUse(message.time_ns / 1e9, sum(latest.values()), waiting))
 

@@ -28,10 +28,12 @@ class Tokens(NamedTuple):
 
 
 class PoolUse(NamedTuple):
-    """Worker to host: pages in use in each pool, by model name."""
+    """Worker to host: pages in use in each pool, by model name; `used_bytes` is what tokens fill of them, in all pools, or -1
+    where that is not counted."""
 
     time_ns: int
     pages: tuple[tuple[str, dict[str, int]], ...]
+    used_bytes: int = -1
 
 
 class Preempted(NamedTuple):

@@ -253,7 +253,12 @@ class ModelWorker:
     # -- reports -------------------------------------------------------------------------------------------------------
     def _sample(self, now_ns: int) -> None:
         self._next_sample_ns = now_ns + self._sample_interval_ns
-        self._report(PoolUse(now_ns, tuple((name, pool.pages_by_model()) for name, pool in self._pools)))
+        used = sum(
+            sequence.cached * model.kv.geometry.token_bytes * model.num_layers
+            for model in self._models
+            for sequence in self._scheduler.sequences(model.index)
+        )
+        self._report(PoolUse(now_ns, tuple((name, pool.pages_by_model()) for name, pool in self._pools), used))
 
     def _report(self, message: Tokens | PoolUse) -> None:
         data = encode(message)

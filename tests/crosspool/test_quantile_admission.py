@@ -34,6 +34,9 @@ def test_requests_that_outgrow_their_promise_pause_and_compute_the_same(tiny_che
     try:
         system.start(placement)
         assert_equal_to_judge(requests, generate(system, requests), tiny_checkpoints)
+        mapping = system.notes()["kv_mapping"]
+        assert mapping["pages_mapped"] > 0 and mapping["mapping_ns"] > 0
+        assert 0 <= mapping["unfilled_share"] < 1
         samples = system.pool_samples()
         assert max(sum(sample.pages_in_use.values()) for sample in samples) <= PAGES
         assert sum(samples[-1].pages_in_use.values()) == 0
