@@ -92,7 +92,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             "tbt_by_model",
         ),
         figures_of={"swap_breakdown": "swap"},
-        cell_s=28,
+        cell_s=25,
         systems=_HEADLINE,
     ),
     Experiment(
@@ -104,7 +104,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             "full": {_RATE: (1, 2, 5, 8, 11, 14), _SEED: (0, 1, 2, 3, 4)},
         },
         figures=("latency_vs_rate", "tbt_vs_rate", "goodput", "outcomes", "summary"),
-        cell_s=28,
+        cell_s=25,
         paper="Fig. 7",
     ),
     Experiment(
@@ -116,7 +116,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             "full": {_SKEW: (0.0, 0.7, 0.9, 1.3, 1.7, 2.1), _SEED: (0, 1, 2)},
         },
         figures=("skew", "outcomes", "summary"),
-        cell_s=28,
+        cell_s=25,
     ),
     Experiment(
         name="context",
@@ -197,7 +197,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         question="The highest rate served by length of context at the paper's scale, simulated.",
         base=("conf=paper-context",),
         sweeps={
-            "fast": {_BINS: ("[4-8K]", "[16-32K]", "[64-128K]"), _RATE: (0.1, 0.4, 1.6), _DURATION: (120,)},
+            "fast": {_BINS: ("[4-8K]", "[16-32K]", "[64-128K]"), _RATE: (0.1, 0.8), _DURATION: (120,)},
             "full": {
                 _BINS: ("[4-8K]", "[8-16K]", "[16-32K]", "[32-64K]", "[64-128K]"),
                 _RATE: (0.1, 0.2, 0.4, 0.8, 1.6, 3.2),
@@ -214,7 +214,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         question="What Fig. 7's ratio rests on that the paper does not say: here the batch cap, simulated.",
         base=("conf=paper-sensitivity",),
         sweeps={
-            "fast": {"system.options.max_batch": (2, 4, 8, 16), _DURATION: (120,)},
+            "fast": {"system.options.max_batch": (2, 8), _DURATION: (120,)},
             "full": {"system.options.max_batch": (2, 4, 8, 16), "workload.lengths.output_median": (115, 229, 458)},
         },
         figures=("sensitivity",),
