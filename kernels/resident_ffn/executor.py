@@ -91,13 +91,15 @@ class ResidentFFN:
     def _counts(self, n: int) -> torch.Tensor:
         return torch.zeros(n, dtype=torch.int32, device=self.device)
 
-    def start(self) -> None:
-        """Launch the worker. Everything else that will run on the card must have been warmed up: loading a module or
-        allocating memory beside a kernel that never returns can wait for it forever."""
+    def start(self, programs: int | None = None) -> None:
+        """Launch the worker, on every multiprocessor or on as many as `programs` says: kernels that need more shared memory
+        or registers than the worker leaves can only run where it does not. Everything else that will run on the card must
+        have been warmed up: loading a module or allocating memory beside a kernel that never returns can wait for it
+        forever."""
         self.started_tasks = int(self.tickets.item())
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            self.launch_worker(num_sms(self.device), 2**31 - 1)
+            self.launch_worker(programs or num_sms(self.device), 2**31 - 1)
 
     def run_pending(self) -> None:
         """Run what was submitted, in one program, and return."""

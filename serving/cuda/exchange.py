@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from kernels.launch import num_sms
 from kernels.mailbox import Mailbox, put, wait
 from serving.cuda.lane import Lane
 from serving.cuda.layers import CardFFNHalf
@@ -94,10 +95,16 @@ class Mailboxes:
             raise RuntimeError("a mailbox wait between the pools gave up")
 
 
+# Of one card's multiprocessors, where attention shares it: its kernels want nearly all shared memory of one, and would wait
+# forever for one that the executor never leaves.
+_SHARE_OF_SHARED_CARD = 0.7
+
+
 class Residents:
     """The resident executors of the weights pool, one a card and dtype, and the number each knows a model by."""
 
     def __init__(self, ffns: Sequence[CardFFNHalf], lanes: int, max_rows: int, device: torch.device) -> None:
+        self._shared_card = device
         from kernels.resident_ffn import ResidentFFN  # Triton, which the other exchanges import on a card only
 
         self._place: dict[int, tuple[ResidentFFN, int]] = {}
@@ -114,6 +121,12 @@ class Residents:
             executor.run_pending()  # compiles the worker and what feeds it
             executor.collect(0, 1, halves[0].spec.hidden_size)
             torch.cuda.synchronize(device)
+
+    def start(self) -> None:
+        """Launch the executors, on a share of the multiprocessors where the attention side is on the same card."""
+        for executor in self.executors:
+            share = _SHARE_OF_SHARED_CARD / len(self.executors) if executor.device == self._shared_card else 1.0
+            executor.start(max(1, int(num_sms(executor.device) * share)))
 
     def attention_side(self, lane: int, ffn: CardFFNHalf) -> Exchange:
         executor, number = self._place[id(ffn)]

@@ -178,8 +178,8 @@ class StepRunner:
                 for bucket in reversed(self._buckets):
                     self._launches[lane_index, model_index, bucket] = capture(lane_index, model_index, bucket)
         torch.cuda.synchronize(self.device)
-        for executor in self._residents.executors if self._residents else ():
-            executor.start()
+        if self._residents is not None:
+            self._residents.start()
 
     def _run_every_step(self, lanes: Seq[Lane]) -> None:
         """Each model's decode steps, of idle rows, and some of its prefill steps, kernel by kernel."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from serving.sequence import Sequence
 _PAGE_BYTES = 2 << 20
 _KV_BYTES = 16 << 30
 _PROMPT_TOKENS, _NEW_TOKENS, _WARM_STEPS = 512, 80, 16
+_LIMIT_S = 20.0
 _CONFIGURATIONS = (("fused", 1), ("fused", 2), ("lowered", 1), ("lowered", 2), ("host", 1), ("host", 2), ("resident", 1), ("resident", 2))  # fmt: skip
 
 
@@ -57,7 +59,10 @@ def time_decode(runner: StepRunner, runs: Seq[Run], lanes: int, batch: int) -> d
         started[lane] = time.perf_counter()
         runner.launch(lane, 0, plan)
     begun = ended = 0.0
+    deadline = time.perf_counter() + _LIMIT_S
     while any(len(done) < _NEW_TOKENS for done in steps):
+        if time.perf_counter() > deadline:
+            raise RuntimeError(f"steps were unfinished after {_LIMIT_S} s")
         for lane, plan in enumerate(plans):
             if len(steps[lane]) == _NEW_TOKENS or not runner.done(lane):
                 continue
@@ -79,9 +84,9 @@ def time_decode(runner: StepRunner, runs: Seq[Run], lanes: int, batch: int) -> d
     }
 
 
-def measure(name: str, model: CardModel, batches: Seq[int], configurations: Seq[tuple[str, int]]) -> list[dict]:
+def measure(name: str, model: CardModel, batches: Seq[int], configurations: Seq[tuple[str, int]]) -> Iterator[dict]:
     """Rows of one model, one a configuration and batch; a configuration that fails is a row with its error."""
-    rows, runs = [], [model.kv.open_run() for _ in range(2 * max(batches))]
+    runs = [model.kv.open_run() for _ in range(2 * max(batches))]
     for run in runs:  # before anything waits on the card
         model.kv.grow(run, _PROMPT_TOKENS + _NEW_TOKENS)
     for control, lanes in configurations:
@@ -91,13 +96,12 @@ def measure(name: str, model: CardModel, batches: Seq[int], configurations: Seq[
             runner = StepRunner([model], lanes, StepLimits(max(batches), 64), control)
             warm_s = time.perf_counter() - begun
             for batch in batches:
-                rows.append({**row, "batch": batch, "warm_up_s": warm_s, **time_decode(runner, runs, lanes, batch)})
+                yield {**row, "batch": batch, "warm_up_s": warm_s, **time_decode(runner, runs, lanes, batch)}
             runner.close()
             del runner
         except Exception as error:  # noqa: BLE001  the next configuration may still work
-            rows.append({**row, "error": f"{type(error).__name__}: {error}"[:300]})
+            yield {**row, "error": f"{type(error).__name__}: {error}"[:300]}
         torch.cuda.empty_cache()
-    return rows
 
 
 @command

@@ -1,0 +1,67 @@
+"""The suite's own parts: sections that fail leave the others alone, and times become the figures that are shown."""
+
+import importlib.util
+
+import pytest
+
+from serving.gpu_suite import __main__ as suite
+from serving.gpu_suite import serve
+from serving.interface import ServedModel
+from serving.spec import load_spec
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture
+def sections(monkeypatch):
+    commands = {
+        "good": ("-c", "print('row: 1 us')"),
+        "bad": ("-c", "import sys; print('what went wrong'); sys.exit(3)"),
+        "slow": ("-c", "print('row: half', flush=True); import time; time.sleep(60)"),
+    }
+    monkeypatch.setattr(suite, "SECTIONS", {name: suite.Section(parts, 3) for name, parts in commands.items()})
+
+
+def test_every_section_runs_whatever_becomes_of_the_others(sections, tmp_path, capsys):
+    assert suite.main(["--out", str(tmp_path), "bad", "slow", "good"]) == 1
+    table = capsys.readouterr().out.split("=" * 100)[1]
+    assert "bad [FAILED (3)" in table
+    assert "what went wrong" in table
+    assert "slow [FAILED (ended: too slow)" in table
+    assert "half" in table
+    assert "good [ok" in table
+    assert (tmp_path / "slow.log").read_text().startswith("row: half")
+
+
+def test_a_run_without_failures_ends_well(sections, tmp_path):
+    assert suite.main(["--out", str(tmp_path), "good"]) == 0
+
+
+def test_unknown_sections_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        suite.main(["--out", str(tmp_path), "kernel"])
+    assert "unknown section 'kernel'" in capsys.readouterr().err
+
+
+def test_summary_of_known_times():
+    """Two requests, planned at 0 and 1 s: first tokens after 0.5 and 1 s, gaps of 0.1, 0.1 and 0.4 s."""
+    found = serve.summary({0: [0.0, 0.5, 0.6, 0.7], 1: [1.0, 2.0, 2.4]})
+    assert found["tbt_mean_s"] == pytest.approx(0.2)
+    assert found["tbt_p99_s"] == pytest.approx(0.4)
+    assert found["ttft_mean_s"] == pytest.approx(0.75)
+    assert found["tokens_per_s"] == pytest.approx(5 / 2.4)
+
+
+def test_every_system_gets_the_same_requests_and_bytes(tiny_checkpoints, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    model = ServedModel(load_spec(tiny_checkpoints["mixtral"]), tiny_checkpoints["mixtral"])
+    assert serve.requests_of([model], 5.0, 6, seed=1) == serve.requests_of([model], 5.0, 6, seed=1)
+    sizes = {
+        name: serve.cluster_for(name, 3 << 30, 5 << 30).memory_bytes for name in ("static", "static-2", "crosspool")
+    }
+    assert set(sizes.values()) == {8 << 30}
+
+
+def test_sections_name_modules_that_exist():
+    for section in suite.SECTIONS.values():
+        assert importlib.util.find_spec(section.command[1]), section.command
