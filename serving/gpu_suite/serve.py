@@ -115,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             placement = system.plan(cluster_for(label, args.kv_gib << 30, args.weights_gib << 30), models, Demand())
             system.start(placement)
             row["start_s"] = time.monotonic() - begun
-            replay(system, requests_of(models, 100.0, 8, seed=99), 60)  # what is still cold, warms up
+            replay(
+                system, requests_of(models, 50.0, args.requests, seed=99), 90
+            )  # prefill compiles for sizes as they come
             for rate in map(float, args.rates.split(",")):
                 times = replay(system, requests_of(models, rate, args.requests, seed=int(rate)), 120)
                 rows.append({**row, "rate_rps": rate, **summary(times)})
