@@ -141,9 +141,9 @@ def _prefill_kernel(
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    last_seen = position + lane
-    end = position + rows
-    everyone_sees = (position + 1) // BLOCK_N * BLOCK_N
+    last_seen = tl.maximum(position + lane, 0)  # rows that fill up a graph's chunk may lie before the first token
+    end = tl.maximum(position + rows, 1)
+    everyone_sees = tl.maximum(position + 1, 0) // BLOCK_N * BLOCK_N
     for start in range(0, everyone_sees, BLOCK_N):
         top, mass, acc = _attend_tile(
             q, cache_ptr, table, start, end, last_seen, head // GROUP, scale, top, mass, acc,

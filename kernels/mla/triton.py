@@ -150,9 +150,11 @@ def _prefill_kernel(
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    last_seen = position + pair // HEADS
+    last_seen = tl.maximum(
+        position + pair // HEADS, 0
+    )  # rows that fill up a graph's chunk may lie before the first token
     last_pair = tl.minimum((tl.program_id(0) + 1) * BLOCK_M, tokens * HEADS) - 1
-    end = position + last_pair // HEADS + 1
+    end = tl.maximum(position + last_pair // HEADS + 1, 1)
     for start in range(0, end, BLOCK_N):
         top, mass, acc = _latent_tile(
             q_latent, q_rope, cache_ptr, table, start, end, last_seen, scale, top, mass, acc,

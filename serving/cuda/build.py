@@ -8,12 +8,13 @@ import torch
 
 from serving.checkpoints import open_weights
 from serving.checkpoints.weights import Weights
+from serving.cuda.capture import CardModel
 from serving.cuda.config import CardWorkerConfig
 from serving.cuda.dummy import CardDummyWeights
 from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
 from serving.cuda.layout import BLOCK_TOKENS
 from serving.cuda.memory import CardMemory
-from serving.cuda.runner import CardModel, StepRunner
+from serving.cuda.runner import StepRunner
 from serving.cuda.worker import CardWorker
 from serving.errors import UserError
 from serving.interface import Device, ServedModel

@@ -35,7 +35,7 @@ class InPlace:
 
 
 class ByEvents:
-    """The FFN half on its own stream, ordered by events that the host puts between the two: for steps that are not graphs."""
+    """The FFN half on its own stream, ordered by events that the host puts between the two: for warming up."""
 
     def __init__(self, ffn: CardFFNHalf, lane: Lane) -> None:
         self._ffn, self._stream, self._ffn_stream = ffn, lane.stream, lane.ffn_streams[ffn.device]

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import torch
 
-from serving.cuda.layout import ROW_FIELDS, SEQUENCE_FIELDS
-
-_FIELDS = ROW_FIELDS + SEQUENCE_FIELDS
+from serving.cuda.layout import Shape
 
 
 class Lane:
-    """Buffers for steps of up to `max_batch` sequences on `device`, and a stream there and on each of `ffn_devices`."""
+    """Buffers for steps of up to `max_batch` sequences of `shapes` on `device`, a stream there and on each of `ffn_devices`."""
 
-    def __init__(self, device: torch.device, ffn_devices: set[torch.device], max_batch: int) -> None:
+    def __init__(
+        self, device: torch.device, ffn_devices: set[torch.device], max_batch: int, shapes: list[Shape]
+    ) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.ffn_streams = {other: torch.cuda.Stream(other) for other in ffn_devices}
-        self.numbers_host = torch.zeros(_FIELDS * max_batch, dtype=torch.int64, pin_memory=True)
-        self.numbers = torch.zeros(_FIELDS * max_batch, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(max_batch, dtype=torch.int64, device=device)
-        self.tokens_host = torch.zeros(max_batch, dtype=torch.int64, pin_memory=True)
-        self.finished = torch.cuda.Event()
         self.pools = {stream: torch.cuda.graph_pool_handle() for stream in (self.stream, *self.ffn_streams.values())}
-        self.wanted = 0  # tokens that the step under way gives
+        most, parts = max(shape.numbers for shape in shapes), max_batch + 1
+        self.numbers_host = torch.zeros(parts, most, dtype=torch.int64, pin_memory=True)  # a row a part of the step
+        self.numbers = torch.zeros(most, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(
+            max_batch + 1, dtype=torch.int64, device=device
+        )  # of a decode part; of a prefill part
+        self.tokens_host = torch.zeros(2 * max_batch + 1, dtype=torch.int64, pin_memory=True)
+        self._events = {stream: torch.cuda.Event() for stream in self.pools}
+        self._last = self._events[self.stream]
+        self.places: list[int] = []  # in tokens_host, of the tokens that the step under way gives
 
-    def numbers_of(self, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first [5, bucket] of the buffers on the host and on the card."""
-        return tuple(buffer[: _FIELDS * bucket].view(_FIELDS, bucket) for buffer in (self.numbers_host, self.numbers))
+    def tokens_of(self, shape: Shape) -> torch.Tensor:
+        """Where a part of `shape` leaves its tokens."""
+        return self.tokens[-1:] if shape.prefill else self.tokens[: shape.rows]
+
+    def mark(self, stream: torch.cuda.Stream) -> None:
+        """What has been launched on `stream` is now what the lane waits for."""
+        self._last = self._events[stream]
+        self._last.record(stream)
 
     def done(self) -> bool:
-        return self.finished.query()
+        return self._last.query()
 
     def result(self) -> list[int]:
         """The tokens of the step that is done."""
-        return self.tokens_host[: self.wanted].tolist()
+        tokens = self.tokens_host.tolist()
+        return [tokens[place] for place in self.places]

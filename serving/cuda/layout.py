@@ -1,22 +1,61 @@
-"""The layout of one step in a card's memory: made from one small array of integers, so that a graph can make it again."""
+"""The layout of one step in a card's memory: made from one small array of integers, so that a graph can make it again.
+
+A step is done in parts, each of a shape that a graph exists for: a *decode* part has one row of each of its sequences, and a
+*prefill* part has rows of one sequence. Rows that a shape has beyond those wanted are idle: nothing is written for them, and
+what they compute is dropped.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from kernels.paged_kv import PagedKV
-from serving.scheduler import StepPlan
+from serving.batching import StepLimits
+from serving.sequence import Sequence
 
 BLOCK_TOKENS = 64  # one look-up of the block table serves a tile of keys
-ROW_FIELDS, SEQUENCE_FIELDS = 3, 2  # token id, position, slot; length, first block
-IDLE_SLOT = -1  # of a row that fills up a bucket: nothing is written for it
+IDLE_SLOT = -1
+_FEWEST_PREFILL_ROWS = 16
+
+
+class Shape(NamedTuple):
+    """What a graph is captured for: `rows` sequences of one row each, or (`prefill`) `rows` rows of one sequence."""
+
+    prefill: bool
+    rows: int
+
+    @property
+    def numbers(self) -> int:
+        """Integers that say what a part of this shape computes."""
+        return 3 * self.rows + 2 if self.prefill else 5 * self.rows
+
+
+def _powers_up_to(first: int, most: int) -> list[int]:
+    sizes = [min(first, most)]
+    while sizes[-1] < most:
+        sizes.append(min(2 * sizes[-1], most))
+    return sizes
+
+
+def shapes_of(limits: StepLimits, max_context_tokens: int) -> list[Shape]:
+    """Shapes of decode up to the largest batch, and of prefill up to the largest chunk, in powers of two; smaller first."""
+    chunk = min(limits.prefill_chunk, max_context_tokens)
+    decode = [Shape(False, rows) for rows in _powers_up_to(1, limits.max_batch)]
+    return decode + [Shape(True, rows) for rows in _powers_up_to(_FEWEST_PREFILL_ROWS, chunk)]
+
+
+def smallest(shapes: Seq[Shape], prefill: bool, rows: int) -> Shape:
+    """The smallest shape that holds `rows` rows."""
+    return next(shape for shape in shapes if shape.prefill == prefill and shape.rows >= rows)
 
 
 @dataclass(frozen=True)
 class CardLayout:
-    """One step: T rows of S sequences, whose KV runs are contiguous blocks. `query_lens` is None where every sequence has
+    """One part: T rows of S sequences, whose KV runs are contiguous blocks. `query_lens` is None where every sequence has
     one row (decode), `logit_rows` None where every row's next token is wanted."""
 
     token_ids: torch.Tensor  # [T] int64
@@ -28,42 +67,45 @@ class CardLayout:
     logit_rows: torch.Tensor | None = None
 
     @classmethod
-    def decode(cls, numbers: torch.Tensor, blocks: torch.Tensor) -> CardLayout:
-        """Of `numbers` [5, S] int64 as :func:`decode_numbers` gives them; `blocks` is 0, 1, 2... up to a run's blocks."""
-        token_ids, positions, slots, lens, first = numbers.unbind(0)
-        return cls(token_ids, positions, slots, lens.int(), (first[:, None] + blocks).int())
-
-    @classmethod
-    def ragged(cls, plan: StepPlan, blocks: torch.Tensor) -> CardLayout:
-        """Of any step. A step that wants no token, in the midst of a prompt, is given that of its last row."""
-        device = blocks.device
-        positions, slots = [], []
-        for (sequence, rows), length in zip(plan.items, plan.kv_lens, strict=True):
-            start = sequence.run.start_slot
-            positions.extend(range(length - rows, length))
-            slots.extend(range(start + length - rows, start + length))
-        first = [sequence.run.start_slot // BLOCK_TOKENS for sequence, _ in plan.items]
-        rows_of = torch.tensor([plan.token_ids, positions, slots], device=device)
-        of_sequences = torch.tensor([plan.kv_lens, first], device=device)
+    def of(cls, shape: Shape, numbers: torch.Tensor, blocks: torch.Tensor) -> CardLayout:
+        """Of `numbers` as the functions below fill them; `blocks` is 0, 1, 2... up to a run's blocks."""
+        if not shape.prefill:
+            token_ids, positions, slots, lens, first = numbers.view(5, shape.rows).unbind(0)
+            return cls(token_ids, positions, slots, lens.int(), (first[:, None] + blocks).int())
+        rows = shape.rows
+        token_ids, positions, slots = numbers[: 3 * rows].view(3, rows).unbind(0)
+        lens, first = numbers[3 * rows :].view(2, 1).unbind(0)
+        last = blocks[:1] + (rows - 1)
         return cls(
-            *rows_of.unbind(0),
-            of_sequences[0].int(),
-            (of_sequences[1][:, None] + blocks).int(),
-            None if max(plan.query_lens) == 1 else plan.query_lens,
-            torch.tensor(plan.logit_rows or (len(slots) - 1,), device=device),
-        )
+            token_ids, positions, slots, lens.int(), (first[:, None] + blocks).int(), (rows,), last
+        )  # fmt: skip
 
     def paged(self, cache: torch.Tensor) -> PagedKV:
         """The sequences' KV in one layer, whose slots are `cache`."""
         return PagedKV(cache, BLOCK_TOKENS, self.block_table, self.kv_lens)
 
 
-def decode_numbers(plan: StepPlan, out: torch.Tensor) -> None:
-    """Fill `out` [5, bucket] int64 on the host with a decode step's rows, idle ones after them."""
+def decode_numbers(sequences: Seq[Sequence], out: torch.Tensor) -> None:
+    """Fill `out` [5 * rows] int64 on the host with the last token of each sequence, and idle rows after them."""
     columns = []
-    for (sequence, _), length in zip(plan.items, plan.kv_lens, strict=True):
-        start = sequence.run.start_slot
-        columns.append((sequence.tokens[length - 1], length - 1, start + length - 1, length, start // BLOCK_TOKENS))
-    idle = out.shape[1] - len(columns)
+    for sequence in sequences:
+        place, start = sequence.cached, sequence.run.start_slot
+        columns.append((sequence.tokens[place], place, start + place, place + 1, start // BLOCK_TOKENS))
+    idle = len(out) // 5 - len(columns)
     columns.extend([(0, 0, IDLE_SLOT, 0, 0)] * idle)
-    out.copy_(torch.tensor(columns).T)
+    out.copy_(torch.tensor(columns).T.reshape(-1))
+
+
+def prefill_numbers(sequence: Sequence | None, rows: int, out: torch.Tensor) -> None:
+    """Fill `out` [3 * T + 2] int64 on the host with the next `rows` tokens of a sequence (None: nothing but idle rows).
+    Idle rows come first, so that the last row is always the last token; the kernels take a place before the first as 0."""
+    count = (len(out) - 2) // 3
+    if sequence is None:
+        out.copy_(torch.tensor([0] * (2 * count) + [IDLE_SLOT] * count + [1, 0]))
+        return
+    start, end = sequence.run.start_slot, sequence.cached + rows
+    idle = count - rows
+    ids = [0] * idle + sequence.tokens[end - rows : end]
+    positions = [max(place, 0) for place in range(end - count, end)]
+    slots = [IDLE_SLOT] * idle + list(range(start + end - rows, start + end))
+    out.copy_(torch.tensor([*ids, *positions, *slots, end, start // BLOCK_TOKENS]))

@@ -7,7 +7,6 @@ the worker does it. `fused` is both halves in one graph, the reference of co-loc
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -18,8 +17,10 @@ import torch
 from serving.batching import StepLimits
 from serving.cost.table1 import published_spec
 from serving.cuda.build import load_attention, load_ffn, open_pool, prepare_process
-from serving.cuda.runner import CardModel, StepRunner
+from serving.cuda.capture import CardModel
+from serving.cuda.runner import StepRunner
 from serving.errors import command
+from serving.gpu_suite.results import save
 from serving.interface import Device, ServedModel
 from serving.memory.budget import MemoryBudget
 from serving.memory.kv_pool import KVPool, Run
@@ -30,7 +31,10 @@ _PAGE_BYTES = 2 << 20
 _KV_BYTES = 16 << 30
 _PROMPT_TOKENS, _NEW_TOKENS, _WARM_STEPS = 512, 80, 16
 _LIMIT_S = 20.0
-_CONFIGURATIONS = (("fused", 1), ("fused", 2), ("lowered", 1), ("lowered", 2), ("host", 1), ("host", 2), ("resident", 1), ("resident", 2))  # fmt: skip
+_CONFIGURATIONS = (
+    *((control, lanes) for control in ("fused", "lowered", "host") for lanes in (1, 2)),
+    ("resident", 1),  # two lanes beside it on one card do not end: attention waits for what the executor holds
+)
 
 
 def load(name: str, memory_bytes: int) -> tuple[CardModel, KVPool]:
@@ -127,7 +131,7 @@ def main(argv: Seq[str] | None = None) -> int:
         for row in measure(name, model, batches, configurations):
             rows.append(row)
             print("row: " + _described(row), flush=True)
-            args.out.write_text(json.dumps(rows, indent=1))
+            save(args.out, rows)
         del model
         pool.close()
         torch.cuda.empty_cache()

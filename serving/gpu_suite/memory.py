@@ -4,7 +4,6 @@ reads mapped pages as fast as one allocation."""
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from kernels.paged_kv import PagedKV
 from serving.cuda import driver
 from serving.cuda.memory import CardMemory
 from serving.errors import command
+from serving.gpu_suite.results import save
 
 _PAGE_BYTES = 2 << 20
 _PAGES = 256
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for key, value in results[name].items()
         )
         print(f"row: {name} ({unit}): {text}", flush=True)
-        args.out.write_text(json.dumps(results, indent=1))
+        save(args.out, results)
     return int(any("error" in result for result in results.values()))
 
 

@@ -8,7 +8,6 @@ a card and know nothing of each other. `static` is one process with a partition 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from serving import registry
 from serving.cost.table1 import published_spec
 from serving.errors import command
 from serving.generate import cuda_cluster
+from serving.gpu_suite.results import save
 from serving.interface import Cluster, Demand, Device, EventKind, Request, ServedModel, System
 
 _OPTIONS = {"max_batch": 4, "prefill_chunk": 256, "page_bytes": 2 << 20, "max_running": 32}
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("row: " + _described(rows[-1]), flush=True)
         finally:
             system.stop()
-        args.out.write_text(json.dumps(rows, indent=1))
+        save(args.out, rows)
     return int(any("error" in row for row in rows))
 
 

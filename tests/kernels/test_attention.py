@@ -76,6 +76,26 @@ def test_a_row_without_tokens_gives_zeros(device):
     assert not form.decode_gqa(torch.randn(2, 2, 16, device=device), kv, 0.25)[1].any()
 
 
+@pytest.mark.parametrize("length", [3, 70])
+def test_rows_before_the_first_token_leave_the_others_alone(length, device, check):
+    """A chunk of a graph's size has idle rows before the real ones: finite, and nobody's business."""
+    from kernels.attention import triton as gqa_form
+    from kernels.mla import triton as mla_form
+
+    rows = 96
+    kv = paged((length,), (2, 2, 16), 64, torch.float32, device)
+    q = torch.randn(rows, 4, 16, device=device)
+    out = gqa_form.prefill_gqa(q, kv, (rows,), 0.25)
+    assert out.isfinite().all()
+    check("gqa", out[-length:], gqa_reference.prefill_gqa(q[-length:], kv, (length,), 0.25))
+    kv = paged((length,), (40,), 64, torch.float32, device)
+    latent, turned = torch.randn(rows, 4, 32, device=device), torch.randn(rows, 4, 8, device=device)
+    out = mla_form.prefill_mla(latent, turned, kv, (rows,), 0.2)
+    assert out.isfinite().all()
+    expected = mla_reference.prefill_mla(latent[-length:], turned[-length:], kv, (length,), 0.2)
+    check("mla", out[-length:], expected)
+
+
 @pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
 @pytest.mark.parametrize(("heads", "rank", "rope_dim", "block_tokens"), MLA_SHAPES)
 def test_decode_mla(heads, rank, rope_dim, lengths, block_tokens, dtype, device, check):

@@ -73,3 +73,24 @@ def test_rope_write_mla(heads, rank, rope_dim, interleaved, dtype, device, check
     )
     check("q_rope", actual, expected)
     check("cache", caches[0], caches[1])
+
+
+def test_an_idle_token_writes_nothing(device, check):
+    """A negative slot is a row that fills up a graph's batch: its neighbours are written as ever, and nothing else."""
+    from kernels.rope import triton as form
+
+    cos, sin = table(4, 4, device)
+    positions, slots = torch.tensor([1, 0, 3], device=device), torch.tensor([2, -1, 0], device=device)
+    kept = torch.tensor([0, 2], device=device)
+    fused = torch.randn(3, 8, 8, device=device)
+    q, k, v = fused.split([4, 2, 2], dim=1)
+    caches = torch.zeros(2, 3, 2, 2, 8, device=device)
+    form.rope_write_gqa(q, k, v, cos, sin, positions, caches[0], slots)
+    rope_reference.rope_write_gqa(q[kept], k[kept], v[kept], cos, sin, positions[kept], caches[1], slots[kept])
+    check("gqa cache", caches[0], caches[1])
+    latent, caches = torch.randn(3, 16, device=device), torch.zeros(2, 3, 24, device=device)
+    form.rope_write_mla(q, latent, k[:, 0], cos, sin, positions, caches[0], slots, False)
+    rope_reference.rope_write_mla(
+        q[kept], latent[kept], k[kept, 0], cos, sin, positions[kept], caches[1], slots[kept], False
+    )
+    check("mla cache", caches[0], caches[1])

@@ -5,13 +5,22 @@ import judges
 import pytest
 import torch
 
+from serving.batching import StepLimits
 from serving.checkpoints import open_checkpoint
+from serving.cuda.capture import CardModel
 from serving.cuda.exchange import InPlace
 from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
-from serving.cuda.layout import IDLE_SLOT, CardLayout, decode_numbers
-from serving.cuda.runner import CardModel, buckets_up_to
+from serving.cuda.layout import (
+    BLOCK_TOKENS,
+    IDLE_SLOT,
+    CardLayout,
+    Shape,
+    decode_numbers,
+    prefill_numbers,
+    shapes_of,
+    smallest,
+)
 from serving.memory.kv_pool import KVPool
-from serving.scheduler import StepPlan
 from serving.sequence import Sequence
 from serving.spec import ARCHITECTURES, load_spec
 
@@ -41,14 +50,25 @@ def open_sequence(model, prompt, new_tokens):
 
 
 @torch.inference_mode()
-def step(model, rows_of):
-    plan = StepPlan(0, tuple(rows_of))
-    tokens = model.forward(CardLayout.ragged(plan, model.blocks), InPlace(model.ffn)).tolist()
-    for sequence, rows in plan.items:
-        wanted = rows == sequence.pending
-        sequence.cached += rows
-        if wanted:
-            sequence.append(tokens.pop(0))
+def run_part(model, shape, fill):
+    numbers = torch.zeros(shape.numbers, dtype=torch.int64)
+    fill(numbers)
+    return model.forward(CardLayout.of(shape, numbers, model.blocks), InPlace(model.ffn)).tolist()
+
+
+def decode(model, *sequences):
+    tokens = run_part(model, Shape(False, len(sequences)), lambda out: decode_numbers(sequences, out))
+    for sequence, token in zip(sequences, tokens, strict=True):
+        sequence.cached += 1
+        sequence.append(token)
+
+
+def prefill(model, sequence, rows):
+    (token,) = run_part(model, Shape(True, rows), lambda out: prefill_numbers(sequence, rows, out))
+    wanted = rows == sequence.pending
+    sequence.cached += rows
+    if wanted:
+        sequence.append(token)
 
 
 @pytest.mark.parametrize("card_model", ARCHITECTURES, indirect=True)
@@ -57,35 +77,58 @@ def test_tokens_equal_the_judge(card_model):
     directory, model = card_model
     prompts = [(5, 9, 2, 7, 1, 3, 8), (4, 6)]
     long, short = (open_sequence(model, prompt, 6) for prompt in prompts)
-    step(model, [(short, 2)])
-    step(model, [(short, 1), (long, 4)])
-    step(model, [(short, 1), (long, 3)])
-    while long.pending and len(long.tokens) < len(prompts[0]) + 6:
-        step(model, [(long, 1)])
+    prefill(model, short, 2)
+    decode(model, short)
+    prefill(model, long, 4)
+    prefill(model, long, 3)
+    for _ in range(3):
+        decode(model, short, long)
+    while len(long.tokens) < len(prompts[0]) + 6:
+        decode(model, long)
     for sequence, prompt in zip((long, short), prompts, strict=True):
         new = sequence.tokens[len(prompt) :]
         assert new == judges.greedy_reference(directory, prompt, len(new))
     assert len(long.tokens) == len(prompts[0]) + 6
 
 
+def layout_of(model, shape, fill):
+    numbers = torch.zeros(shape.numbers, dtype=torch.int64)
+    fill(numbers)
+    return CardLayout.of(shape, numbers, model.blocks)
+
+
 @pytest.mark.parametrize("card_model", ["deepseek_v2"], indirect=True)
-def test_decode_numbers_make_the_same_layout(card_model):
-    """What a graph makes of its array of numbers is what the eager path makes of the plan; rows beyond it are idle."""
+def test_rows_that_fill_up_a_decode_shape_are_idle(card_model):
     _, model = card_model
     sequences = [open_sequence(model, (1, 2, 3), 4), open_sequence(model, (7,) * 70, 4)]
     for sequence in sequences:
         sequence.cached = len(sequence.tokens) - 1
-    plan = StepPlan(0, tuple((sequence, 1) for sequence in sequences))
-    numbers = torch.zeros(5, 4, dtype=torch.int64)
-    decode_numbers(plan, numbers)
-    fixed, eager = CardLayout.decode(numbers, model.blocks), CardLayout.ragged(plan, model.blocks)
-    for name in ("token_ids", "positions", "slots", "kv_lens", "block_table"):
-        assert torch.equal(getattr(fixed, name)[:2], getattr(eager, name)), name
-    assert fixed.slots[2:].tolist() == [IDLE_SLOT] * 2
-    assert fixed.kv_lens[2:].tolist() == [0, 0]
+    layout = layout_of(model, Shape(False, 4), lambda out: decode_numbers(sequences, out))
+    starts = [sequence.run.start_slot for sequence in sequences]
+    assert layout.slots.tolist() == [starts[0] + 2, starts[1] + 69, IDLE_SLOT, IDLE_SLOT]
+    assert layout.positions[:2].tolist() == [2, 69]
+    assert layout.kv_lens.tolist() == [3, 70, 0, 0]
+    assert (layout.block_table[:2, 0] * BLOCK_TOKENS).tolist() == starts
 
 
-def test_buckets_are_powers_of_two_and_the_largest_batch():
-    assert buckets_up_to(1) == [1]
-    assert buckets_up_to(4) == [1, 2, 4]
-    assert buckets_up_to(6) == [1, 2, 4, 6]
+@pytest.mark.parametrize("card_model", ["deepseek_v2"], indirect=True)
+def test_rows_that_fill_up_a_prefill_shape_come_first(card_model):
+    """So that the last row is the last token's; their places before the first token are taken as the first."""
+    _, model = card_model
+    sequence = open_sequence(model, tuple(range(10, 20)), 4)
+    sequence.cached = 3
+    layout = layout_of(model, Shape(True, 16), lambda out: prefill_numbers(sequence, 5, out))
+    start = sequence.run.start_slot
+    assert layout.token_ids.tolist() == [0] * 11 + [13, 14, 15, 16, 17]
+    assert layout.positions.tolist() == [0] * 8 + list(range(8))
+    assert layout.slots.tolist() == [IDLE_SLOT] * 11 + [start + place for place in range(3, 8)]
+    assert layout.kv_lens.tolist() == [8]
+    assert layout.logit_rows.tolist() == [15]
+
+
+def test_shapes_are_powers_of_two_up_to_the_limits():
+    shapes = shapes_of(StepLimits(max_batch=6, prefill_chunk=100), max_context_tokens=4096)
+    assert [shape.rows for shape in shapes if not shape.prefill] == [1, 2, 4, 6]
+    assert [shape.rows for shape in shapes if shape.prefill] == [16, 32, 64, 100]
+    assert smallest(shapes, True, 33) == Shape(True, 64)
+    assert [shape.rows for shape in shapes_of(StepLimits(1, 100), 8)] == [1, 8]

@@ -1,0 +1,116 @@
+"""Captures the graphs of a part's shape: one for both halves, one a side, or one a stage, as the control wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kernels.lm_head import greedy
+from serving.cuda.exchange import Exchange, InPlace, Mailboxes
+from serving.cuda.lane import Lane
+from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
+from serving.cuda.layout import BLOCK_TOKENS, CardLayout, Shape
+from serving.memory.kv_pool import ModelKV
+
+
+@dataclass(frozen=True)
+class CardModel:
+    """A model as its runner holds it."""
+
+    attention: CardAttentionHalf
+    ffn: CardFFNHalf
+    kv: ModelKV
+    blocks: torch.Tensor  # 0, 1, 2... of one run, on the attention half's card
+
+    @classmethod
+    def of(cls, attention: CardAttentionHalf, ffn: CardFFNHalf, kv: ModelKV) -> CardModel:
+        count = -(-kv.geometry.max_context_tokens // BLOCK_TOKENS)
+        return cls(attention, ffn, kv, torch.arange(count, device=attention.device))
+
+    def forward(self, layout: CardLayout, exchange: Exchange) -> torch.Tensor:
+        """The next token of every row wanted, [rows wanted] int64."""
+        half = self.attention
+        hidden, ffn_out = half.embed(layout.token_ids), None
+        for layer in range(half.spec.num_layers):
+            hidden, ffn_in = half.attend(layer, hidden, ffn_out, self.kv.layers[layer], layout)
+            ffn_out = exchange(layer, ffn_in)
+        return greedy(half.logits(hidden, ffn_out, layout))
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What a part of one shape is: graphs, in the order of their launch, each with its stream."""
+
+    stages: tuple[tuple[torch.cuda.CUDAGraph, torch.cuda.Stream], ...]
+    kept: tuple[torch.Tensor, ...] = ()  # memory that stages hand on
+
+
+class Capture:
+    """Graphs of one model's parts of one shape in one lane."""
+
+    def __init__(self, lane: Lane, model: CardModel, shape: Shape) -> None:
+        self._lane, self._model, self._shape = lane, model, shape
+        self._numbers = lane.numbers[: shape.numbers]
+
+    def _layout(self) -> CardLayout:
+        return CardLayout.of(self._shape, self._numbers, self._model.blocks)
+
+    def _whole(self, exchange: Exchange) -> tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]:
+        def run() -> None:
+            self._lane.tokens_of(self._shape).copy_(self._model.forward(self._layout(), exchange))
+
+        return captured(self._lane, self._lane.stream, run), self._lane.stream
+
+    def one(self, exchange: Exchange | None = None) -> Launches:
+        """One graph: both halves, or the attention half where `exchange` finds the other without the host."""
+        return Launches((self._whole(exchange or InPlace(self._model.ffn)),))
+
+    def sides(self, mailboxes: Mailboxes, slot: int) -> Launches:
+        """A graph a side, which meet through `mailboxes`."""
+        ffn = self._model.ffn
+        stream = self._lane.ffn_streams[ffn.device]
+        served = captured(self._lane, stream, lambda: mailboxes.serve_step(slot, ffn, self._shape.rows))
+        return Launches((self._whole(mailboxes.attention_side(slot)), (served, stream)))
+
+    def stages(self) -> Launches:
+        """A graph a stage; rows are handed on in buffers that outlive the capture."""
+        lane, model = self._lane, self._model
+        half, ffn = model.attention, model.ffn
+        rows_in = torch.zeros(self._shape.rows, half.spec.hidden_size, dtype=half.dtype, device=half.device)
+        hidden, rows_there = torch.zeros_like(rows_in), torch.zeros_like(rows_in, device=ffn.device)
+        ffn_stream = lane.ffn_streams[ffn.device]
+
+        def attention_stage(layer: int) -> None:
+            layout = self._layout()
+            before, ffn_out = (half.embed(layout.token_ids), None) if layer == 0 else (hidden, rows_in)
+            if layer == half.spec.num_layers:
+                lane.tokens_of(self._shape).copy_(greedy(half.logits(before, ffn_out, layout)))
+                return
+            after, ffn_in = half.attend(layer, before, ffn_out, model.kv.layers[layer], layout)
+            hidden.copy_(after)
+            rows_there.copy_(ffn_in)
+
+        def ffn_stage(layer: int) -> None:
+            rows_in.copy_(ffn.forward(layer, rows_there))
+
+        stages = []
+        for layer in range(half.spec.num_layers):
+            stages.append((captured(lane, lane.stream, lambda layer=layer: attention_stage(layer)), lane.stream))
+            stages.append((captured(lane, ffn_stream, lambda layer=layer: ffn_stage(layer)), ffn_stream))
+        stages.append((captured(lane, lane.stream, lambda: attention_stage(half.spec.num_layers)), lane.stream))
+        return Launches(tuple(stages), (rows_in, hidden, rows_there))
+
+
+def captured(lane: Lane, stream: torch.cuda.Stream, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """`run` as a graph. Graphs of one stream run one after the other, so they share their memory."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(stream.device)
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        graph.capture_begin(pool=lane.pools[stream], capture_error_mode="thread_local")
+        try:
+            run()
+        finally:
+            graph.capture_end()
+    return graph
