@@ -115,7 +115,7 @@ class CrossPool(HostedSystem):
         ranks = self.options.kv_devices
         if len(cluster.devices) <= ranks:
             raise UserError(
-                f"crosspool with {ranks} KV devices needs {ranks + 1} devices at least, one of them for the weights pool; "
+                f"crosspool needs {ranks + 1} devices at least, {ranks} for KV and one for the weights pool; "
                 f"there are {len(cluster.devices)}"
             )
         kv_devices, weights_devices = cluster.devices[:ranks], cluster.devices[ranks:]

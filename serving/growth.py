@@ -1,7 +1,8 @@
-"""Growth without an arbiter: pages go to the oldest sequences first, and who finds none takes them from the youngest. Pure.
+"""Growth without an arbiter: pages go to the oldest that have begun, and who finds none takes them from the youngest. Pure.
 
 What an elastic engine (SGLang over kvcached) does on exhaustion: it retracts its youngest running request, whose KV is dropped
-and computed again once there is room. A request that has not begun never takes pages from one that has.
+and computed again once there is room. A request that has not begun gets what those that have leave, and nothing while one of
+them is preempted.
 """
 
 from __future__ import annotations
@@ -23,17 +24,10 @@ def grow_or_preempt(free_pages: int, claims: Sequence[Claim]) -> tuple[list[int]
     that lose what they hold."""
     granted: list[int] = []
     preempted: list[int] = []
-    waits = False
     for index, claim in enumerate(claims):
-        if index in preempted:
+        if not claim.held or index in preempted:
             continue
         more = max(claim.needed - claim.held, 0)
-        if not claim.held:
-            waits = waits or more > free_pages  # first come first served: none overtakes one that waits
-            if not waits:
-                free_pages -= more
-                granted.append(index)
-            continue
         for victim in range(len(claims) - 1, index, -1):
             if more <= free_pages:
                 break
@@ -46,4 +40,11 @@ def grow_or_preempt(free_pages: int, claims: Sequence[Claim]) -> tuple[list[int]
         else:
             preempted.append(index)
             free_pages += claim.held
-    return granted, preempted
+    for index, claim in enumerate(claims):
+        if claim.held:
+            continue
+        if preempted or claim.needed > free_pages:
+            break  # first come first served: none overtakes one that waits
+        free_pages -= claim.needed
+        granted.append(index)
+    return sorted(granted), preempted

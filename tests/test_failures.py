@@ -136,7 +136,10 @@ GENERATE_ERRORS = {
     "ids out of range": (["--prompt-ids", "999999"], "prompt ids must lie in"),
     "too long": (["--max-new-tokens", "100000"], "exceed the context"),
     "too little memory": (["--device-memory-mib", "0"], "bytes are missing"),
-    "one device": (["--devices", "1"], "crosspool needs two devices"),
+    "one device": (
+        ["--devices", "1"],
+        "crosspool needs 2 devices at least, 1 for KV and one for the weights pool; there are 1",
+    ),
 }
 
 

@@ -54,7 +54,7 @@ def test_simulated_ranks_all_work(ranks, tiny_checkpoints):
 
 def test_the_weights_pool_needs_a_device_too(tiny_checkpoints):
     system = registry.create("crosspool", {"kv_devices": 2})
-    with pytest.raises(UserError, match="with 2 KV devices needs 3 devices at least"):
+    with pytest.raises(UserError, match="needs 3 devices at least, 2 for KV"):
         system.plan(cpu_cluster(2, MEMORY_BYTES), served(tiny_checkpoints, ["mixtral"]), Demand())
     with pytest.raises(UserError, match="option kv_devices is 0"):
         registry.create("crosspool", {"kv_devices": 0})
