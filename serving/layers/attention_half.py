@@ -6,6 +6,8 @@ the FFN of this one. Weights are packed once at load; each stored tensor is read
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from kernels.linear import linear, pack
@@ -13,6 +15,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from serving.checkpoints.weights import Weights
 from serving.layers.batch import BatchLayout
 from serving.layers.gqa import GQALayer
+from serving.layers.keep import Keep, as_made
 from serving.layers.mla import MLALayer
 from serving.layers.rope import RotaryTable
 from serving.layers.sizes import weight_bytes_attention
@@ -20,9 +23,9 @@ from serving.spec import MLASpec, ModelSpec
 
 
 class AttentionHalf:
-    """Attention side of `spec` in `dtype`. `weight_bytes` is what it holds."""
+    """Attention side of `spec` in `dtype`. `weight_bytes` is what it holds; `keep` says where."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights, dtype: torch.dtype, keep: Keep = as_made) -> None:
         self.spec, self.dtype = spec, dtype
         self.weight_bytes = weight_bytes_attention(spec, str(dtype).removeprefix("torch."))
         self._rotary = RotaryTable(spec.rope, spec.max_context_tokens)
@@ -30,12 +33,13 @@ class AttentionHalf:
         self._layers = []
         self._norms: list[tuple[torch.Tensor, torch.Tensor]] = []
         for index in range(spec.num_layers):
-            tensors = weights.attention(index)
-            self._norms.append((tensors["input_norm"].to(dtype, copy=True), tensors["post_norm"].to(dtype, copy=True)))
-            self._layers.append(layer_class(spec, tensors, dtype))
-        self._final_norm = weights.final_norm().to(dtype, copy=True)
-        self._embedding = weights.embedding().to(dtype, copy=True)  # [V, D]
-        self._head = pack(weights.head().to(dtype))  # [V, D]
+            tensors, own = weights.attention(index), functools.partial(keep, index)
+            norms = (tensors[name].to(dtype, copy=True) for name in ("input_norm", "post_norm"))
+            self._norms.append(tuple(map(own, norms)))
+            self._layers.append(layer_class(spec, tensors, dtype, own))
+        self._final_norm = keep(spec.num_layers, weights.final_norm().to(dtype, copy=True))
+        self._embedding = keep(0, weights.embedding().to(dtype, copy=True))  # [V, D]
+        self._head = keep(spec.num_layers, pack(weights.head().to(dtype)))  # [V, D]
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Hidden rows [T, D] of `token_ids` [T] int64."""

@@ -5,6 +5,7 @@ It never sees a sequence, a position or a KV cache: rows come in, rows go out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 
 import torch
@@ -14,23 +15,24 @@ from kernels.linear import pack
 from kernels.moe_ffn import PackedExperts, moe_ffn
 from kernels.router import route
 from serving.checkpoints.weights import Weights
+from serving.layers.keep import Keep, KeepOne, as_made
 from serving.layers.sizes import weight_bytes_ffn
 from serving.spec import ModelSpec
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _pack_ffn(tensors: Tensors, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _pack_ffn(tensors: Tensors, dtype: torch.dtype, keep: KeepOne) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed (gate and up joined, down): two products an FFN."""
     gate, up, down = tensors
-    return pack(torch.cat([gate, up]).to(dtype)), pack(down.to(dtype))
+    return keep(pack(torch.cat([gate, up]).to(dtype))), keep(pack(down.to(dtype)))
 
 
 class Dense:
     """A dense layer."""
 
-    def __init__(self, tensors: Tensors, dtype: torch.dtype) -> None:
-        self._gate_up, self._down = _pack_ffn(tensors, dtype)
+    def __init__(self, tensors: Tensors, dtype: torch.dtype, keep: KeepOne) -> None:
+        self._gate_up, self._down = _pack_ffn(tensors, dtype, keep)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """down(silu(gate x) * up x) of rows `x` [T, D]: [T, D]."""
@@ -40,14 +42,16 @@ class Dense:
 class Routed:
     """A routed layer: the router, its experts, and what all tokens share."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, layer: int, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights, layer: int, dtype: torch.dtype, keep: KeepOne) -> None:
         self._moe = spec.moe
         router = weights.router(layer)
-        self._gate = router["gate"].float().contiguous().clone()  # [E, D]: chosen in float32, as published code does
-        self._bias = router["bias"].float().clone() if "bias" in router else None
-        experts = [_pack_ffn(weights.expert(layer, index), dtype) for index in range(spec.moe.num_experts)]
+        self._gate = keep(
+            router["gate"].float().contiguous().clone()
+        )  # [E, D]: chosen in float32, as published code does
+        self._bias = keep(router["bias"].float().clone()) if "bias" in router else None
+        experts = [_pack_ffn(weights.expert(layer, index), dtype, keep) for index in range(spec.moe.num_experts)]
         self._experts = PackedExperts.of(*zip(*experts, strict=True))
-        self._shared = Dense(weights.shared(layer), dtype) if spec.moe.shared_width else None
+        self._shared = Dense(weights.shared(layer), dtype, keep) if spec.moe.shared_width else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The weighted sum of each row's chosen experts, and the shared ones, of rows `x` [T, D]: [T, D]."""
@@ -60,17 +64,28 @@ class Routed:
 
 class FFNHalf:
     """FFN side of `spec` in `dtype`, of some `layers` where given. `weight_bytes` is what it holds. Given a share's spec
-    and weights it holds a slice of each FFN's width, and what it computes is that share's partial sum."""
+    and weights it holds a slice of each FFN's width, and what it computes is that share's partial sum. `keep` says where its
+    tensors lie."""
 
     def __init__(
-        self, spec: ModelSpec, weights: Weights, dtype: torch.dtype, layers: Collection[int] | None = None
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        dtype: torch.dtype,
+        layers: Collection[int] | None = None,
+        keep: Keep = as_made,
     ) -> None:
         self.spec, self.dtype = spec, dtype
         self.weight_bytes = weight_bytes_ffn(spec, str(dtype).removeprefix("torch."), layers)
         self._layers = {
-            layer: Dense(weights.dense(layer), dtype) if spec.is_dense(layer) else Routed(spec, weights, layer, dtype)
+            layer: self._make(weights, layer, functools.partial(keep, layer))
             for layer in (range(spec.num_layers) if layers is None else layers)
         }
+
+    def _make(self, weights: Weights, layer: int, keep: KeepOne) -> Dense | Routed:
+        if self.spec.is_dense(layer):
+            return Dense(weights.dense(layer), self.dtype, keep)
+        return Routed(self.spec, weights, layer, self.dtype, keep)
 
     def forward(self, layer: int, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """FFN of `rows` [T, D] in `layer`, into `out` [T, D] where given."""

@@ -9,24 +9,25 @@ from kernels.linear import linear, pack
 from kernels.rms_norm import rms_norm
 from kernels.rope.cpu import adjacent_pairs, rotate_pairs_
 from serving.layers.batch import BatchLayout
+from serving.layers.keep import KeepOne
 from serving.spec import ModelSpec
 
 
 class GQALayer:
     """Q, K and V are one packed product. Channels of Q and K are kept with rotary pairs side by side, in the cache too."""
 
-    def __init__(self, spec: ModelSpec, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, tensors: dict[str, torch.Tensor], dtype: torch.dtype, keep: KeepOne) -> None:
         self._attention, self._eps = spec.attention, spec.norm_eps
 
         def paired(role: str) -> torch.Tensor:
             tensor = tensors[role].to(dtype)
             return tensor if spec.rope.interleaved else adjacent_pairs(tensor, spec.attention.head_dim)
 
-        self._qkv = pack(torch.cat([paired("q"), paired("k"), tensors["v"].to(dtype)]))
-        self._o = pack(tensors["o"].to(dtype))
+        self._qkv = keep(pack(torch.cat([paired("q"), paired("k"), tensors["v"].to(dtype)])))
+        self._o = keep(pack(tensors["o"].to(dtype)))
         self._qk_norm: tuple[torch.Tensor, torch.Tensor] | None = None
         if spec.attention.qk_norm:
-            self._qk_norm = (paired("q_norm").clone(), paired("k_norm").clone())
+            self._qk_norm = (keep(paired("q_norm").clone()), keep(paired("k_norm").clone()))
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """Attention of `x` [T, D]; K and V of the rows are written to `cache` [slots, 2, KH, d] first. Result [T, D]."""

@@ -13,6 +13,7 @@ from kernels.mla import prefill_mla
 from kernels.rms_norm import rms_norm
 from kernels.rope.cpu import adjacent_pairs, rotate_pairs_
 from serving.layers.batch import BatchLayout
+from serving.layers.keep import KeepOne
 from serving.spec import ModelSpec, yarn_softmax_factor
 
 _LATENT_NORM_EPS = 1e-6  # fixed in the published code, whatever the model's own
@@ -22,7 +23,7 @@ class MLALayer:
     """The down-projections of queries and latents are one packed product. Rotary channels are kept with pairs side by
     side, in the cache too."""
 
-    def __init__(self, spec: ModelSpec, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, tensors: dict[str, torch.Tensor], dtype: torch.dtype, keep: KeepOne) -> None:
         attention = spec.attention
         self._attention = attention
         self._scale = attention.softmax_scale * yarn_softmax_factor(spec.rope)
@@ -40,15 +41,15 @@ class MLALayer:
 
         heads = attention.num_heads
         first = paired("q", heads) if attention.q_rank is None else tensors["q_a"].to(dtype)
-        self._down = pack(torch.cat([first, paired("kv_a", 1)]))
+        self._down = keep(pack(torch.cat([first, paired("kv_a", 1)])))
         if attention.q_rank is not None:
-            self._q_a_norm = tensors["q_a_norm"].to(dtype, copy=True)
-            self._q_b = pack(paired("q_b", heads))
-        self._kv_norm = tensors["kv_a_norm"].to(dtype, copy=True)
+            self._q_a_norm = keep(tensors["q_a_norm"].to(dtype, copy=True))
+            self._q_b = keep(pack(paired("q_b", heads)))
+        self._kv_norm = keep(tensors["kv_a_norm"].to(dtype, copy=True))
         expand = tensors["kv_b"].to(dtype).view(heads, -1, attention.kv_rank)
-        self._w_uk = expand[:, : attention.nope_dim].contiguous()  # [H, nope, rank]
-        self._w_uv = expand[:, attention.nope_dim :].transpose(1, 2).contiguous()  # [H, rank, value]
-        self._o = pack(tensors["o"].to(dtype))
+        self._w_uk = keep(expand[:, : attention.nope_dim].contiguous())  # [H, nope, rank]
+        self._w_uv = keep(expand[:, attention.nope_dim :].transpose(1, 2).contiguous())  # [H, rank, value]
+        self._o = keep(pack(tensors["o"].to(dtype)))
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """Attention of `x` [T, D]; latents of the rows are written to `cache` [slots, rank + rope] first. Result [T, D]."""

@@ -111,7 +111,12 @@ class ModelKV:
         self.pages_in_use += len(lent)
 
     def close_run(self, run: Run) -> None:
-        """Unmap all of `run` and give its pages back."""
+        """Unmap all of `run`, give its pages back, and let another have its place."""
+        self.release(run)
+        self._free_runs.append(run.index)
+
+    def release(self, run: Run) -> None:
+        """Unmap all of `run` and give its pages back; it stays open and can grow again."""
         if run.mapped_pages:
             length = run.mapped_pages * self._pool.page_bytes
             for layer in range(self.geometry.num_layers):
@@ -120,7 +125,6 @@ class ModelKV:
         self.pages_in_use -= len(run.pages)
         run.pages = []
         run.mapped_pages = run.mapped_tokens = 0
-        self._free_runs.append(run.index)
 
     def close(self) -> None:
         self.layers.clear()

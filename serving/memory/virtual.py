@@ -73,6 +73,10 @@ class VirtualRange:
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE
         self._address = _mmap(None, length_bytes, _PROT_NONE, flags)
 
+    @property
+    def address(self) -> int:
+        return self._address
+
     def map(self, offset_bytes: int, physical: PhysicalPages, first_page: int, count: int) -> None:
         """Put `count` consecutive physical pages at `offset_bytes`, faulted in so that first use costs nothing."""
         flags = _MAP_SHARED | _MAP_FIXED | _MAP_POPULATE

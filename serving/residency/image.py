@@ -1,0 +1,93 @@
+"""A model's weights as one stretch of bytes, the same in host memory and on a device: what is copied, in which order.
+
+Halves are built with :meth:`Placer.keep`, which gives every tensor its place in the stretch. A *unit* is what must be there
+before a layer can run: embedding and layer 0, then a layer each, last the final norm and the head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from serving.capacity import attention_bytes, ffn_bytes
+from serving.checkpoints import Weights, open_weights
+from serving.checkpoints.names import NamedWeights, all_shapes
+from serving.interface import ServedModel
+from serving.layers.attention_half import AttentionHalf
+from serving.layers.ffn_half import FFNHalf
+from serving.residency.tensors import address_of, stored_bytes, tensor_at
+
+ALIGN_BYTES = 64
+PAGE_BYTES = 65536  # of an arena
+Extent = tuple[int, int]  # offset and length in bytes
+
+
+def image_bytes(model: ServedModel) -> int:
+    """At most so many bytes are a model's weights as an image, whole pages: packed weights and what alignment adds."""
+    spec = model.spec
+    tensors = 8 + spec.num_layers * (16 + 2 * spec.moe.num_experts)
+    count_bytes = attention_bytes(model) + ffn_bytes(model) + tensors * ALIGN_BYTES
+    return -(-count_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def num_units(model: ServedModel) -> int:
+    return model.spec.num_layers + 1
+
+
+class Placer:
+    """Gives tensors their places from `address` on, and with `write` puts their bytes there."""
+
+    def __init__(self, model: ServedModel, address: int, write: bool) -> None:
+        self._address, self._write = address, write
+        self._limit_bytes = image_bytes(model)
+        self.used_bytes = 0
+        self.units: list[list[Extent]] = [[] for _ in range(num_units(model))]
+
+    def keep(self, unit: int, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` at its place, as part of `unit`."""
+        count_bytes = stored_bytes(tensor)
+        start = -(-self.used_bytes // ALIGN_BYTES) * ALIGN_BYTES
+        self.used_bytes = start + count_bytes
+        if self.used_bytes > self._limit_bytes:
+            raise RuntimeError(f"an image of {self._limit_bytes} bytes was planned and is too small")
+        extents = self.units[unit]
+        if extents and start - sum(extents[-1]) < ALIGN_BYTES:
+            extents[-1] = (extents[-1][0], self.used_bytes - extents[-1][0])
+        else:
+            extents.append((start, count_bytes))
+        if self._write:
+            ctypes.memmove(self._address + start, address_of(tensor), count_bytes)
+        return tensor_at(self._address + start, tensor)
+
+
+class ShapesOnly(NamedWeights):
+    """Zeros of a model's shapes, for who needs the tensors' form and has their bytes from elsewhere."""
+
+    def __init__(self, spec) -> None:
+        super().__init__(spec)
+        self._shapes = all_shapes(spec)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return torch.zeros(()).expand(self._shapes[name])
+
+
+def build_halves(model: ServedModel, placer: Placer, weights: Weights) -> tuple[AttentionHalf, FFNHalf]:
+    """Both halves of `model` over the placer's memory."""
+    dtype = getattr(torch, model.dtype)
+    with weights:
+        return AttentionHalf(model.spec, weights, dtype, placer.keep), FFNHalf(
+            model.spec, weights, dtype, keep=placer.keep
+        )
+
+
+def halves_over(model: ServedModel, address: int) -> tuple[AttentionHalf, FFNHalf]:
+    """Both halves over the memory at `address`, which is not touched: weights come there later."""
+    return build_halves(model, Placer(model, address, write=False), ShapesOnly(model.spec))
+
+
+def write_image(model: ServedModel, address: int) -> tuple[list[list[Extent]], int]:
+    """Read a model's checkpoint and write its image to `address`; returns its units and its length in bytes."""
+    placer = Placer(model, address, write=True)
+    build_halves(model, placer, open_weights(model))
+    return placer.units, placer.used_bytes
