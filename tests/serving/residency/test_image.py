@@ -1,6 +1,7 @@
 """Weights as images: halves over copied bytes compute what halves of the checkpoint do, on every architecture."""
 
 import ctypes
+import itertools
 import mmap
 
 import pytest
@@ -52,7 +53,7 @@ def test_extents_of_units_are_disjoint_and_cover_the_image(tiny_checkpoints):
     extents = sorted(extent for unit in units for extent in unit)
     assert extents[0][0] == 0
     assert sum(extents[-1]) == used
-    for (start, length), (following, _) in zip(extents, extents[1:], strict=False):
+    for (start, length), (following, _) in itertools.pairwise(extents):
         assert 0 <= following - (start + length) < 64
     del held
 
