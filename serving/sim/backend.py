@@ -32,8 +32,8 @@ from serving.workers.config import (
 
 class SimulatedBackend:
     """Simulated workers whose stages cost what `stages_of(model, device)` says; `hardware` names what is simulated.
-    `of_parts` is whether costs are known of models cut into parts too; `coarse`, whether recurring events are taken many at
-    a time, which changes nothing but the time it takes. Without `prefill` prompts come with their KV."""
+    `of_parts` is whether costs are known of models cut into parts too; `compiled`, whether events are worked through by
+    machine code where Numba is there, which changes nothing but the time it takes. Without `prefill` prompts come with their KV."""
 
     name = "sim"
 
@@ -42,12 +42,12 @@ class SimulatedBackend:
         hardware: str,
         stages_of: Callable[[ServedModel, Device], ModelStages],
         of_parts: bool = True,
-        coarse: bool = True,
+        compiled: bool = True,
         prefill: bool = True,
     ) -> None:
         self.hardware = hardware
         self.clock = VirtualClock()
-        self._pipeline = Pipeline(self.clock, coarse)
+        self._pipeline = Pipeline(self.clock, compiled)
         self._stages_of, self._of_parts, self._prefill = stages_of, of_parts, prefill
         self._stages: dict[tuple[str, ModelSpec, str], ModelStages] = {}
         self._ffn_workers: dict[int, SimulatedFFNWorker] = {}  # by the mailbox both ends share
@@ -115,7 +115,7 @@ class SimulatedBackend:
         return self._stages[key]
 
 
-def simulate_card(card: str, coarse: bool = True, prefill: bool = True) -> SimulatedBackend:
+def simulate_card(card: str, compiled: bool = True, prefill: bool = True) -> SimulatedBackend:
     """A backend with the fitted costs of `card` (conf/hardware), and of other cards where devices name theirs. Raises
     UserError for an unknown one, listing the known, and CapacityError for a device with more memory than its card has."""
 
@@ -129,7 +129,7 @@ def simulate_card(card: str, coarse: bool = True, prefill: bool = True) -> Simul
         return StageCosts(model.spec, CostModel(hardware))
 
     load_hardware(card)
-    return SimulatedBackend(card, costs_of, coarse=coarse, prefill=prefill)
+    return SimulatedBackend(card, costs_of, compiled=compiled, prefill=prefill)
 
 
 def simulate_datasheet(card: str) -> SimulatedBackend:

@@ -1,41 +1,29 @@
-"""Attention devices, FFN devices and the batches that go to and fro between them, event by event or many events at once.
+"""Attention devices, FFN devices and the batches that go to and fro between them: a source of the clock.
 
 A device does one stage at a time. An attention device that is free looks at its lanes in turn, as the real worker's loop
-does; an FFN device serves rows in order of arrival. A step of 48 layers is 150 events, nearly all of them repetitions: the
-lanes of a device soon fall into a pattern that recurs every few layers. So whenever the same situation (who waits, who
-computes, and for how much longer) is met again and the layers to come are like those that lie between, the pipeline jumps
-over as many recurrences as fit before anything else can happen. Times are whole nanoseconds: the jump is exact.
+does; an FFN device serves rows in order of arrival. Steps are begun and completed here, by the policies; the events between
+are numbers that serving/sim/events.py works through. Times are whole nanoseconds: compiled or not, they are the same.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+
+from serving.sim import events
 from serving.sim.clock import VirtualClock
 from serving.sim.costs import ALONE, Neighbourly
 
-_ATTENDED, _ARRIVED, _RETURNED, _FINISHED = range(4)
-_NEVER = 1 << 62
-_MOST_SITUATIONS = 16  # what has not recurred by then is not looked for any more, until a step begins or ends
+_NOBODY = -1
+_NO_EVENT_NS = -1  # a limit before everything that can happen
 
 
-class FFNDevice:
-    """When it will be free, and how long it has computed."""
-
-    __slots__ = ("busy_ns", "free_ns", "runs", "steps")
-
-    def __init__(self) -> None:
-        self.free_ns = self.busy_ns = self.steps = 0
-        self.runs = ALONE
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Step:
-    """What one step costs its devices. `route[layer]` numbers the entry of `jobs` that its FFN is: the devices and their
-    nanoseconds. `alike(period)` says for each layer how many from it on equal the one `period` layers later. Without
-    `jobs` the FFN lies on the attention device itself, and the whole step is one stage of `first_ns`."""
+    """What one step costs its devices. `route` and `jobs` are what `Pipeline.keep_route` and `keep_jobs` gave for the FFN of
+    each layer. Without them the FFN lies on the attention device itself, and the whole step is one stage of `first_ns`."""
 
     payload: object
     first_ns: int
@@ -44,220 +32,186 @@ class Step:
     layers: int
     cross_ns: int = 0
     crossed_bytes: int = 0  # a layer
-    route: Sequence[int] = ()
-    jobs: Sequence[tuple[tuple[FFNDevice, int], ...]] = ()
-    alike: Callable[[int], Sequence[int]] | None = None
+    route: int = -1
+    jobs: int = -1
     attention_beside: Neighbourly = ALONE
     ffn_beside: Neighbourly = ALONE
 
 
-class Lane:
-    """A place for one in-flight batch. `event` and `due_ns` are what happens to it next; `waiting` that its rows are back."""
-
-    __slots__ = ("device", "due_ns", "event", "layer", "number", "step", "waiting")
-
-    def __init__(self, device: AttentionDevice) -> None:
-        self.device = device
-        self.step: Step | None = None
-        self.layer = self.event = self.due_ns = self.number = 0
-        self.waiting = False
-
-
-@dataclass(eq=False)
-class AttentionDevice:
-    """`begin()` gives the next step or None; `complete(payload)` takes one that is done. `may_begin` is set by whoever adds
-    a sequence: a device that had nothing to begin is not asked again before."""
-
-    begin: Callable[[], Step | None]
-    complete: Callable[[object], None]
-    lanes: list[Lane] = field(default_factory=list)
-    cursor: int = 0
-    busy: bool = False
-    may_begin: bool = False
-    free_ns: int = 0
-    runs: Neighbourly = ALONE
-    busy_ns: int = 0
-    crossed_bytes: int = 0
-
-
-def alike_layers(signature: Sequence[object], period: int) -> list[int]:
-    """For each layer, how many layers from it on have the signature of the layer `period` after them."""
-    count = len(signature)
-    runs = [0] * (count + 1)
-    for layer in range(count - period - 1, -1, -1):
-        runs[layer] = runs[layer + 1] + 1 if signature[layer] == signature[layer + period] else 0
-    return runs
-
-
-def sorted_by_due(lanes: Sequence[Lane]) -> tuple[int, ...]:
-    """Positions of lanes in the order of what happens to them, those that wait first."""
-    return tuple(
-        sorted(range(len(lanes)), key=lambda i: (-1, i) if lanes[i].waiting else (lanes[i].due_ns, lanes[i].number))
-    )
-
-
 class Pipeline:
-    """All devices of a backend between which rows cross; a source of the clock."""
+    """All devices of a backend between which rows cross. Devices are added before anything is submitted."""
 
-    def __init__(self, clock: VirtualClock, coarse: bool = True) -> None:
-        self._clock, self._coarse = clock, coarse
-        self._events: list[tuple[int, int, Lane]] = []
-        self._number = 0
-        self._ffn_devices: list[FFNDevice] = []
-        self._devices: list[AttentionDevice] = []
-        self._seen: dict[tuple, tuple] = {}
+    def __init__(self, clock: VirtualClock, compiled: bool = True) -> None:
+        self._clock = clock
+        self._advance = (events.compiled() if compiled else None) or events.advance
+        self._flat = _as_list if self._advance is events.advance else _as_array
+        self._lanes, self._devices, self._ffns = self._flat([], int), self._flat([], int), self._flat([], int)
+        self._lane_runs, self._device_runs, self._ffn_runs = (self._flat([], float) for _ in range(3))
+        self._counters = self._flat([0, events.NEVER], int)
+        self._table: list[int] = []
+        self._read_table = self._flat([], int)
+        self._begin: list[Callable[[], Step | None]] = []  # by device
+        self._complete: list[Callable[[object], None]] = []
+        self._payloads: list[object] = []  # by lane
         clock.attach(self)
 
     def add_ffn(self) -> FFNDevice:
-        device = FFNDevice()
-        self._ffn_devices.append(device)
-        return device
+        self._ffns = self._flat([*self._ffns, *[0] * events.FFN_FIELDS], int)
+        self._ffn_runs = self._flat([*self._ffn_runs, ALONE.beside, ALONE.draws], float)
+        return FFNDevice(self, len(self._ffns) // events.FFN_FIELDS - 1)
 
-    def add_attention(self, device: AttentionDevice, lanes: int) -> None:
-        device.lanes = [Lane(device) for _ in range(lanes)]
-        self._devices.append(device)
+    def add_attention(
+        self, begin: Callable[[], Step | None], complete: Callable[[object], None], lanes: int
+    ) -> AttentionDevice:
+        """`begin()` gives the next step or None, and is not asked again before a sequence is submitted or a step ends;
+        `complete(payload)` takes a step that is done."""
+        number = len(self._begin)
+        self._begin.append(begin)
+        self._complete.append(complete)
+        device = [0] * events.DEVICE_FIELDS
+        device[events.FIRST_LANE], device[events.LANES] = len(self._payloads), lanes
+        lane = [0] * events.LANE_FIELDS
+        lane[events.DEVICE] = number
+        self._payloads += [None] * lanes
+        self._devices = self._flat([*self._devices, *device], int)
+        self._lanes = self._flat([*self._lanes, *lane * lanes], int)
+        self._device_runs = self._flat([*self._device_runs, ALONE.beside, ALONE.draws], float)
+        self._lane_runs = self._flat([*self._lane_runs, *[0.0] * (2 * events.PAIR * lanes)], float)
+        return AttentionDevice(self, number)
+
+    def keep_route(self, kinds: Sequence[int]) -> int:
+        """Remember of which kind the FFN of each layer is: an entry of the jobs."""
+        return self._keep(kinds)
+
+    def keep_jobs(self, jobs: Iterable[Sequence[tuple[FFNDevice, int]]]) -> int:
+        """Remember, kind by kind, what one FFN layer asks of which devices: nanoseconds each."""
+        entries = []
+        for kind in jobs:
+            pairs = [number for device, job_ns in kind for number in (device.number, job_ns)]
+            entries.append(self._keep([len(kind), *pairs]))
+        return self._keep(entries)
 
     def next_ns(self) -> int:
-        return self._events[0][0] if self._events else _NEVER
+        return int(self._counters[events.NEXT_NS])
 
     def submit(self, device: AttentionDevice) -> None:
         """A sequence was added to `device` now."""
-        device.may_begin = True
-        if not device.busy:
-            now_ns = self._clock.now_ns()
-            self._wake(device, now_ns, now_ns)
+        self._devices[device.number * events.DEVICE_FIELDS + events.ASKS] = 1
+        if not self._devices[device.number * events.DEVICE_FIELDS + events.BUSY]:
+            self._drive(_NO_EVENT_NS, device.number, self._clock.now_ns())
 
     def run(self, until_ns: int) -> None:
         """Events up to `until_ns`, or until there is news for the host."""
-        events, clock = self._events, self._clock
-        while events and events[0][0] <= until_ns and not clock.has_news:
-            now_ns, _, lane = heapq.heappop(events)
-            event, step, device = lane.event, lane.step, lane.device
-            if event == _ARRIVED:
-                end_ns = 0
-                for worker, alone_ns in step.jobs[step.route[lane.layer]]:
-                    job_ns = alone_ns
-                    if step.ffn_beside is not ALONE:
-                        job_ns += self._lost_ns(worker, max(worker.free_ns, now_ns), alone_ns, step.ffn_beside)
-                        worker.runs = step.ffn_beside
-                    done_ns = (max(now_ns, worker.free_ns)) + job_ns
-                    worker.free_ns = done_ns
-                    worker.busy_ns += job_ns
-                    worker.steps += 1
-                    end_ns = max(end_ns, done_ns)
-                self._push(end_ns + step.cross_ns, _RETURNED, lane)
-                continue
-            if event == _RETURNED:
-                lane.waiting = True
-                if device.busy:
-                    continue
-            else:
-                device.busy = False
-                if event == _FINISHED:
-                    lane.step = None
-                    self._seen.clear()
-                    device.may_begin = True
-                    clock.set_ns(now_ns)
-                    device.complete(step.payload)
-                else:
-                    device.crossed_bytes += step.crossed_bytes
-                    self._push(now_ns + step.cross_ns, _ARRIVED, lane)
-            self._wake(device, now_ns, until_ns)
+        if not self._clock.has_news:
+            self._drive(until_ns, _NOBODY, 0)
+
+    def read_device(self, number: int, field: int) -> int:
+        return int(self._devices[number * events.DEVICE_FIELDS + field])
+
+    def read_ffn(self, number: int, field: int) -> int:
+        return int(self._ffns[number * events.FFN_FIELDS + field])
 
     # -- inside --------------------------------------------------------------------------------------------------------
-    def _push(self, due_ns: int, event: int, lane: Lane) -> None:
-        self._number += 1
-        lane.event, lane.due_ns, lane.number = event, due_ns, self._number
-        heapq.heappush(self._events, (due_ns, self._number, lane))
-
-    def _wake(self, device: AttentionDevice, now_ns: int, until_ns: int) -> None:
-        """Start the next stage of the first lane, in turn, that has one."""
-        lanes, count, cursor = device.lanes, len(device.lanes), device.cursor
-        for offset in range(count):
-            index = (cursor + offset) % count
-            lane = lanes[index]
-            if lane.step is None:
-                step = device.begin() if device.may_begin else None
-                if step is None:
-                    device.may_begin = False
-                    continue
-                self._seen.clear()
-                lane.step, lane.layer = step, 0
-                stage_ns, event = step.first_ns, _ATTENDED if step.jobs else _FINISHED
-            elif lane.waiting:
-                step = lane.step
-                lane.waiting = False
-                lane.layer += 1
-                last = lane.layer == step.layers
-                stage_ns, event = (step.finish_ns, _FINISHED) if last else (step.attention_ns, _ATTENDED)
-            else:
-                continue
-            if step.attention_beside is not ALONE:
-                stage_ns += self._lost_ns(device, now_ns, stage_ns, step.attention_beside)
-                device.runs = step.attention_beside
-            device.busy = True
-            device.busy_ns += stage_ns
-            device.free_ns = now_ns + stage_ns
-            device.cursor = index + 1
-            self._push(now_ns + stage_ns, event, lane)
-            if self._coarse and event == _ATTENDED and lane.layer:
-                self._jump(device, lane, now_ns, until_ns)
-            return
-
-    def _lost_ns(self, own: AttentionDevice | FFNDevice, now_ns: int, stage_ns: int, runs: Neighbourly) -> int:
-        """What a stage that begins now loses to a neighbour that runs already, and the neighbour to it: charged to the later
-        of the two, because the end of the earlier one is settled. Stretching is by serving.cost.contention's rule."""
-        lost = 0.0
-        for other in (*self._devices, *self._ffn_devices):
-            overlap_ns = min(other.free_ns - now_ns, stage_ns)
-            if other is not own and overlap_ns > 0:
-                mine = 1.0 + (runs.beside - 1.0) * other.runs.draws
-                theirs = 1.0 + (other.runs.beside - 1.0) * runs.draws
-                lost += overlap_ns * ((1.0 - 1.0 / mine) + (1.0 - 1.0 / theirs))
-        return round(lost)
-
-    def _jump(self, device: AttentionDevice, started: Lane, now_ns: int, until_ns: int) -> None:
-        """Where the situation in which `started` begins a layer was met before, go on as many recurrences at once as fit."""
-        if len(self._devices) > 1 or len(self._seen) >= _MOST_SITUATIONS:
-            return
-        active = [lane for lane in device.lanes if lane.step is not None]
-        if started is not active[0]:
-            return
-        situation = (
-            device.cursor,
-            tuple(
-                (lane.waiting, 0 if lane.waiting else lane.event, 0 if lane.waiting else lane.due_ns - now_ns)
-                for lane in active
-            ),
-            sorted_by_due(active),
-            tuple(max(worker.free_ns - now_ns, 0) for worker in self._ffn_devices),
-            tuple(lane.step.route[lane.layer] for lane in active),
-        )
-        before = self._seen.get(situation)
-        layers = tuple(lane.layer for lane in active)
-        if before is None:
-            counted = [(worker.busy_ns, worker.steps) for worker in self._ffn_devices]
-            self._seen[situation] = (now_ns, layers, device.busy_ns, device.crossed_bytes, counted)
-            return
-        since_ns, since_layers, busy_ns, crossed, counted = before
-        period_ns = now_ns - since_ns
-        times = (until_ns - now_ns) // period_ns
-        for lane, layer, since in zip(active, layers, since_layers, strict=True):
-            period = layer - since
-            if not period:
+    def _drive(self, until_ns: int, wakes: int, now_ns: int) -> None:
+        """Let the event loop run, and answer wherever it asks."""
+        while True:
+            why, lane, now_ns = self._advance(
+                until_ns,
+                wakes,
+                now_ns,
+                self._lanes,
+                self._lane_runs,
+                self._devices,
+                self._device_runs,
+                self._ffns,
+                self._ffn_runs,
+                self._read_table,
+                self._counters,
+            )
+            if why == events.IDLE:
                 return
-            times = min(times, (lane.step.alike(period)[since] - 1) // period)
-        if times < 1:
-            return
-        for lane, layer, since in zip(active, layers, since_layers, strict=True):
-            lane.layer += times * (layer - since)
-            lane.due_ns += times * period_ns
-        self._events[:] = [(due_ns + times * period_ns, number, lane) for due_ns, number, lane in self._events]
-        device.free_ns += times * period_ns
-        device.busy_ns += times * (device.busy_ns - busy_ns)
-        device.crossed_bytes += times * (device.crossed_bytes - crossed)
-        for worker, (worker_ns, steps) in zip(self._ffn_devices, counted, strict=True):
-            worker.free_ns += times * period_ns
-            worker.busy_ns += times * (worker.busy_ns - worker_ns)
-            worker.steps += times * (worker.steps - steps)
-        self._seen.clear()
+            wakes = self._lanes[lane * events.LANE_FIELDS + events.DEVICE]
+            if why == events.MAY_BEGIN:
+                step = self._begin[wakes]()
+                if step is None:
+                    self._devices[wakes * events.DEVICE_FIELDS + events.ASKS] = 0
+                else:
+                    self._load(lane, step)
+                continue
+            self._devices[wakes * events.DEVICE_FIELDS + events.ASKS] = 1
+            self._clock.set_ns(now_ns)
+            payload, self._payloads[lane] = self._payloads[lane], None
+            self._complete[wakes](payload)
+            if self._clock.has_news:
+                until_ns = _NO_EVENT_NS
+
+    def _load(self, lane: int, step: Step) -> None:
+        """Give `lane` a step to begin."""
+        self._payloads[lane] = step.payload
+        minds, ffn_minds = step.attention_beside is not ALONE, step.ffn_beside is not ALONE
+        record = lane * events.LANE_FIELDS
+        self._lanes[record + events.STATE : record + events.LANE_FIELDS] = (
+            events.BEGUN,
+            step.first_ns,
+            step.attention_ns,
+            step.finish_ns,
+            step.layers,
+            step.cross_ns,
+            step.crossed_bytes,
+            step.route,
+            step.jobs,
+            minds,
+            ffn_minds,
+        )
+        if minds or ffn_minds:
+            mine, ffn, pairs = step.attention_beside, step.ffn_beside, 2 * events.PAIR
+            self._lane_runs[lane * pairs : (lane + 1) * pairs] = mine.beside, mine.draws, ffn.beside, ffn.draws
+
+    def _keep(self, numbers: Sequence[int]) -> int:
+        """Put `numbers` into the table; where they stand there."""
+        at = len(self._table)
+        self._table += numbers
+        if len(self._table) > len(self._read_table):
+            self._read_table = self._flat(self._table + [0] * len(self._table), int)  # room to grow
+        self._read_table[at : len(self._table)] = numbers
+        return at
+
+
+def _as_array(values: Sequence[int | float], kind: type) -> np.ndarray:
+    return np.array(values, dtype=np.int64 if kind is int else np.float64)
+
+
+def _as_list(values: Sequence[int | float], kind: type) -> list[int | float]:
+    return list(values)
+
+
+@dataclass(frozen=True)
+class FFNDevice:
+    """Serves rows in order of arrival; one of a pipeline's."""
+
+    pipeline: Pipeline
+    number: int
+
+    @property
+    def busy_ns(self) -> int:
+        return self.pipeline.read_ffn(self.number, events.FFN_BUSY_NS)
+
+    @property
+    def steps(self) -> int:
+        return self.pipeline.read_ffn(self.number, events.FFN_STEPS)
+
+
+@dataclass(frozen=True)
+class AttentionDevice:
+    """Holds lanes, each a place for one in-flight batch; one of a pipeline's."""
+
+    pipeline: Pipeline
+    number: int
+
+    @property
+    def busy_ns(self) -> int:
+        return self.pipeline.read_device(self.number, events.BUSY_NS)
+
+    @property
+    def crossed_bytes(self) -> int:
+        return self.pipeline.read_device(self.number, events.CROSSED)

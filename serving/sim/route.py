@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from serving.cost.stages import ModelStages
 from serving.cost.transfers import crossing
-from serving.sim.pipeline import FFNDevice, alike_layers
+from serving.sim.pipeline import Pipeline
 from serving.spec import element_bytes
 from serving.workers.config import ModelWorkerConfig
 
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 
 class Route:
-    """`kinds[layer]` numbers layers that go to the same devices with the same shape; `parts` is how many a layer has."""
+    """`kept` is where the pipeline keeps the kinds of its layers (those that go to the same devices with the same shape are of
+    one kind); `parts` is how many a layer has."""
 
-    def __init__(self, role: ModelWorkerConfig, model: int, workers: Sequence[SimulatedFFNWorker]) -> None:
+    def __init__(
+        self, role: ModelWorkerConfig, model: int, workers: Sequence[SimulatedFFNWorker], pipeline: Pipeline
+    ) -> None:
         served, spread = role.models[model], role.ffn_legs.get(model)
         spec = served.spec
         only = ((role.ffn_ports[model], role.ffn_indices[model]),)
@@ -27,36 +30,36 @@ class Route:
         shapes = [(legs[layer], spec.is_dense(layer)) for layer in range(spec.num_layers)]
         firsts = {shape: layer for layer, shape in reversed(list(enumerate(shapes)))}
         numbers = {shape: number for number, shape in enumerate(firsts)}
-        self.kinds = [numbers[shape] for shape in shapes]
+        self._pipeline = pipeline
+        self.kept = pipeline.keep_route([numbers[shape] for shape in shapes])
         self.parts = max(len(one) for one in legs)
         self.row_bytes = self.parts * spec.hidden_size * element_bytes(served.dtype)
         self._legs = [(layer, [(workers[port], index) for port, index in shape[0]]) for shape, layer in firsts.items()]
         self._lowered = role.mailboxes[legs[0][0][0]].bells is None
         self._inline = role.stages == 2
         self._same_node = {workers[port].node for one in legs for port, _ in one} == {role.device.node}
-        self.alike = functools.cache(lambda period: alike_layers(self.kinds, period))
         self.jobs = functools.cache(self._jobs)
         self._cross_ns: dict[int, int] = {}
 
     @classmethod
-    def of(cls, role: ModelWorkerConfig, model: int, workers: Sequence[SimulatedFFNWorker]) -> Route | None:
+    def of(
+        cls, role: ModelWorkerConfig, model: int, workers: Sequence[SimulatedFFNWorker], pipeline: Pipeline
+    ) -> Route | None:
         """None where the FFN is in place."""
         remote = model in role.ffn_legs or role.ffn_ports[model] >= 0
-        return cls(role, model, workers) if remote else None
+        return cls(role, model, workers, pipeline) if remote else None
 
     def inline_ns(self, stages: ModelStages, rows: int) -> int:
         """For how long a device is held up by rows that leave it: while they do, unless transfers are stages of their own."""
         return self._one_way_ns(stages, rows) if self._inline else 0
 
-    def _jobs(self, stages: ModelStages, rows: int) -> list[tuple[tuple[FFNDevice, int], ...]]:
-        """By kind of layer: its devices and their nanoseconds for so many rows."""
-        return [
-            tuple(
-                (worker.device, worker.times[index].ffn_ns(layer, rows) + self.inline_ns(stages, rows))
-                for worker, index in legs
-            )
+    def _jobs(self, stages: ModelStages, rows: int) -> int:
+        """Where the pipeline keeps, by kind of layer, the devices and their nanoseconds for so many rows."""
+        inline_ns = self.inline_ns(stages, rows)
+        return self._pipeline.keep_jobs(
+            [(worker.device, worker.times[index].ffn_ns(layer, rows) + inline_ns) for worker, index in legs]
             for layer, legs in self._legs
-        ]
+        )
 
     def cross_ns(self, stages: ModelStages, rows: int) -> int:
         """How long rows are on their way, one way, beside what the devices do."""

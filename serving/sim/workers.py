@@ -15,7 +15,7 @@ from serving.scheduler import StepPlan, StepScheduler
 from serving.sequence import Sequence as LiveSequence
 from serving.sim.clock import VirtualClock
 from serving.sim.costs import ALONE, StageTimes
-from serving.sim.pipeline import AttentionDevice, FFNDevice, Pipeline, Step
+from serving.sim.pipeline import FFNDevice, Pipeline, Step
 from serving.sim.route import Route
 from serving.workers.config import FFNWorkerConfig, ModelWorkerConfig
 from serving.workers.messages import PoolUse, Stop, Submit, Tokens
@@ -128,9 +128,8 @@ class SimulatedModelWorker(SimulatedWorker):
         self._pages = [0] * len(role.models)
         self._held: dict[int, int] = {}  # request id -> pages
         self._next_sample_ns = 0
-        self._routes = [Route.of(role, index, ffn_workers) for index in range(len(role.models))]
-        self._device = AttentionDevice(self._begin, self._complete)
-        pipeline.add_attention(self._device, role.lanes)
+        self._routes = [Route.of(role, index, ffn_workers, pipeline) for index in range(len(role.models))]
+        self._device = pipeline.add_attention(self._begin, self._complete, role.lanes)
 
     def send(self, message: Submit | Stop) -> None:
         if isinstance(message, Submit):
@@ -175,9 +174,8 @@ class SimulatedModelWorker(SimulatedWorker):
             layers=layers,
             cross_ns=route.cross_ns(times.stages, rows),
             crossed_bytes=2 * rows * route.row_bytes,
-            route=route.kinds,
+            route=route.kept,
             jobs=route.jobs(times.stages, rows),
-            alike=route.alike,
             attention_beside=times.attention_beside,
             ffn_beside=times.ffn_beside,
         )

@@ -1,4 +1,4 @@
-"""The pipeline's jumps change nothing: event by event and many at a time give the same nanoseconds, whatever runs."""
+"""The event loop as machine code and as plain Python: the same nanoseconds, whatever runs."""
 
 import random
 from pathlib import Path
@@ -13,8 +13,8 @@ from serving.cost.table1 import published_spec
 from serving.interface import Cluster, Demand, Device, ServedModel
 from serving.sim.backend import simulate_card
 from serving.sim.clock import VirtualClock
-from serving.sim.costs import Neighbourly
-from serving.sim.pipeline import AttentionDevice, Pipeline, Step, alike_layers
+from serving.sim.costs import ALONE, Neighbourly
+from serving.sim.pipeline import Pipeline, Step
 from workloads.trace import TraceRequest
 
 pytestmark = pytest.mark.cpu
@@ -34,8 +34,8 @@ def trace(seconds, rate_rps, seed=0):
     return requests
 
 
-def simulate(requests, coarse, prefill=True, **options):
-    backend = simulate_card("a100-40gb", coarse, prefill)
+def simulate(requests, compiled, prefill=True, **options):
+    backend = simulate_card("a100-40gb", compiled, prefill)
     system = registry.create("crosspool", {"page_bytes": 2 << 20, "ffn_sharding": "tensor", "max_batch": 4, **options})
     system.start(system.plan(CARDS, MODELS, Demand()), backend)
     try:
@@ -46,11 +46,11 @@ def simulate(requests, coarse, prefill=True, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"lanes": 3}, {"ffn_sharding": "layer"}, {"control": "host"}], ids=str)
-def test_many_events_at_once_are_the_same_run(options):
+def test_compiled_or_not_it_is_the_same_run(options):
     requests = trace(4, 4.0)
-    coarse = simulate(requests, True, **options)
-    assert coarse == simulate(requests, False, **options)
-    assert coarse == simulate(requests, True, **options)
+    compiled = simulate(requests, True, **options)
+    assert compiled == simulate(requests, False, **options)
+    assert compiled == simulate(requests, True, **options)
 
 
 def test_prompts_that_come_with_their_kv_cost_no_prefill():
@@ -64,26 +64,25 @@ stage_ns = st.integers(1, 40)
 steps = st.lists(st.tuples(stage_ns, stage_ns, stage_ns, st.integers(1, 60), st.integers(0, 3)), min_size=1, max_size=8)
 
 
-def finished_at(shapes, lanes, coarse):
+def finished_at(shapes, lanes, compiled):
     clock = VirtualClock()
-    pipeline, done, left = Pipeline(clock, coarse), [], list(reversed(shapes))
+    pipeline, done, left = Pipeline(clock, compiled), [], list(reversed(shapes))
     workers = [pipeline.add_ffn(), pipeline.add_ffn()]
 
     def begin():
         if not left:
             return None
         attention_ns, ffn_ns, cross_ns, layers, dense = left.pop()
-        route = [0 if layer < dense else 1 + layer % 2 for layer in range(layers)]
-        jobs = [
-            ((workers[0], 3 * ffn_ns), (workers[1], ffn_ns)), ((workers[0], ffn_ns),), ((workers[1], ffn_ns + 1),)
-        ]  # fmt: skip
+        route = pipeline.keep_route([0 if layer < dense else 1 + layer % 2 for layer in range(layers)])
+        jobs = pipeline.keep_jobs(
+            [[(workers[0], 3 * ffn_ns), (workers[1], ffn_ns)], [(workers[0], ffn_ns)], [(workers[1], ffn_ns + 1)]]
+        )
+        minds = Neighbourly(1.0 + attention_ns / 40, ffn_ns / 40) if ffn_ns % 2 else ALONE
         return Step(
-            len(left), attention_ns + 2, attention_ns, 5, layers, cross_ns, 8, route, jobs,
-            lambda period: alike_layers(route, period),
+            len(left), attention_ns + 2, attention_ns, 5, layers, cross_ns, 8, route, jobs, minds, minds
         )  # fmt: skip
 
-    device = AttentionDevice(begin, lambda payload: done.append((payload, clock.now_ns())))
-    pipeline.add_attention(device, lanes)
+    device = pipeline.add_attention(begin, lambda payload: done.append((payload, clock.now_ns())), lanes)
     pipeline.submit(device)
     clock.sleep(1e-3)
     return done, device.busy_ns, device.crossed_bytes, [(w.busy_ns, w.steps) for w in workers]
@@ -92,13 +91,14 @@ def finished_at(shapes, lanes, coarse):
 @settings(max_examples=150)
 @given(steps, st.integers(1, 3))
 def test_any_steps_end_at_the_same_nanosecond(shapes, lanes):
-    assert finished_at(shapes, lanes, coarse=True) == finished_at(shapes, lanes, coarse=False)
-    assert len(finished_at(shapes, lanes, coarse=True)[0]) == len(shapes)
+    compiled = finished_at(shapes, lanes, compiled=True)
+    assert compiled == finished_at(shapes, lanes, compiled=False)
+    assert len(compiled[0]) == len(shapes)
 
 
 def test_a_step_alone_takes_the_sum_of_its_stages():
-    (done,) = finished_at([(10, 7, 3, 5, 0)], 2, coarse=True)[0]
-    ffns = sum(7 + layer % 2 for layer in range(5))
+    (done,) = finished_at([(10, 6, 3, 5, 0)], 2, compiled=True)[0]
+    ffns = sum(6 + layer % 2 for layer in range(5))
     assert done == (0, 5 * 10 + 2 + ffns + 2 * 5 * 3 + 5)
 
 
@@ -113,9 +113,7 @@ def test_devices_that_share_memory_slow_each_other_while_both_run():
         def begin():
             return Step(0, left.pop(), 0, 0, 1, attention_beside=Neighbourly(beside=2.0, draws=1.0)) if left else None
 
-        made = AttentionDevice(begin, lambda _: done.append(clock.now_ns()))
-        pipeline.add_attention(made, 1)
-        return made
+        return pipeline.add_attention(begin, lambda _: done.append(clock.now_ns()), 1)
 
     first, second = device([100]), device([100])
     pipeline.submit(first)
