@@ -56,7 +56,11 @@ class CrossPoolOptions(EngineOptions):
     run at once, and one that grows beyond its promise may pause until another ends. Neither ever preempts.
 
     `pairing` says which model steps beside one that is in flight: the one least recently served (`fair`), or one whose stages
-    fill the other's gaps (`profile`), as far as none waits for long."""
+    fill the other's gaps (`profile`), as far as none waits for long.
+
+    `chunks_in_flight` chunks of one prompt at most are in flight at once, each a layer or more behind the one before it, whose
+    KV it reads: a lone prompt so keeps both pools busy. With 1, one chunk has left the pipeline before the next enters (always
+    so on cuda devices, whose steps are whole graphs, and with admission=quantile)."""
 
     lanes: int = 2
     control: str = "lowered"
@@ -67,11 +71,16 @@ class CrossPoolOptions(EngineOptions):
     stages: int = 4
     admission: str = "cap"
     pairing: str = "fair"
+    chunks_in_flight: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.lanes, int) or self.lanes < 1:
             raise UserError(f"option lanes is {self.lanes!r}; at least one batch must be in flight")
+        if not isinstance(self.chunks_in_flight, int) or self.chunks_in_flight < 1:
+            raise UserError(
+                f"option chunks_in_flight is {self.chunks_in_flight!r}; it must be a whole number of at least 1"
+            )
         if not isinstance(self.kv_devices, int) or self.kv_devices < 1:
             raise UserError(f"option kv_devices is {self.kv_devices!r}; the KV pool needs at least one device")
         if self.control not in CONTROLS:
@@ -243,6 +252,7 @@ class CrossPool(HostedSystem):
             stages=options.stages,
             growth="reserved" if options.admission == "cap" else "pause",
             ffn_legs={} if options.ffn_sharding == "whole" else dict(enumerate(legs)),
+            chunks_in_flight=options.chunks_in_flight if options.admission == "cap" else 1,
         )
 
     def _launch_on_cards(self, placement: Placement) -> None:

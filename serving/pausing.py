@@ -80,8 +80,8 @@ class PausedGrowth:
 
     def take(self, plan: StepPlan) -> None:
         """The step `plan`, of sequences that may, begins."""
-        for sequence, rows in plan.items:
-            pages = self._pages_of(sequence.model, sequence.cached + rows)
+        for (sequence, _), tokens in zip(plan.items, plan.kv_lens, strict=True):
+            pages = self._pages_of(sequence.model, tokens)
             self._held[sequence] = max(self._held[sequence], pages)
 
     def may_step(self) -> Callable[[LiveSequence], bool]:

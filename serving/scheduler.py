@@ -1,7 +1,8 @@
 """The sequences of a device and what each step does to them. Pure state: both backends run this same object.
 
 `next_step` picks a model and composes its step, `complete` takes the step's tokens. Between the two the step's sequences are
-in flight and no other step touches them, so any number of steps may be under way at once.
+in flight, and no other step touches them but for later chunks of the same prompt, where those may be under way beside earlier
+ones. Any number of steps may be under way at once.
 """
 
 from __future__ import annotations
@@ -18,10 +19,16 @@ Profiles = tuple[StageProfile, ...]
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step of one model: its sequences and how many rows each contributes."""
+    """One step of one model: its sequences, how many rows each contributes, and from which token on."""
 
     model: int
     items: tuple[tuple[Sequence, int], ...]
+    starts: tuple[int, ...]
+
+    @classmethod
+    def following(cls, model: int, items: tuple[tuple[Sequence, int], ...]) -> StepPlan:
+        """The step of `items` that goes on where their cache, and the steps under way, end."""
+        return cls(model, items, tuple(sequence.cached + sequence.rows_in_flight for sequence, _ in items))
 
     @property
     def query_lens(self) -> tuple[int, ...]:
@@ -29,24 +36,24 @@ class StepPlan:
 
     @property
     def kv_lens(self) -> tuple[int, ...]:
-        """Tokens in each sequence's cache once the step has written its rows. Valid until the step completes."""
-        return tuple(sequence.cached + rows for sequence, rows in self.items)
+        """Tokens in each sequence's cache once the step has written its rows."""
+        return tuple(start + rows for (_, rows), start in zip(self.items, self.starts, strict=True))
 
     @property
     def token_ids(self) -> list[int]:
         return [
             token
-            for sequence, rows in self.items
-            for token in sequence.tokens[sequence.cached : sequence.cached + rows]
+            for (sequence, rows), start in zip(self.items, self.starts, strict=True)
+            for token in sequence.tokens[start : start + rows]
         ]
 
     @property
     def logit_rows(self) -> tuple[int, ...]:
         """The last row of every sequence that has no more prompt to compute: those get a new token."""
         wanted, end = [], 0
-        for sequence, rows in self.items:
+        for (sequence, rows), start in zip(self.items, self.starts, strict=True):
             end += rows
-            if rows == sequence.pending:
+            if start + rows == len(sequence.tokens):
                 wanted.append(end - 1)
         return tuple(wanted)
 
@@ -54,12 +61,16 @@ class StepPlan:
 class StepScheduler:
     """Continuous batching over `num_models` models that share a device."""
 
-    def __init__(self, num_models: int, limits: StepLimits, profiles: Profiles = ()) -> None:
-        """With `profiles`, one a model, the next model is the best partner of those in flight; else turns are fair."""
+    def __init__(self, num_models: int, limits: StepLimits, profiles: Profiles = (), chunks_in_flight: int = 1) -> None:
+        """With `profiles`, one a model, the next model is the best partner of those in flight; else turns are fair. At most
+        `chunks_in_flight` steps compute chunks of one prompt at the same time; more than one want steps that never overtake
+        each other within a layer."""
         self._profiles = profiles
         self._limits = limits
+        self._chunks_in_flight = chunks_in_flight
         self._sequences: list[list[Sequence]] = [[] for _ in range(num_models)]  # in order of admission
-        self._in_flight = [0] * num_models
+        self._taken = [0] * num_models  # sequences that no further step can have now
+        self._under_way = [0] * num_models  # steps
         self._served_at: dict[int, int] = {}
         self._steps = 0
 
@@ -83,13 +94,13 @@ class StepScheduler:
         ready = [
             model
             for model, sequences in enumerate(self._sequences)
-            if len(sequences) > self._in_flight[model]
-            and (may_step is None or any(may_step(one) for one in sequences if not one.in_flight))
+            if len(sequences) > self._taken[model]
+            and (may_step is None or any(may_step(one) for one in sequences if self._available(one)))
         ]
         if not ready:
             return None
         if self._profiles:
-            in_flight = [index for index, count in enumerate(self._in_flight) if count]
+            in_flight = [index for index, count in enumerate(self._under_way) if count]
             model = best_partner(ready, self._served_at, in_flight, self._profiles)
         else:
             model = least_recently_served(ready, self._served_at)
@@ -98,27 +109,37 @@ class StepScheduler:
         waiting = [
             sequence
             for sequence in self._sequences[model]
-            if not sequence.in_flight and (may_step is None or may_step(sequence))
+            if self._available(sequence) and (may_step is None or may_step(sequence))
         ]
-        chosen = compose_step([sequence.pending for sequence in waiting], self._limits)
-        items = tuple((waiting[index], rows) for index, rows in chosen)
-        for sequence, _ in items:
-            sequence.in_flight = True
-        self._in_flight[model] += len(items)
-        return StepPlan(model, items)
+        chosen = compose_step([sequence.unscheduled for sequence in waiting], self._limits)
+        self._under_way[model] += 1
+        plan = StepPlan.following(model, tuple((waiting[index], rows) for index, rows in chosen))
+        for sequence, rows in plan.items:
+            sequence.in_flight += 1
+            sequence.rows_in_flight += rows
+            self._taken[model] += not self._available(sequence)
+        return plan
+
+    def _available(self, sequence: Sequence) -> bool:
+        """Whether a step may have it: none has, or those that have left prompt to another."""
+        return not sequence.in_flight or 0 < sequence.unscheduled and sequence.in_flight < self._chunks_in_flight
 
     def complete(self, plan: StepPlan, sampled: Iterator[int]) -> list[tuple[Sequence, int, bool]]:
         """Take the step's new tokens, one for each logit row: (sequence, token, whether it ended the sequence)."""
-        self._in_flight[plan.model] -= len(plan.items)
+        self._under_way[plan.model] -= 1
         produced = []
-        for sequence, rows in plan.items:
-            sequence.in_flight = False
-            complete = rows == sequence.pending
+        for (sequence, rows), start in zip(plan.items, plan.starts, strict=True):
+            self._taken[plan.model] -= not self._available(sequence)
+            sequence.in_flight -= 1
+            sequence.rows_in_flight -= rows
             sequence.cached += rows
+            complete = start + rows == len(sequence.tokens)
             if complete:
                 token = next(sampled)
                 last = sequence.append(token)
                 produced.append((sequence, token, last))
                 if last:
                     self._sequences[plan.model].remove(sequence)
+                    continue
+            self._taken[plan.model] += not self._available(sequence)
         return produced

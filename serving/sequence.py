@@ -19,12 +19,18 @@ class Sequence:
     stop_ids: tuple[int, ...] = ()
     run: Run | None = None  # None on the simulated backend, which counts pages and holds none
     cached: int = 0
-    in_flight: bool = False
+    in_flight: int = 0  # steps under way that compute it
+    rows_in_flight: int = 0  # tokens that those steps compute
 
     @property
     def pending(self) -> int:
-        """Tokens to compute next: the rest of the prompt, then one at a time."""
+        """Tokens that are not in the cache yet: the rest of the prompt, then one at a time."""
         return len(self.tokens) - self.cached
+
+    @property
+    def unscheduled(self) -> int:
+        """Of the pending tokens, those that no step under way computes."""
+        return self.pending - self.rows_in_flight
 
     @property
     def most_cached(self) -> int:

@@ -24,10 +24,10 @@ MEMORY_BYTES = 64 << 20
 SCARCE_PAGES = 40
 OPTIONS = {"max_batch": 8, "prefill_chunk": CHUNK, "page_bytes": 4096}
 SYSTEMS = {
-    "crosspool": ("crosspool", OPTIONS),
+    "crosspool": ("crosspool", {**OPTIONS, "chunks_in_flight": 2}),
     "crosspool-1-lane": ("crosspool", {**OPTIONS, "lanes": 1}),
-    "crosspool-3-lanes": ("crosspool", {**OPTIONS, "lanes": 3, "max_batch": 2}),
-    "crosspool-host-driven": ("crosspool", {**OPTIONS, "control": "host"}),
+    "crosspool-3-lanes": ("crosspool", {**OPTIONS, "lanes": 3, "max_batch": 2, "chunks_in_flight": 3}),
+    "crosspool-host-driven": ("crosspool", {**OPTIONS, "control": "host", "chunks_in_flight": 2}),
     "static": ("static", OPTIONS),
 }
 PAIRS = [("mixtral", "deepseek_v2"), ("deepseek", "qwen3_moe"), ("glm4_moe_lite", "mixtral")]

@@ -56,7 +56,7 @@ def time_decode(runner: StepRunner, runs: Seq[Run], lanes: int, batch: int) -> d
         for run in runs[lane * batch : (lane + 1) * batch]:
             sequences.append(Sequence(0, 0, [7] * _PROMPT_TOKENS, _PROMPT_TOKENS, _NEW_TOKENS, run=run))
             sequences[-1].cached = _PROMPT_TOKENS - 1
-        plans.append(StepPlan(0, tuple((sequence, 1) for sequence in sequences)))
+        plans.append(StepPlan.following(0, tuple((sequence, 1) for sequence in sequences)))
     started = [0.0] * lanes
     steps: list[list[float]] = [[] for _ in range(lanes)]
     for lane, plan in enumerate(plans):

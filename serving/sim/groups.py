@@ -63,8 +63,8 @@ class SimulatedGroup:
             return
         self._plans = plans
         for replica, plan in enumerate(plans):
-            for sequence, rows in plan.items if plan else ():
-                pages = self._geometries[replica].pages(sequence.cached + rows, self._page_bytes)
+            for (sequence, _), tokens in zip(plan.items, plan.kv_lens, strict=True) if plan else ():
+                pages = self._geometries[replica].pages(tokens, self._page_bytes)
                 held = self._held[replica]
                 held[sequence.request_id] = max(pages, held.get(sequence.request_id, 0))
         shapes = [StepShape.of(plan.query_lens, plan.kv_lens) if plan else StepShape() for plan in plans]

@@ -121,7 +121,9 @@ class SimulatedModelWorker(SimulatedWorker):
         super().__init__(name, clock)
         self._role, self._times, self._pipeline = role, [StageTimes(mine) for mine in stages], pipeline
         self._prefill = prefill
-        self._scheduler = StepScheduler(len(role.models), role.limits, role.profiles)
+        self._scheduler = StepScheduler(
+            len(role.models), role.limits, role.profiles, chunks_in_flight=role.chunks_in_flight
+        )
         self._growth = growth_of(role)
         self._geometries = [KVGeometry.of(model.spec, model.dtype) for model in role.models]
         self._page_bytes = {index: pool.page_bytes for pool in role.pools for index in pool.models}
@@ -198,8 +200,8 @@ class SimulatedModelWorker(SimulatedWorker):
     # -- pages ---------------------------------------------------------------------------------------------------------
     def _grow(self, plan: StepPlan) -> None:
         geometry, page_bytes = self._geometries[plan.model], self._page_bytes[plan.model]
-        for sequence, rows in plan.items:
-            pages = geometry.pages(sequence.cached + rows, page_bytes)
+        for (sequence, _), tokens in zip(plan.items, plan.kv_lens, strict=True):
+            pages = geometry.pages(tokens, page_bytes)
             held = self._held.get(sequence.request_id, 0)
             if pages > held:
                 self._held[sequence.request_id] = pages

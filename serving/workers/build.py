@@ -154,6 +154,7 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
         role.stages,
         growth_of(role),
         role.profiles,
+        chunks_in_flight=role.chunks_in_flight,
     )
 
 

@@ -83,7 +83,7 @@ class ModelWorkerConfig:
     of rank: what comes back from them is added up. With `stages` 4 transfers are stages of their own, with 2 they are part of
     the stage before them. `growth` says whether admission has promised all that a sequence may need, or it may pause for
     pages (:mod:`serving.pausing`), which needs a single pool. With `profiles`, one a model, models step beside those whose
-    stages fill their gaps (:mod:`serving.pairing`)."""
+    stages fill their gaps (:mod:`serving.pairing`). At most `chunks_in_flight` chunks of one prompt are in flight at once."""
 
     device: Device
     models: tuple[ServedModel, ...]
@@ -98,6 +98,7 @@ class ModelWorkerConfig:
     stages: int = 4
     growth: str = "reserved"
     profiles: tuple[StageProfile, ...] = ()
+    chunks_in_flight: int = 1
 
 
 @dataclass(frozen=True)

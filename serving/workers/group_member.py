@@ -148,7 +148,8 @@ class GroupMember:
         """One step from embedding to tokens; yields once an exchange."""
         started_ns = time.monotonic_ns()
         share, kv = self._share, self._share.kv
-        plan = StepPlan(0, tuple((self._sequences[name], rows) for name, rows in order.items[self._replica]))
+        items = tuple((self._sequences[name], rows) for name, rows in order.items[self._replica])
+        plan = StepPlan(0, items, tuple(sequence.cached for sequence, _ in items))
         rows_of = [sum(rows for _, rows in items) for items in order.items]
         layout = self._layout(plan) if plan.items else None
         hidden = yield from self._embed(plan)
@@ -184,8 +185,8 @@ class GroupMember:
         self._finish(plan, tokens)
 
     def _layout(self, plan: StepPlan) -> BatchLayout:
-        for sequence, rows in plan.items:
-            self._share.kv.grow(sequence.run, sequence.cached + rows)
+        for (sequence, _), tokens in zip(plan.items, plan.kv_lens, strict=True):
+            self._share.kv.grow(sequence.run, tokens)
         run_starts = tuple(sequence.run.start_slot for sequence, _ in plan.items)
         return BatchLayout(plan.query_lens, plan.kv_lens, run_starts, plan.logit_rows)
 

@@ -56,6 +56,14 @@ class InFlight:
     layout: BatchLayout
     hidden: torch.Tensor  # [T, D]
     layer: int = 0
+    after: tuple[
+        InFlight, ...
+    ] = ()  # steps with earlier chunks of the same prompts, whose KV each layer of this one reads
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether those before it have written the KV of the layer that it comes to."""
+        return all(earlier.layer > self.layer for earlier in self.after)
 
 
 class ModelWorker:
@@ -75,10 +83,11 @@ class ModelWorker:
         stages: int = 4,
         growth: PausedGrowth | None = None,
         profiles: Profiles = (),
+        chunks_in_flight: int = 1,
     ) -> None:
         self._models = list(models)
         self._pools = list(pools)
-        self._scheduler = StepScheduler(len(self._models), limits, profiles)
+        self._scheduler = StepScheduler(len(self._models), limits, profiles, chunks_in_flight=chunks_in_flight)
         self._lanes: list[InFlight | None] = [None] * lanes
         self._control, self._tokens, self._counters = control, tokens, counters
         self._recorder = recorder
@@ -106,7 +115,7 @@ class ModelWorker:
         for lane, step in enumerate(self._lanes):
             if step is None:
                 progressed |= self._begin(lane)
-            elif step.model.port.done(lane):
+            elif step.model.port.done(lane) and step.may_go_on:
                 self._advance(lane, step)
                 progressed = True
         return progressed
@@ -159,9 +168,16 @@ class ModelWorker:
         layout = BatchLayout(plan.query_lens, plan.kv_lens, run_starts, plan.logit_rows)
         hidden = model.half.embed(torch.tensor(plan.token_ids))
         hidden, ffn_in = model.half.attend(0, hidden, None, model.kv.layers[0], layout)
-        self._lanes[lane] = step = InFlight(model, plan, layout, hidden)
+        self._lanes[lane] = step = InFlight(model, plan, layout, hidden, after=self._earlier_chunks(plan))
         self._send(started_ns, lane, step, ffn_in)
         return True
+
+    def _earlier_chunks(self, plan: StepPlan) -> tuple[InFlight, ...]:
+        shared = {sequence for sequence, _ in plan.items if sequence.in_flight > 1}
+        if not shared:
+            return ()
+        under_way = (step for step in self._lanes if step is not None)
+        return tuple(step for step in under_way if not shared.isdisjoint(sequence for sequence, _ in step.plan.items))
 
     def _advance(self, lane: int, step: InFlight) -> None:
         started_ns = time.monotonic_ns()
@@ -175,6 +191,7 @@ class ModelWorker:
         else:
             self._finish(step, ffn_out)
             self._lanes[lane] = None
+            step.after = ()  # else each chunk of a long prompt would keep alive what all before it computed
             self._account(started_ns, FINISH, lane, step)
 
     def _send(self, started_ns: int, lane: int, step: InFlight, rows: torch.Tensor) -> None:
@@ -221,9 +238,9 @@ class ModelWorker:
 
     # -- pages ---------------------------------------------------------------------------------------------------------
     def _map_for(self, model: HostedModel, plan: StepPlan) -> None:
-        for sequence, rows in plan.items:
-            if sequence.cached + rows > sequence.run.mapped_tokens:
-                self._grow(model, sequence, sequence.cached + rows)
+        for (sequence, _), tokens in zip(plan.items, plan.kv_lens, strict=True):
+            if tokens > sequence.run.mapped_tokens:
+                self._grow(model, sequence, tokens)
 
     def _plan_mapping(self, step: InFlight) -> None:
         if self._growth:

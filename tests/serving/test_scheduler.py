@@ -17,9 +17,22 @@ def sequence(request_id, model, prompt_tokens, output_tokens):
     return Sequence(request_id, model, list(range(prompt_tokens)), prompt_tokens, output_tokens)
 
 
-@given(requests, st.integers(1, 4), st.integers(1, 5), st.integers(1, 16), st.randoms(use_true_random=False))
-def test_any_number_of_lanes_finishes_every_sequence(wanted, lanes, max_batch, prefill_chunk, rng):
-    scheduler = StepScheduler(3, StepLimits(max_batch, prefill_chunk))
+def oldest_of_its_prompts(plan, in_flight):
+    """Whether no step begun before `plan` computes an earlier chunk of a prompt of its."""
+    before = in_flight[: in_flight.index(plan)]
+    return not {id(s) for other in before for s, _ in other.items} & {id(s) for s, _ in plan.items}
+
+
+@given(
+    requests,
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 16),
+    st.integers(1, 3),
+    st.randoms(use_true_random=False),
+)
+def test_any_number_of_lanes_finishes_every_sequence(wanted, lanes, max_batch, prefill_chunk, chunks, rng):
+    scheduler = StepScheduler(3, StepLimits(max_batch, prefill_chunk), chunks_in_flight=chunks)
     arriving = [sequence(i, *request) for i, request in enumerate(wanted)]
     generated = {s.request_id: [] for s in arriving}
     ended, in_flight = set(), []
@@ -27,13 +40,17 @@ def test_any_number_of_lanes_finishes_every_sequence(wanted, lanes, max_batch, p
         if arriving and rng.random() < 0.4:
             scheduler.add(arriving.pop())
         elif len(in_flight) < lanes and (plan := scheduler.next_step()) is not None:
-            busy = {id(s) for other in in_flight for s, _ in other.items}
-            assert not busy & {id(s) for s, _ in plan.items}
-            assert all(s.model == plan.model for s, _ in plan.items)
+            under_way = [id(s) for other in in_flight for s, _ in other.items]
+            for (s, rows), start in zip(plan.items, plan.starts, strict=True):
+                assert under_way.count(id(s)) < chunks
+                assert s.model == plan.model
+                assert start == s.cached + s.rows_in_flight - rows
+                assert start + rows <= len(s.tokens)
             assert len(plan.token_ids) == sum(plan.query_lens)
             in_flight.append(plan)
         elif in_flight:
-            plan = in_flight.pop(rng.randrange(len(in_flight)))
+            plan = rng.choice([step for step in in_flight if oldest_of_its_prompts(step, in_flight)])
+            in_flight.remove(plan)
             count = len(plan.logit_rows)
             for s, token, last in scheduler.complete(plan, iter(range(100, 100 + count))):
                 generated[s.request_id].append(token)
@@ -41,6 +58,22 @@ def test_any_number_of_lanes_finishes_every_sequence(wanted, lanes, max_batch, p
                     ended.add(s.request_id)
     assert ended == set(range(len(wanted)))
     assert [len(generated[i]) for i in range(len(wanted))] == [output for _, _, output in wanted]
+
+
+def test_a_prompt_of_three_chunks_has_two_of_them_in_flight():
+    scheduler = StepScheduler(1, StepLimits(max_batch=4, prefill_chunk=8), chunks_in_flight=2)
+    scheduler.add(sequence(0, 0, 20, 5))
+    first, second = scheduler.next_step(), scheduler.next_step()
+    assert scheduler.next_step() is None
+    assert (first.kv_lens, second.kv_lens) == ((8,), (16,))
+    assert (first.logit_rows, second.logit_rows) == ((), ())
+    assert scheduler.complete(first, iter([])) == []
+    third = scheduler.next_step()
+    assert (third.starts, third.query_lens, third.logit_rows) == ((16,), (4,), (3,))
+    scheduler.complete(second, iter([]))
+    assert scheduler.next_step() is None
+    assert [token for _, token, _ in scheduler.complete(third, iter([9]))] == [9]
+    assert scheduler.next_step().token_ids == [9]
 
 
 def test_logit_rows_are_the_last_rows_of_complete_prompts():

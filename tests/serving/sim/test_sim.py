@@ -120,3 +120,14 @@ def test_transfers_as_stages_of_their_own_never_slow_a_pipeline_and_help_a_deep_
             took_ns[lanes, stages] = max(ended)
     assert took_ns[4, 4] < took_ns[4, 2]
     assert took_ns[1, 4] == pytest.approx(took_ns[1, 2], rel=0.01)  # alone, a batch waits for its rows either way
+
+
+def test_chunks_of_a_lone_prompt_overlap_in_the_pipeline(tiny_checkpoints):
+    trace = [TraceRequest(0, "m0", 0.0, 96, 2, (1,) * 96)]
+    first_token_ns = [
+        simulate("crosspool", tiny_checkpoints, trace, prefill_chunk=16, chunks_in_flight=chunks)
+        .requests[0]
+        .token_times_ns[0]
+        for chunks in (1, 2)
+    ]
+    assert first_token_ns[1] < 0.8 * first_token_ns[0]
