@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from paper_figures.ablation import Ablation
 from paper_figures.active_kv import ActiveKV
+from paper_figures.comparison import Comparison, ComparisonByModel, ComparisonByRate
 from paper_figures.context import Context
 from paper_figures.exhibit import Exhibit
 from paper_figures.goodput import Goodput
@@ -36,6 +37,6 @@ EXHIBITS: dict[str, Exhibit] = {
     for kind in (
         Summary, TBTCDF, TTFTCDF, KVPagesOverTime, Outcomes, TBTByModel, LatencyVsRate, Goodput, Skew, ModelCount,
         Context, Ablation, KVShare, ModelTable, Popularity, ActiveKV, RateByContext, TBTVsRate, Placement, KVCapacity,
-        RateEstimate, PipelineTimeline, PlannerOverflow, SwapBreakdown, Validation, Sensitivity, KernelRoofline,
+        Comparison, ComparisonByModel, ComparisonByRate, RateEstimate, PipelineTimeline, PlannerOverflow, SwapBreakdown, Validation, Sensitivity, KernelRoofline,
     )
 }  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from paper_figures import style
 from paper_figures.records import Run
 
 _NOT_A_SCENARIO = (
@@ -39,15 +40,17 @@ def differing(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def variants(runs: Sequence[Run]) -> dict[str, str]:
-    """run id -> the system's name, with the options that tell it from other runs of the same system where any do."""
+    """run id -> the system's name (:func:`paper_figures.style.named`), with the options that tell it from other runs of the
+    same name where any do."""
+    options = {run.run_id: (run.config.get("system") or {}).get("options") or {} for run in runs}
+    names = {run.run_id: style.named(run.system, options[run.run_id]) for run in runs}
     labels = {}
-    for system in {run.system for run in runs}:
-        same = [run for run in runs if run.system == system]
-        options = {run.run_id: flatten(run.config.get("system", {}).get("options", {})) for run in same}
-        keys = differing(list(options.values()))
-        for run in same:
-            told = ", ".join(f"{key} {options[run.run_id].get(key)}" for key in keys)
-            labels[run.run_id] = f"{system} ({told})" if told else system
+    for name in set(names.values()):
+        same = {run_id: flatten(options[run_id]) for run_id, own in names.items() if own == name}
+        keys = differing(list(same.values()))
+        for run_id, values in same.items():
+            told = ", ".join(f"{key} {values.get(key)}" for key in keys)
+            labels[run_id] = f"{name} ({told})" if told else name
     return labels
 
 

@@ -7,7 +7,9 @@ column of a two-column paper.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axis import Axis
@@ -37,11 +39,16 @@ class Look:
 _LOOKS = {
     "crosspool": Look("CrossPool", "#0072B2", "o", "-"),
     "static": Look("Static partition", "#E69F00", "s", "--"),
+    "static-searched": Look("Static, searched", "#E69F00", "p", (0, (4, 1, 1, 1))),
     "elastic": Look("Elastic (kvcached)", "#D55E00", "^", "-."),
-    "multiplex": Look("Multiplexing", "#D55E00", "^", "-."),
-    "swap": Look("Swap", "#009E73", "D", ":"),
+    "elastic-cap": Look("Elastic, capped", "#D55E00", "2", ":"),
+    "elastic-placement": Look("Elastic + placement", "#56B4E9", "P", (0, (3, 1))),
+    "elastic-placement-cap": Look("Elastic + placement, capped", "#56B4E9", "3", ":"),
     "quota": Look("Quota (MuxServe)", "#CC79A7", "v", (0, (5, 1, 1, 1, 1, 1))),
-    "prism": Look("Elastic + placement", "#56B4E9", "P", (0, (3, 1))),
+    "quota-cap": Look("Quota, capped", "#CC79A7", "1", ":"),
+    "swap": Look("Swap", "#009E73", "D", "--"),
+    "swap-token": Look("Swap by token", "#009E73", "*", "-."),
+    "swap-zero-cost": Look("Swap at no cost (bound)", "#7F7F7F", "x", ":"),
 }
 _SPARE_COLORS = ("#000000", "#56B4E9", "#CC79A7", "#7F7F7F")
 _SPARE_MARKERS = ("X", "<", ">", "h")
@@ -50,6 +57,22 @@ _SPARE_LINES = ((0, (1, 1)), (0, (5, 3)), (0, (3, 1, 1, 1)), (0, (7, 2)))
 MODEL_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
 MODEL_HATCHES = ("", "///", "...", "\\\\\\", "xxx", "ooo", "+++", "---")
 PERCENTILE_LINES = {"p50": ":", "p95": "--", "p99": "-"}
+
+
+# Settings of a system that are systems of their own to a reader: (system, option, value) -> what their name ends in. They
+# are those of the presets in conf/system, which the record does not name.
+_ENDINGS = {
+    ("static", "placement", "searched"): "searched",
+    ("swap", "mode", "token"): "token",
+    ("swap", "zero_cost", True): "zero-cost",
+    **{(system, "admission", "cap"): "cap" for system in ("elastic", "elastic-placement", "quota")},
+}
+
+
+def named(system: str, options: Mapping[str, Any]) -> str:
+    """The name that `system` goes by with these options: `swap-token` for swap in its token mode."""
+    endings = [word for (name, key, value), word in _ENDINGS.items() if name == system and options.get(key) == value]
+    return "-".join([system, *endings])
 
 
 def look(system: str) -> Look:

@@ -17,7 +17,8 @@ _PRESETS = Path(__file__).resolve().parents[1] / "conf" / "system"
 @dataclass(frozen=True)
 class Experiment:
     """`base` and the sweep of a mode are arguments of `bench.py -m`. `sweeps` maps a mode to the values of each swept key;
-    a mode that is missing does not run it. `cell_s` is the time of one cell on two cores, measured."""
+    a mode that is missing does not run it. `cell_s` is the time of one cell on two cores, measured. `systems` are presets of
+    conf/system."""
 
     name: str
     question: str
@@ -31,6 +32,7 @@ class Experiment:
     paper: str = ""
     systems: tuple[str, ...] = field(default=("crosspool", "static"))
     figures_of: Mapping[str, str] = field(default_factory=dict)  # exhibits that only a run of this system fills
+    cell_s_in: Mapping[str, float] = field(default_factory=dict)  # of a mode whose cells are shorter than `cell_s`
     studies: tuple[tuple[str, ...], ...] = ()  # arguments of `python -m runner.study` instead of runs
 
     @property
@@ -57,7 +59,7 @@ class Experiment:
         return count
 
     def minutes(self, mode: str) -> float:
-        return self.cells(mode) * self.cell_s / 60
+        return self.cells(mode) * self.cell_s_in.get(mode, self.cell_s) / 60
 
     def arguments(self, mode: str) -> list[str]:
         """Arguments of `python bench.py` for `mode`."""
@@ -71,6 +73,8 @@ _DURATION, _BINS = "workload.duration_s", "workload.lengths.bins"
 _LONG = ("fast", "full")
 _SCARCE = ("conf=smoke",)
 _HEADLINE = ("crosspool", "static", "swap", "quota")
+_SWAP = ("swap", "swap-token", "swap-zero-cost")
+_ALL = ("crosspool", "static", "static-searched", "quota", "quota-cap", *_SWAP)
 _PAPER_THREE = ("paper-crosspool", "paper-static", "paper-elastic")
 _PAPER_RATES = (0.2, 0.5, 0.8, 1.0)
 
@@ -96,15 +100,29 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         systems=_HEADLINE,
     ),
     Experiment(
+        name="baselines",
+        question="Where does each system win and lose, under the same traces and the same total memory?",
+        base=("conf=baselines",),
+        sweeps={
+            "fast": {_RATE: (6,), _SKEW: (0.7,)},
+            "full": {_RATE: (3, 6, 10), _SKEW: (0.7, 2.1), _SEED: (0, 1, 2)},
+        },
+        figures=("comparison", "comparison_by_model", "comparison_by_rate", "tbt_by_model", "outcomes", "summary"),
+        figures_of={"swap_breakdown": "swap"},
+        cell_s=18,
+        systems=_ALL,
+    ),
+    Experiment(
         name="rate",
         question="How do latency and goodput change with the offered rate?",
         base=_SCARCE,
         sweeps={
-            "fast": {_RATE: (2, 5, 11)},
+            "fast": {_RATE: (2, 5, 11), _DURATION: (10,)},
             "full": {_RATE: (1, 2, 5, 8, 11, 14), _SEED: (0, 1, 2, 3, 4)},
         },
         figures=("latency_vs_rate", "tbt_vs_rate", "goodput", "outcomes", "summary"),
         cell_s=25,
+        cell_s_in={"fast": 19},
         paper="Fig. 7",
     ),
     Experiment(
@@ -112,11 +130,12 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         question="Who gains when few models get most requests?",
         base=_SCARCE,
         sweeps={
-            "fast": {_SKEW: (0.0, 2.1)},
+            "fast": {_SKEW: (0.0, 2.1), _DURATION: (10,)},
             "full": {_SKEW: (0.0, 0.7, 0.9, 1.3, 1.7, 2.1), _SEED: (0, 1, 2)},
         },
         figures=("skew", "outcomes", "summary"),
         cell_s=25,
+        cell_s_in={"fast": 19},
     ),
     Experiment(
         name="context",

@@ -10,6 +10,7 @@ import pytest
 
 from paper_figures import style
 from paper_figures.__main__ import main
+from paper_figures.exhibit import TableExhibit
 from paper_figures.records import read_run
 from paper_figures.registry import EXHIBITS
 
@@ -20,7 +21,7 @@ TABLES = ("md", "tex", "csv", "caption.txt")
 
 
 def files_of(name: str) -> tuple[str, ...]:
-    return TABLES if name in ("summary", "ablation", "model_table", "placement") else FIGURES
+    return TABLES if isinstance(EXHIBITS[name], TableExhibit) else FIGURES
 
 
 def draw(root, *arguments: str) -> int:
@@ -223,3 +224,31 @@ def test_an_exhibit_asked_for_that_has_nothing_to_show_says_what_it_needs(write_
     assert draw(tmp_path, "skew") == 2
     assert "needs runs at two or more values of" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_says_where_crosspool_loses_and_names_presets_as_systems(write_run, tmp_path):
+    """Trace by trace: 0.8x in every seed is a clear win of the other whatever seeds differ by; a bound that ties wins nothing."""
+    for seed, level in ((0, 10.0), (1, 20.0), (2, 40.0)):
+        write_run("crosspool", seed=seed, p95_ttft_ms=level, p99_itl_ms=level, request_goodput=1.0)
+        searched = {"placement": "searched"}
+        write_run(
+            "static", seed=seed, options=searched, p95_ttft_ms=0.8 * level, p99_itl_ms=2 * level, request_goodput=1.2
+        )
+        write_run("swap", seed=seed, options={"zero_cost": True}, p95_ttft_ms=level, p99_itl_ms=level, swaps=4)
+    write_run("quota", options={"admission": "cap"}, status="failed")
+    assert draw(tmp_path, "comparison", "comparison_by_rate", "comparison_by_model") == 0
+    table = pd.read_csv(tmp_path / "out" / "made-up" / "comparison.csv").set_index("system")
+    told = table["beats CrossPool in"]
+    assert list(table.index) == ["crosspool", "static-searched", "quota-cap", "swap-zero-cost"]
+    assert told["static-searched"] == "TTFT p95 0.80x*, goodput 1.20x*"
+    assert told["quota-cap"] == "could not run" and table["n"]["quota-cap"] == 0
+    assert told["swap-zero-cost"] == "goodput 1.50x*" and table["swaps"]["swap-zero-cost"] == 4
+    drawn = pd.read_csv(tmp_path / "out" / "made-up" / "comparison_by_rate.csv")
+    ringed = drawn[drawn["beats_crosspool"]]
+    assert sorted(zip(ringed["system"], ringed["metric"], strict=True)) == [
+        ("static-searched", "TTFT p95 (ms)"),
+        ("static-searched", "goodput (req/s)"),
+        ("swap-zero-cost", "goodput (req/s)"),
+    ]
+    assert "could not run: quota-cap" in (tmp_path / "out" / "made-up" / "comparison.caption.txt").read_text().lower()
+    assert draw(tmp_path, "comparison", "--experiment", "none-of-crosspool") == 2
