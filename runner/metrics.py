@@ -106,10 +106,12 @@ def pool_metrics(pools: Sequence[PoolRow]) -> dict[str, float | None]:
     total: dict[int, int] = {}
     latest: dict[tuple[str, str], int] = {}
     budgets: dict[str, int] = {}
+    in_use = 0
     for row in sorted(pools, key=lambda r: r.time_ns):
+        in_use += row.pages_in_use - latest.get((row.pool, row.model), 0)
         latest[row.pool, row.model] = row.pages_in_use
         budgets[row.pool] = row.page_budget
-        total[row.time_ns] = sum(latest.values())
+        total[row.time_ns] = in_use
     times, pages = np.array(list(total)), np.array(list(total.values()), dtype=np.float64)
     widths = np.diff(times)
     mean = float((pages[:-1] * widths).sum() / widths.sum()) if widths.size and widths.sum() else float(pages.mean())

@@ -14,7 +14,7 @@ from serving.interface import DeviceStats
 COMPLETED, REJECTED, FAILED = "completed", "rejected", "failed"
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestRow:
     """One request of the trace. `token_times_ns[i]` is when token i reached the host's clock; `planned_ns` when the trace
     wanted the request, `submitted_ns` when it was handed over."""
@@ -34,7 +34,7 @@ class RequestRow:
     preemptions: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PoolRow:
     """Pages in use of one model in one pool at one time."""
 

@@ -133,7 +133,9 @@ def write_record(
 
 
 def _write_rows(path: Path, rows: Sequence[RequestRow] | Sequence[PoolRow], schema: pa.Schema) -> None:
-    columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
+    columns = [
+        pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema
+    ]  # one list at a time
     pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")
 
 

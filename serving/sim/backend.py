@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from serving.errors import CapacityError, UserError
 from serving.interface import Device, ServedModel
 from serving.parallel.costs import GroupCosts
 from serving.sim.clock import VirtualClock
+from serving.sim.costs import StageTimes
 from serving.sim.groups import SimulatedGroup, SimulatedGroupWorker
 from serving.sim.pipeline import Pipeline
 from serving.sim.shared import Crowd, SharedDevice
@@ -50,6 +52,7 @@ class SimulatedBackend:
         self._pipeline = Pipeline(self.clock, compiled)
         self._stages_of, self._of_parts, self._prefill = stages_of, of_parts, prefill
         self._stages: dict[tuple[str, ModelSpec, str], ModelStages] = {}
+        self._times: dict[ModelStages, StageTimes] = {}
         self._ffn_workers: dict[int, SimulatedFFNWorker] = {}  # by the mailbox both ends share
         self._groups: dict[int, SimulatedGroup] = {}  # by the exchange that all ranks share
         self._crowd: Crowd | None = None  # steps of engines that nobody arbitrates
@@ -64,11 +67,11 @@ class SimulatedBackend:
             groups = [self._group(seat, role) for seat in role.seats]
             shared = self._crowd.devices[role.device.name] if role.uncoordinated else None
             return SimulatedGroupWorker(name, self.clock, role, groups, shared)
-        stages = [self._stages_for(model, role.device) for model in self._as_held(role)]
+        times = [self._times_of(self._stages_for(model, role.device)) for model in self._as_held(role)]
         if isinstance(role, ModelWorkerConfig):
             behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
-            return SimulatedModelWorker(name, self.clock, role, stages, behind, self._pipeline, self._prefill)
-        worker = SimulatedFFNWorker(name, self.clock, role, stages, self._pipeline.add_ffn())
+            return SimulatedModelWorker(name, self.clock, role, times, behind, self._pipeline, self._prefill)
+        worker = SimulatedFFNWorker(name, self.clock, role, times, self._pipeline.add_ffn())
         for mailbox in role.mailboxes:
             self._ffn_workers[mailbox.region.fd] = worker
         return worker
@@ -114,10 +117,17 @@ class SimulatedBackend:
             self._stages[key] = self._stages_of(model, device)
         return self._stages[key]
 
+    def _times_of(self, stages: ModelStages) -> StageTimes:
+        if stages not in self._times:
+            self._times[stages] = StageTimes(stages)
+        return self._times[stages]
+
 
 def simulate_card(card: str, compiled: bool = True, prefill: bool = True) -> SimulatedBackend:
     """A backend with the fitted costs of `card` (conf/hardware), and of other cards where devices name theirs. Raises
     UserError for an unknown one, listing the known, and CapacityError for a device with more memory than its card has."""
+
+    known: dict[tuple[ModelSpec, str], StageCosts] = {}  # models that differ in name alone cost the same
 
     def costs_of(model: ServedModel, device: Device) -> StageCosts:
         hardware = load_hardware(device.card or card)
@@ -126,7 +136,10 @@ def simulate_card(card: str, compiled: bool = True, prefill: bool = True) -> Sim
             raise CapacityError(
                 f"{device.name}: a budget of {device.memory_bytes} bytes is {missing} bytes more than {hardware.name} has"
             )
-        return StageCosts(model.spec, CostModel(hardware))
+        key = (dataclasses.replace(model.spec, name=""), hardware.name)
+        if key not in known:
+            known[key] = StageCosts(model.spec, CostModel(hardware))
+        return known[key]
 
     load_hardware(card)
     return SimulatedBackend(card, costs_of, compiled=compiled, prefill=prefill)

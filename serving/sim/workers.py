@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from serving.cost.stages import ModelStages
 from serving.memory.kv_pool import KVGeometry
 from serving.pausing import growth_of
 from serving.scheduler import StepPlan, StepScheduler
@@ -95,11 +94,11 @@ class SimulatedFFNWorker(SimulatedWorker):
     """Serves rows in order of arrival."""
 
     def __init__(
-        self, name: str, clock: VirtualClock, role: FFNWorkerConfig, stages: list[ModelStages], device: FFNDevice
+        self, name: str, clock: VirtualClock, role: FFNWorkerConfig, times: list[StageTimes], device: FFNDevice
     ) -> None:
         super().__init__(name, clock)
         self.node, self.device = role.device.node, device
-        self.times = [StageTimes(mine) for mine in stages]
+        self.times = times
 
     def read_counters(self) -> dict[str, int]:
         return {**self._counters, "busy_ns": self.device.busy_ns, "steps": self.device.steps}
@@ -113,13 +112,13 @@ class SimulatedModelWorker(SimulatedWorker):
         name: str,
         clock: VirtualClock,
         role: ModelWorkerConfig,
-        stages: list[ModelStages],
+        times: list[StageTimes],
         ffn_workers: list[SimulatedFFNWorker],
         pipeline: Pipeline,
         prefill: bool = True,
     ) -> None:
         super().__init__(name, clock)
-        self._role, self._times, self._pipeline = role, [StageTimes(mine) for mine in stages], pipeline
+        self._role, self._times, self._pipeline = role, times, pipeline
         self._prefill = prefill
         self._scheduler = StepScheduler(
             len(role.models), role.limits, role.profiles, chunks_in_flight=role.chunks_in_flight
