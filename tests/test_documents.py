@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -89,20 +90,6 @@ def test_a_documented_command_exists(command):
             assert words[1] in (*MODES, "figures", "MODE")
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """A copy of this repository, whose results are its own."""
-    target = tmp_path_factory.mktemp("copy") / "repository"
-    made = {".git", ".venv", "checkpoints", "outputs", "local"}  # at the top, or below results
-
-    def ignored(folder, names):
-        ours = made if Path(folder) in (ROOT, ROOT / "results") else set()
-        return [name for name in names if name in ours or name == "__pycache__"]
-
-    shutil.copytree(ROOT, target, ignore=ignored)
-    return target
-
-
 CANNOT_RUN = {
     "./run_tests.sh": "is what runs this",
     "./run_all.sh fast$": "is `smoke` when shortened, which runs",
@@ -121,20 +108,54 @@ def can_run(command: str) -> bool:
     return not any(word in f"{command}$" for word in CANNOT_RUN)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_block_runs_from_top_to_bottom(document, copy):
-    lines = [line for body in blocks(document) for line in body.splitlines() if can_run(line)]
+def started(document: str, folder: Path) -> subprocess.Popen:
+    """The blocks of `document` from top to bottom, running in a copy of this repository whose results are its own."""
+    copy = folder / "repository"
+    made = {".git", ".venv", "checkpoints", "outputs", "local"}  # at the top, or below results
+
+    def ignored(place, names):
+        ours = made if Path(place) in (ROOT, ROOT / "results") else set()
+        return [name for name in names if name in ours or name == "__pycache__"]
+
+    shutil.copytree(ROOT, copy, ignore=ignored)
     environment = {
         **os.environ, "CROSSPOOL_VENV": sys.prefix, "CROSSPOOL_SHORT": "1", "CROSSPOOL_CHECKPOINTS": str(copy / "made"),
-        "WANDB_MODE": "disabled", "TMPDIR": str(copy), "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "disabled", "TMPDIR": str(folder.parent), "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    script = "set -ex\n" + "\n".join(lines)
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=copy, env={**environment, "PATH": path}, capture_output=True, text=True, timeout=400,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = [line for body in blocks(document) for line in body.splitlines() if can_run(line)]
+    with (folder / "printed").open("w") as printed:
+        return subprocess.Popen(
+            ["bash", "-c", "set -ex\n" + "\n".join(lines)], cwd=copy, env=environment, stdout=printed,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """All documents' blocks at once, since most of their time goes to starting one process after another; runs that compute
+    wait for each other's cores all the same, which they lock in the folder that the copies share. By document."""
+    root = tmp_path_factory.mktemp("documents")
+    scripts = {}
+    for number, document in enumerate(DOCUMENTS):
+        folder = root / str(number)
+        folder.mkdir()
+        scripts[document] = (started(document, folder), folder / "printed")
+    yield scripts
+    for script, _ in scripts.values():
+        if script.poll() is None:
+            os.killpg(script.pid, signal.SIGKILL)
+            script.wait()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_block_runs_from_top_to_bottom(document, running):
+    script, printed = running[document]
+    try:
+        status = script.wait(timeout=400)
+    except subprocess.TimeoutExpired:
+        status = "none after 400 s"
+    assert status == 0, printed.read_text()[-6000:]
 
 
 def test_the_reuse_walkthroughs_are_told_as_they_are_tested():

@@ -55,6 +55,7 @@ def checkpoints(tmp_path_factory):
     """Made once for all runs of this file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CROSSPOOL_CHECKPOINTS", str(tmp_path_factory.mktemp("checkpoints")))
+        patch.delenv("WANDB_MODE", raising=False)
         yield
 
 
