@@ -44,14 +44,23 @@ class KVPagesOverTime(FigureExhibit):
         names = list(dict.fromkeys(rows["system"]))
         models = [model for model in sorted(rows["model"].unique()) if model]
         axes = figure.subplots(len(names), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
-        top = rows[["page_budget"]].max().iloc[0]
+        top = self._top(rows)
         for axis, name in zip(axes, names, strict=True):
             self._draw_system(axis, rows[rows["system"] == name], models)
-            axis.set_title(style.look(name).label, loc="left")
+            budget = rows.loc[rows["system"] == name, "page_budget"].iloc[0]
+            above = f", budget of {budget:,.0f} pages far above" if budget > 1.08 * top else ""
+            axis.set_title(style.look(name).label + above, loc="left")
             axis.set_ylim(0, 1.08 * top)
         axes[-1].set_xlabel("Time since start (s)")
         figure.supylabel("KV pages in use", fontsize=7)
         legend_above(figure, axes, columns=2)
+
+    @staticmethod
+    def _top(rows: pd.DataFrame) -> float:
+        """The largest budget, or the peak in use where no more than a quarter of any budget is: it would not be seen."""
+        peak = rows.groupby(["system", "time_s"])["pages_in_use"].sum().max()
+        top = rows["page_budget"].max()
+        return peak if 0 < peak < top / 4 else top
 
     @staticmethod
     def _draw_system(axis, rows: pd.DataFrame, models: list[str]) -> None:

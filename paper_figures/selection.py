@@ -67,13 +67,14 @@ def panels(runs: Sequence[Run], without: Iterable[str] = (), most: int = 4) -> l
     groups: dict[tuple, list[Run]] = {}
     for run, content in zip(runs, scenarios, strict=True):
         groups.setdefault(tuple(content.get(key) for key in keys), []).append(run)
-    ordered = sorted(groups, key=lambda values: [_sortable(value) for value in values])
+    ordered = sorted(groups, key=lambda values: [sortable(value) for value in values])
     if len(ordered) > most:
         ordered = [ordered[round(i * (len(ordered) - 1) / (most - 1))] for i in range(most)]
     return [(_label(keys, values), groups[values]) for values in ordered]
 
 
-def _sortable(value: Any) -> tuple:
+def sortable(value: Any) -> tuple:
+    """A key that sorts numbers before words, each by its own order."""
     return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from paper_figures import stats, style
 from paper_figures.exhibit import FigureExhibit, NothingToDraw, legend_above
 from paper_figures.records import Run
-from paper_figures.selection import differing, flatten, scenario, short_key
+from paper_figures.selection import differing, flatten, scenario, short_key, sortable
 
 
 class Sensitivity(FigureExhibit):
@@ -68,7 +68,8 @@ def _pairs(runs: Sequence[Run], sides: tuple[str, str]) -> dict[str, tuple[list[
     settings = {run.run_id: {**scenario(run), **_options(run)} for run in runs}
     keys = differing([settings[run.run_id] for run in runs if run.system == sides[0]])
     pairs = {}
-    for run in (run for run in runs if run.system == sides[0]):
+    mine_first = [run for run in runs if run.system == sides[0]]
+    for run in sorted(mine_first, key=lambda run: [sortable(settings[run.run_id].get(key)) for key in keys]):
         mine = settings[run.run_id]
         others = [
             other

@@ -29,7 +29,8 @@ def rate(run: Run) -> float | None:
     rate_rps = _workload(run, "arrivals", "rate_rps")
     if rate_rps is None:
         return None
-    return float(rate_rps) * (model_count(run) if _workload(run, "arrivals", "rate_of") == "model" else 1)
+    per = model_count(run) if _workload(run, "arrivals", "rate_of") == "model" else 1
+    return round(float(rate_rps) * per, 9)  # three times 0.2 is 0.6
 
 
 def skew(run: Run) -> float | None:

@@ -64,6 +64,7 @@ class TBTByModel(FigureExhibit):
             axis.set_ylabel(label)
             if (rows["mean"] > 0).any():
                 axis.set_yscale("log")
+                axis.margins(y=0.12)  # whole markers at the edge
                 style.plain_log_ticks(axis.yaxis)
         axes[-1].set_xticks(range(len(models)), models, rotation=20, ha="right")
         legend_above(figure, list(axes))
