@@ -32,7 +32,7 @@ class ActiveKV(KVPagesOverTime):
         return rows.assign(mib=rows["pages_in_use"] * rows["page_bytes"] / (1 << 20))
 
     def figure_size_in(self, rows: pd.DataFrame) -> tuple[float, float]:
-        return style.COLUMN_IN, 1.9
+        return style.COLUMN_IN, 1.7 + 0.06 * rows["model"].nunique()
 
     def draw(self, rows: pd.DataFrame, figure: Figure) -> None:
         axis = figure.subplots()

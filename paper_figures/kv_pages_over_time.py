@@ -13,6 +13,7 @@ from paper_figures.records import Run
 from paper_figures.selection import panels, variants
 
 _POINTS = 300  # of each line: more is not seen at a column's width
+_MOST_MODELS = len(style.MODEL_COLORS)  # told apart; the least busy of more are one
 
 
 class KVPagesOverTime(FigureExhibit):
@@ -35,10 +36,10 @@ class KVPagesOverTime(FigureExhibit):
     def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
         labels = variants(runs)
         parts = [_series(run, labels[run.run_id]) if _has_series(run) else _absent(labels[run.run_id]) for run in runs]
-        return pd.concat(parts, ignore_index=True)
+        return _busiest_apart(pd.concat(parts, ignore_index=True))
 
     def figure_size_in(self, rows: pd.DataFrame) -> tuple[float, float]:
-        return style.COLUMN_IN, 0.75 + 0.95 * rows["system"].nunique()
+        return style.COLUMN_IN, 0.65 + 0.06 * rows["model"].nunique() + 0.95 * rows["system"].nunique()
 
     def draw(self, rows: pd.DataFrame, figure: Figure) -> None:
         names = list(dict.fromkeys(rows["system"]))
@@ -78,6 +79,17 @@ class KVPagesOverTime(FigureExhibit):
             )  # fmt: skip
             bottom = bottom + wide[model]
         axis.axhline(rows["page_budget"].iloc[0], color="black", linewidth=0.8, linestyle="--", label="budget")
+
+
+def _busiest_apart(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` with those of the least busy models summed into one where there are more models than colours."""
+    busy = rows.groupby("model")["pages_in_use"].sum().sort_values(ascending=False)
+    if len(busy) <= _MOST_MODELS:
+        return rows
+    others = list(busy.index[_MOST_MODELS - 1 :])
+    merged = rows.assign(model=rows["model"].where(~rows["model"].isin(others), f"{len(others)} others"))
+    keys = [column for column in rows.columns if column != "pages_in_use"]
+    return merged.groupby(keys, sort=False, as_index=False, dropna=False)["pages_in_use"].sum(min_count=1)
 
 
 def _has_series(run: Run) -> bool:

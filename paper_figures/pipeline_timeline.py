@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from paper_figures import style
-from paper_figures.exhibit import FigureExhibit, NothingToDraw, legend_above
+from paper_figures.exhibit import FigureExhibit, NothingToDraw
 from paper_figures.records import Run
 from paper_figures.selection import variants
 
 _SPANS = 90  # of one panel: more cannot be told apart at a column's width
-_STAGES = {"attention": "", "ffn": "", "finish": "xxxx"}
+_HATCHES = {"attention": "", "ffn": "", "finish": "xxxx"}
+_TRANSFER = "...."  # of stages that are no computation: a2f, f2a
 
 
 class PipelineTimeline(FigureExhibit):
@@ -23,7 +25,7 @@ class PipelineTimeline(FigureExhibit):
     name = "pipeline_timeline"
     title = (
         "Busy spans of each device in the busiest stretch of a run, by in-flight batch (lane); crossed out: last residual, LM "
-        "head and sampling; blank: waiting"
+        "head and sampling; dotted: transfers, where they are stages of their own; blank: waiting"
     )
     needs = "python bench.py conf=ablation timeline=true"
 
@@ -55,14 +57,22 @@ class PipelineTimeline(FigureExhibit):
                 bars = list(zip(spans["start_ms"], spans["end_ms"] - spans["start_ms"], strict=True))
                 axis.broken_barh(
                     bars, (devices.index(device) - 0.36, 0.72), facecolor=style.MODEL_COLORS[int(lane) % 8],
-                    hatch=_STAGES.get(stage, "...."), edgecolor="white", linewidth=0.25, label=f"lane {lane}",
+                    hatch=_HATCHES.get(stage, _TRANSFER), edgecolor="white", linewidth=0.25,
                 )  # fmt: skip
             axis.set_yticks(range(len(devices)), devices)
             axis.invert_yaxis()
             axis.set_title(style.look(name).label, loc="left")
             axis.grid(axis="y", visible=False)
         axes[-1].set_xlabel("Time (ms)")
-        legend_above(figure, axes, columns=4)
+        lanes = sorted(rows["lane"].unique())
+        keys = [Patch(facecolor=style.MODEL_COLORS[int(lane) % 8], label=f"lane {lane}") for lane in lanes]
+        stages = dict.fromkeys(_HATCHES.get(stage, _TRANSFER) for stage in rows["stage"])
+        keys += [
+            Patch(facecolor="#888888", edgecolor="white", hatch=hatch, label=label)
+            for hatch, label in ((_TRANSFER, "transfer"), (_HATCHES["finish"], "last stage"))
+            if hatch in stages
+        ]
+        figure.legend(handles=keys, loc="outside upper center", ncols=4, borderpad=0.1)
 
 
 def _busiest(spans: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,7 @@ class Skew(SweepFigure):
     name = "skew"
     title = "Latency, attainment and throughput against popularity skew at a fixed total rate (mean, 95 % band)"
     metrics = HEADLINES
-    x_label = "Skew: popularity ~ rank^-alpha"
+    x_label = "Popularity skew (alpha)"
     x_keys = SKEW_KEYS
 
     def x(self, run: Run) -> Any:

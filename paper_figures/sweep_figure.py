@@ -99,7 +99,9 @@ class SweepFigure(FigureExhibit):
             axis.set_yscale("log")
             style.plain_log_ticks(axis.yaxis)
         else:
-            axis.set_ylim(0, 1.05 if metric.is_share else None)
+            axis.set_ylim(
+                0, 1.05 if metric.is_share else 1.08 * max(shown["mean"].max(), shown["ci_high"].max()) or None
+            )
         if self.x_log:
             axis.set_xscale("log", base=2)
         ticks = sorted(shown["x"].unique())

@@ -12,6 +12,7 @@ from paper_figures.exhibit import FigureExhibit, NothingToDraw, legend_above
 from paper_figures.records import Run
 from paper_figures.selection import panels, variants
 
+_MOST_NAMED = 10  # models whose names fit below an axis
 _METRICS = {"p95_itl_ms": "TBT p95 (ms)", "p99_itl_ms": "TBT p99 (ms)"}
 
 
@@ -21,7 +22,6 @@ class TBTByModel(FigureExhibit):
     name = "tbt_by_model"
     title = "P95 and P99 time between tokens (TBT) of each model by system (mean over seeds, 95 % confidence interval)"
     paper = "Fig. 7"
-    size_in = (style.COLUMN_IN, 2.9)
 
     def select(self, runs: Sequence[Run]) -> list[Run]:
         if not runs:
@@ -47,6 +47,9 @@ class TBTByModel(FigureExhibit):
             raise NothingToDraw(f"{self.name}: no run has a TBT by model")
         return pd.DataFrame(rows)
 
+    def figure_size_in(self, rows: pd.DataFrame) -> tuple[float, float]:
+        return style.COLUMN_IN, 2.65 + 0.065 * rows["system"].nunique()
+
     def draw(self, rows: pd.DataFrame, figure: Figure) -> None:
         models, systems = sorted(rows["model"].unique()), list(dict.fromkeys(rows["system"]))
         axes = figure.subplots(len(_METRICS), 1, sharex=True)
@@ -55,7 +58,7 @@ class TBTByModel(FigureExhibit):
                 shown = rows[(rows["metric"] == metric) & (rows["system"] == system)].set_index("model").loc[models]
                 look = style.look(system)
                 label_of = look.label if shown["n"].any() else f"{look.label}: could not run"
-                offset = 0.5 * ((number + 0.5) / len(systems) - 0.5)
+                offset = min(0.8, 0.17 * len(systems)) * ((number + 0.5) / len(systems) - 0.5)
                 places = [i + offset for i in range(len(models))]
                 axis.errorbar(
                     places, shown["mean"], [shown["mean"] - shown["ci_low"], shown["ci_high"] - shown["mean"]],
@@ -66,5 +69,9 @@ class TBTByModel(FigureExhibit):
                 axis.set_yscale("log")
                 axis.margins(y=0.12)  # whole markers at the edge
                 style.plain_log_ticks(axis.yaxis)
-        axes[-1].set_xticks(range(len(models)), models, rotation=20, ha="right")
+        if len(models) <= _MOST_NAMED:
+            axes[-1].set_xticks(range(len(models)), models, rotation=20, ha="right")
+        else:
+            axes[-1].set_xticks([0, len(models) - 1], [models[0], models[-1]])
+            axes[-1].set_xlabel(f"{len(models)} models by name")
         legend_above(figure, list(axes))
