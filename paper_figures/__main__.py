@@ -7,6 +7,7 @@ to `models`. An exhibit asked for by name that has nothing to show is an error; 
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,11 @@ def draw(exhibit: Exhibit, runs: Sequence[Run], stem: Path) -> tuple[list[Path],
 def unknown(names: Sequence[str]) -> str | None:
     """One line about names that are no exhibit, or None."""
     wrong = [name for name in names if name not in EXHIBITS]
-    return f"unknown figure {', '.join(wrong)}; known: {', '.join(EXHIBITS)}" if wrong else None
+    if not wrong:
+        return None
+    near = difflib.get_close_matches(wrong[0], EXHIBITS, n=1)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    return f"unknown figure {', '.join(wrong)}{meant}; known: {', '.join(EXHIBITS)}"
 
 
 def draw_all(records: Records, arguments: argparse.Namespace, out: Path) -> int:
@@ -134,8 +139,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         drawn = draw_all(records, arguments, out)
         if not arguments.names:
             export.write_text(out / "INDEX.md", index(out))
-    except (NothingToDraw, OSError) as error:
+    except NothingToDraw as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: figures cannot be written to {out}: {error.strerror}", file=sys.stderr)
         return 2
     skipped = f"; {records.skipped} records skipped" if records.skipped else ""
     print(f"{drawn} exhibits from {len(records.runs)} runs in {out}{skipped}")

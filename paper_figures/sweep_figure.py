@@ -99,9 +99,8 @@ class SweepFigure(FigureExhibit):
             axis.set_yscale("log")
             style.plain_log_ticks(axis.yaxis)
         else:
-            axis.set_ylim(
-                0, 1.05 if metric.is_share else 1.08 * max(shown["mean"].max(), shown["ci_high"].max()) or None
-            )
+            top = shown[["mean", "ci_high"]].max().max()
+            axis.set_ylim(0, 1.05 if metric.is_share else 1.08 * top if top > 0 else None)  # NaN: nothing to scale by
         if self.x_log:
             axis.set_xscale("log", base=2)
         ticks = sorted(shown["x"].unique())

@@ -1,6 +1,7 @@
 """`python -m runner.ship pack|verify`: the records that come with the repository, from which figures redraw anywhere.
 
-    python -m runner.ship pack EXPERIMENT...      from results/local into results/shipped, manifest renewed
+    python -m runner.ship pack                    what engines computed in ./run_all.sh, from results/local into results/shipped
+    python -m runner.ship pack EXPERIMENT...      these experiments, measured, simulated or calculated
     python -m runner.ship verify                  every file is the manifest's, every record reads
 
 A shipped record says so in its own `shipped` key: paper_figures never draws it beside one that was made here unless told to.
@@ -13,6 +14,9 @@ import argparse
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from runner.experiments import EXPERIMENTS
 from runner.provenance import provenance
 from runner.records import (
     COMPLETE,
@@ -43,6 +48,7 @@ _REPOSITORY = Path(__file__).resolve().parents[1]
 LOCAL, SHIPPED = _REPOSITORY / "results" / "local", _REPOSITORY / "results" / "shipped"
 MANIFEST = "manifest.json"
 _MOST_TIMED_REQUESTS, _MOST_SERIES_ROWS, _MOST_TIMELINE_ROWS, _MOST_SYSTEM_SAMPLES = 125, 1_000, 2_000, 60
+_REFERENCES = (".png", ".md", ".caption.txt")  # what is looked at; the rest is redrawn in a minute
 _TIMES = "token_times_ns.list.element"
 
 
@@ -70,6 +76,37 @@ def pack(source: Path, target: Path, experiments: Sequence[str]) -> int:
     }
     (target / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     return sum(path.name in (RECORD_FILE, STUDY_FILE) for path in files)
+
+
+def measured(source: Path) -> list[str]:
+    """The artifact's experiments of which `source` holds records, all of them measured. Raises UserError where there are
+    none. What was simulated ships by name only: a quick simulation must not replace a thorough one by accident."""
+    found = []
+    for experiment in EXPERIMENTS:
+        records = [read_record(directory) for directory in record_directories(source / experiment.name)]
+        if records and all(record.content["backend"] == "real" for record in records):
+            found.append(experiment.name)
+    if not found:
+        raise UserError(f"{source}: holds no measured experiment of the artifact; make some with: ./run_all.sh fast")
+    return found
+
+
+def draw_references(target: Path, experiments: Sequence[str]) -> None:
+    """Draw what `experiments` show from their shipped records, to compare with, beside them. Raises UserError."""
+    known = {experiment.name: experiment for experiment in EXPERIMENTS}
+    for name in experiments:
+        shown = known[name].drawn if name in known else ()
+        references = target / "figures" / name
+        with tempfile.TemporaryDirectory() as folder:
+            roots = ["--records", str(target), "--out", folder, "--experiment", name]
+            command = [sys.executable, "-m", "paper_figures", *shown, *roots]
+            if subprocess.run(command, cwd=_REPOSITORY, stdout=subprocess.DEVNULL, check=False).returncode:
+                raise UserError(f"{target / name}: is packed, and cannot be drawn; above it says why")
+            shutil.rmtree(references, ignore_errors=True)
+            references.mkdir(parents=True)
+            for path in sorted(Path(folder).glob("*/*")):
+                if path.name.endswith(_REFERENCES):
+                    shutil.copyfile(path, references / path.name)
 
 
 def _pack_record(record: Record, target: Path) -> None:
@@ -166,15 +203,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m runner.ship", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="ship records of these experiments")
-    packing.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
+    packing.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: all that are measured")
     packing.add_argument("--source", type=Path, default=LOCAL, help="default: results/local")
     for each in (packing, commands.add_parser("verify", help="check what is shipped")):
         each.add_argument("--shipped", type=Path, default=SHIPPED, help="default: results/shipped")
     arguments = parser.parse_args(argv)
     if arguments.command == "pack":
-        count = pack(arguments.source, arguments.shipped, arguments.experiments)
+        experiments = arguments.experiments or measured(arguments.source)
+        count = pack(arguments.source, arguments.shipped, experiments)
+        draw_references(arguments.shipped, experiments)
         size_kib = sum(path.stat().st_size for path in _files(arguments.shipped)) / 1024
-        print(f"{count} records and studies, {size_kib:.0f} KiB, in {arguments.shipped}")
+        print(
+            f"{count} records and studies, {size_kib:.0f} KiB, in {arguments.shipped}; packed: {', '.join(experiments)}"
+        )
         return 0
     count, wrong = verify(arguments.shipped)
     for line in wrong:

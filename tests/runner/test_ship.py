@@ -28,7 +28,7 @@ def shipped(tmp_path):
     pools = [PoolRow(i, "cpu:0/kv", f"m{m}", 3, 10, 4096) for i in range(4000) for m in range(2)]
     records.write_record(tmp_path / "local" / "e" / "static-1", CONTENT, requests, pools)
     records.write_record(tmp_path / "local" / "e" / "static-2", {**CONTENT, "status": "interrupted"}, requests, pools)
-    assert ship.main(["pack", "e", "--source", str(tmp_path / "local"), "--shipped", str(tmp_path / "shipped")]) == 0
+    ship.pack(tmp_path / "local", tmp_path / "shipped", ["e"])
     return tmp_path / "shipped"
 
 
@@ -89,3 +89,28 @@ def test_a_study_has_a_place_of_its_own(tmp_path):
     assert study_directory(tmp_path, "kernels", []).relative_to(tmp_path).as_posix() == "kernels/kernels"
     found = study_directory(tmp_path, "planner-overflow", ["conf/planner/cpu2.yaml", "--seed"])
     assert found.name == "planner-overflow-cpu2"
+
+
+def test_without_names_what_was_measured_is_packed_and_drawn(shipped, capsys):
+    """Simulated runs ship by name only, and experiments that are none of the artifact's do not."""
+    local = shipped.parent / "local"
+    requests = [RequestRow(i, "m", 2, 3, 0, 1, 2, [5 + i, 9 + i], [7, 8], 6, COMPLETED) for i in range(20)]
+    pools = [PoolRow(i, "cpu:0/kv", "m", 3, 10, 4096) for i in range(40)]
+    for system in ("static", "crosspool"):
+        for rate in (1.0, 2.0):
+            workload = {"arrivals": {"rate_rps": rate, "rate_of": "total"}}
+            content = {
+                **CONTENT, "experiment": "rate", "system": system, "run_id": f"{system}-{rate}",
+                "config": {"results_dir": "", "workload": workload, "models": [{"name": "m"}]},
+                "metrics": {**CONTENT["metrics"], "rejected": 0, "failed": 0}, "metrics_by_model": {"m": CONTENT["metrics"]},
+            }  # fmt: skip
+            records.write_record(local / "rate" / content["run_id"], content, requests, pools)
+    simulated = {**CONTENT, "experiment": "paper-tbt", "backend": "sim"}
+    records.write_record(local / "paper-tbt" / "static-1", simulated, requests, pools)
+    arguments = ["pack", "--source", str(local), "--shipped", str(shipped)]
+    assert ship.main(arguments) == 0
+    assert capsys.readouterr().out.rstrip().endswith("packed: rate")
+    assert not (shipped / "paper-tbt").exists() and ship.main(["verify", "--shipped", str(shipped)]) == 0
+    drawn = {path.name for path in (shipped / "figures" / "rate").iterdir()}
+    assert {"latency_vs_rate.png", "latency_vs_rate.caption.txt", "summary.md"} <= drawn
+    assert ship.main(["pack", "--source", str(shipped.parent / "none"), "--shipped", str(shipped)]) == 2
