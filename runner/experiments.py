@@ -6,6 +6,7 @@ with more seeds or points adds cells to the same folder: cells that are there al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ _PRESETS = Path(__file__).resolve().parents[1] / "conf" / "system"
 class Experiment:
     """`base` and the sweep of a mode are arguments of `bench.py -m`. `sweeps` maps a mode to the values of each swept key;
     a mode that is missing does not run it. `cell_s` is the time of one cell on two cores, measured. `systems` are presets of
-    conf/system."""
+    conf/system; a mode that sweeps `system` itself runs fewer of them."""
 
     name: str
     question: str
@@ -49,22 +50,26 @@ class Experiment:
     def absent(self) -> tuple[str, ...]:
         return tuple(system for system in self.systems if system not in self.present)
 
+    def run_by(self, mode: str) -> tuple[str, ...]:
+        """Those of `present` that `mode` runs."""
+        return tuple(system for system in self.sweeps[mode].get("system", self.systems) if system in self.present)
+
     def cells(self, mode: str) -> int:
         """Runs, or studies, that `mode` asks for."""
         if self.studies:
             return len(self.studies)
-        count = len(self.present)
-        for values in self.sweeps[mode].values():
-            count *= len(values)
-        return count
+        swept = [values for key, values in self.sweeps[mode].items() if key != "system"]
+        return len(self.run_by(mode)) * math.prod(map(len, swept))
 
     def minutes(self, mode: str) -> float:
         return self.cells(mode) * self.cell_s_in.get(mode, self.cell_s) / 60
 
     def arguments(self, mode: str) -> list[str]:
         """Arguments of `python bench.py` for `mode`."""
-        swept = [f"{key}={','.join(map(str, values))}" for key, values in self.sweeps[mode].items()]
-        return ["-m", *self.base, f"experiment={self.name}", f"system={','.join(self.present)}", *swept]
+        values = {"system": self.run_by(mode)}
+        values |= {key: found for key, found in self.sweeps[mode].items() if key != "system"}
+        swept = [f"{key}={','.join(map(str, found))}" for key, found in values.items()]
+        return ["-m", *self.base, f"experiment={self.name}", *swept]
 
 
 _SEED = "workload.seeds.schedule"
@@ -73,8 +78,9 @@ _DURATION, _BINS = "workload.duration_s", "workload.lengths.bins"
 _LONG = ("fast", "full")
 _SCARCE = ("conf=smoke",)
 _HEADLINE = ("crosspool", "static", "swap", "quota")
-_SWAP = ("swap", "swap-token", "swap-zero-cost")
-_ALL = ("crosspool", "static", "static-searched", "quota", "quota-cap", *_SWAP)
+_CAPPED = ("elastic-cap", "elastic-placement-cap", "quota-cap")
+_UNCAPPED = ("crosspool", "static", "static-searched", "elastic-placement", "quota", "swap", "swap-token")
+_ALL = (*_UNCAPPED, "swap-zero-cost", *_CAPPED)
 _PAPER_THREE = ("paper-crosspool", "paper-static", "paper-elastic")
 _PAPER_RATES = (0.2, 0.5, 0.8, 1.0)
 
@@ -83,7 +89,11 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         name="smoke",
         question="Do all systems serve four models of four architectures whose KV hardly fits?",
         base=_SCARCE,
-        sweeps={"smoke": {_SEED: (0,)}, "fast": {_SEED: (0, 1, 2)}, "full": {_SEED: (0, 1, 2, 3, 4)}},
+        sweeps={
+            "smoke": {_SEED: (0,), _DURATION: (10,)},
+            "fast": {_SEED: (0, 1, 2), _DURATION: (10,)},
+            "full": {_SEED: (0, 1, 2, 3, 4), _DURATION: (10,)},
+        },
         figures=(
             "summary",
             "tbt_cdf",
@@ -96,7 +106,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             "tbt_by_model",
         ),
         figures_of={"swap_breakdown": "swap"},
-        cell_s=25,
+        cell_s=19,
         systems=_HEADLINE,
     ),
     Experiment(
@@ -104,12 +114,13 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         question="Where does each system win and lose, under the same traces and the same total memory?",
         base=("conf=baselines",),
         sweeps={
-            "fast": {_RATE: (6,), _SKEW: (0.7,)},
+            "fast": {"system": _UNCAPPED, _RATE: (6,), _SKEW: (0.7,), _DURATION: (8,)},
             "full": {_RATE: (3, 6, 10), _SKEW: (0.7, 2.1), _SEED: (0, 1, 2)},
         },
         figures=("comparison", "comparison_by_model", "comparison_by_rate", "tbt_by_model", "outcomes", "summary"),
         figures_of={"swap_breakdown": "swap"},
         cell_s=18,
+        cell_s_in={"fast": 15},
         systems=_ALL,
     ),
     Experiment(
@@ -140,13 +151,14 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         name="context",
         question="At what rate can prompts of a length be served, before a share of KV is too small for them?",
-        base=(*_SCARCE, "workload.lengths.kind=fixed", "workload.lengths.output_max=48", "workload.duration_s=8"),
+        base=(*_SCARCE, "workload.lengths.kind=fixed", "workload.lengths.output_max=48"),
         sweeps={
-            "fast": {_PROMPT: (96, 384), _RATE: (2, 6)},
-            "full": {_PROMPT: (96, 192, 288, 384), _RATE: (1, 2, 4, 6, 9), _SEED: (0, 1, 2)},
+            "fast": {_PROMPT: (96, 384), _RATE: (2, 6), _DURATION: (6,)},
+            "full": {_PROMPT: (96, 192, 288, 384), _RATE: (1, 2, 4, 6, 9), _SEED: (0, 1, 2), _DURATION: (8,)},
         },
         figures=("rate_by_context", "context", "outcomes", "summary"),
         cell_s=18,
+        cell_s_in={"fast": 16},
         paper="Fig. 6",
     ),
     Experiment(
@@ -195,7 +207,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             "full": {_RATE: _PAPER_RATES, _SEED: (0, 1, 2)},
         },
         figures=("tbt_vs_rate", "tbt_by_model", "latency_vs_rate", "kv_capacity", "placement", "outcomes", "summary"),
-        cell_s=8,
+        cell_s=4.4,
         paper="Fig. 7",
         systems=_PAPER_THREE,
     ),
@@ -207,7 +219,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             mode: {"system.options.lanes": (1, 2), "system.options.control": ("host", "lowered")} for mode in _LONG
         },
         figures=("ablation",),
-        cell_s=10,
+        cell_s=5,
         paper="Table 3",
         systems=("paper-crosspool",),
     ),
@@ -224,7 +236,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             },
         },
         figures=("rate_by_context", "outcomes", "summary"),
-        cell_s=6,
+        cell_s=4,
         paper="Fig. 6",
         systems=_PAPER_THREE,
     ),
@@ -237,7 +249,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             "full": {"system.options.max_batch": (2, 4, 8, 16), "workload.lengths.output_median": (115, 229, 458)},
         },
         figures=("sensitivity",),
-        cell_s=8,
+        cell_s=6,
         paper="Fig. 7",
         systems=("paper-crosspool", "paper-elastic"),
     ),

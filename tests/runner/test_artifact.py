@@ -45,6 +45,16 @@ def test_a_mode_holds_what_the_smaller_one_does():
     assert sum(experiment.minutes("fast") for experiment in of_mode("fast")) <= 18
 
 
+def test_fast_has_room_for_every_system_that_its_experiments_name():
+    """A baseline that arrives must not push the mode beyond what it promises."""
+    whole = 0.0
+    for experiment in of_mode("fast"):
+        named = experiment.sweeps["fast"].get("system", experiment.systems)
+        share = 1 if experiment.studies else len(named) / len(experiment.run_by("fast"))
+        whole += experiment.minutes("fast") * share
+    assert whole <= 18
+
+
 class Commands:
     """Stands for the commands that the artifact calls; `failing` is a word of the one that fails."""
 
