@@ -1,9 +1,9 @@
 """Micro-benchmarks of this machine: its stream and arithmetic rates, and the stages of given models as the engine runs them.
 
 `python -m serving.cost calibrate --out FILE --model DIR` writes one JSON file: what the machine reached, every measured
-row, and coefficients fitted to the rows. A stage is timed by walking all layers of a model in order, so that weights and
-KV come from where they come from in a run (the last-level cache for small models, memory for large ones). Points are
-visited in several interleaved rounds and the median over rounds is kept, which rides out a neighbour's burst.
+row, and coefficients fitted to the rows. A stage is timed by walking all layers of a model in order, the other half of each
+layer run untimed in between, of as many rows, so that weights and KV come from where they come from in a run (the last-level
+cache for small models, memory for large ones). Points are visited in several interleaved rounds and the median over rounds is kept, which rides out a neighbour's burst.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from serving.interface import ServedModel
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
 from serving.layers.ffn_half import FFNHalf
-from serving.spec import GQASpec, element_bytes
+from serving.spec import GQASpec, ModelSpec, element_bytes
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
 DECODE_BATCHES = (1, 2, 4, 8, 16)
 DECODE_CONTEXTS = (16, 64, 256, 1024, 4096)
 CHUNKS = ((16, 0), (64, 0), (256, 0), (16, 256), (64, 256), (256, 256), (64, 1024), (256, 1024))
+_MOST_ROWS_BETWEEN = 64  # of the FFN that runs untimed between two attention layers: they hit nearly all experts
 STREAM_BYTES = 256 * 2**20
 EVICT_BYTES = 128 * 2**20  # several times the last-level cache of such machines
 STREAM_SECONDS = 1.0
@@ -41,12 +42,13 @@ STREAM_START_S = 4.0  # until a streaming process has started and filled its blo
 
 @dataclass(frozen=True)
 class Point:
-    """One thing to time: which row it becomes, and a call that does it `repeats` times over (layers, usually)."""
+    """One thing to time: which row it becomes, and a call that does it `repeats` times over (layers, usually) and returns the
+    nanoseconds of it."""
 
     operator: str
     variant: str
     columns: dict[str, float]
-    run: Callable[[], None]
+    run: Callable[[], int]
     repeats: int
     before: Callable[[], None] | None = None  # untimed, ahead of each run
 
@@ -80,10 +82,15 @@ def _time(point: Point, budget_s: float) -> float:
     while not samples or (time.perf_counter() < end and len(samples) < 200):
         if point.before:
             point.before()
-        started = time.thread_time_ns()
-        point.run()
-        samples.append((time.thread_time_ns() - started) * 1e-9 / point.repeats)
+        samples.append(point.run() * 1e-9 / point.repeats)
     return statistics.median(samples)
+
+
+def _timed(call: Callable[[], object]) -> int:
+    """Nanoseconds of this thread that `call` takes."""
+    started = time.thread_time_ns()
+    call()
+    return time.thread_time_ns() - started
 
 
 def measure_beside_stream(points: list[Point], core: int, seconds_per_point: float) -> dict[str, float]:
@@ -121,29 +128,37 @@ def stage_points(model: ServedModel, kv_budget_bytes: int = 512 * 2**20, seed: i
         model.spec.max_context_tokens * max(DECODE_BATCHES),
         kv_budget_bytes // model.spec.kv_bytes_per_token(model.dtype),
     )
-    yield from _attention_points(model, attention, slots, generator)
-    yield from _ffn_points(model, ffn, generator)
+    hidden = torch.randn(_MOST_ROWS_BETWEEN, model.spec.hidden_size, generator=generator).to(dtype)
+    yield from _attention_points(
+        model, attention, slots, generator, lambda layer, rows: ffn.forward(layer, hidden[:rows])
+    )
+    yield from _ffn_points(model, ffn, generator, _one_row(attention, hidden[:1], model))
     yield from _end_points(model, attention, generator)
 
 
 def _attention_points(
-    model: ServedModel, half: AttentionHalf, slots: int, generator: torch.Generator
+    model: ServedModel,
+    half: AttentionHalf,
+    slots: int,
+    generator: torch.Generator,
+    between: Callable[[int, int], object],
 ) -> Iterator[Point]:
     spec, dtype = model.spec, getattr(torch, model.dtype)
-    shape = spec.attention
-    tail = (2, shape.num_kv_heads, shape.head_dim) if isinstance(shape, GQASpec) else (shape.kv_elements_per_token,)
+    tail = _kv_tail(spec)
     caches = [torch.randn(slots, *tail, generator=generator).to(dtype) for _ in range(spec.num_layers)]
 
-    def walk(query_lens: tuple[int, ...], kv_len: int) -> Callable[[], None]:
+    def walk(query_lens: tuple[int, ...], kv_len: int) -> Callable[[], int]:
         starts = tuple(range(0, kv_len * len(query_lens), kv_len))
         rows = sum(query_lens)
         hidden = torch.randn(rows, spec.hidden_size, generator=generator).to(dtype)
         back = torch.zeros_like(hidden)
 
-        def run() -> None:
-            layout = BatchLayout(query_lens, (kv_len,) * len(query_lens), starts, (rows - 1,))
+        def run() -> int:
+            layout, total_ns = BatchLayout(query_lens, (kv_len,) * len(query_lens), starts, (rows - 1,)), 0
             for layer, cache in enumerate(caches):
-                half.attend(layer, hidden, back, cache, layout)
+                total_ns += _timed(lambda layer=layer, cache=cache: half.attend(layer, hidden, back, cache, layout))
+                between(layer, rows)
+            return total_ns
 
         return run
 
@@ -159,20 +174,37 @@ def _attention_points(
             yield Point("stage_prefill", spec.name, columns, walk((new,), new + past), spec.num_layers)
 
 
-def _ffn_points(model: ServedModel, half: FFNHalf, generator: torch.Generator) -> Iterator[Point]:
+def _kv_tail(spec: ModelSpec) -> tuple[int, ...]:
+    """Shape of one token's KV in one layer."""
+    shape = spec.attention
+    return (2, shape.num_kv_heads, shape.head_dim) if isinstance(shape, GQASpec) else (shape.kv_elements_per_token,)
+
+
+def _one_row(half: AttentionHalf, hidden: torch.Tensor, model: ServedModel) -> Callable[[int], object]:
+    """One decoding row's attention in a layer."""
+    cache, layout = torch.zeros(1, *_kv_tail(model.spec)).to(hidden.dtype), BatchLayout((1,), (1,), (0,), (0,))
+    return lambda layer: half.attend(layer, hidden, torch.zeros_like(hidden), cache, layout)
+
+
+def _ffn_points(
+    model: ServedModel, half: FFNHalf, generator: torch.Generator, between: Callable[[int], object]
+) -> Iterator[Point]:
     spec, dtype = model.spec, getattr(torch, model.dtype)
     kinds = {
         "stage_dense": [i for i in range(spec.num_layers) if spec.is_dense(i)],
         "stage_routed": [i for i in range(spec.num_layers) if not spec.is_dense(i)],
     }
 
-    def walk(layers: list[int], rows: int) -> Callable[[], None]:
+    def walk(layers: list[int], rows: int) -> Callable[[], int]:
         # Fresh rows for each layer: the same ones would meet the same few experts' weights, warm.
         inputs = torch.randn(len(layers), rows, spec.hidden_size, generator=generator).to(dtype)
 
-        def run() -> None:
+        def run() -> int:
+            total_ns = 0
             for index, layer in enumerate(layers):
-                half.forward(layer, inputs[index])
+                between(layer)
+                total_ns += _timed(lambda index=index, layer=layer: half.forward(layer, inputs[index]))
+            return total_ns
 
         return run
 
@@ -191,14 +223,14 @@ def _ffn_points(model: ServedModel, half: FFNHalf, generator: torch.Generator) -
 def _end_points(model: ServedModel, half: AttentionHalf, generator: torch.Generator) -> Iterator[Point]:
     spec, dtype = model.spec, getattr(torch, model.dtype)
 
-    def head(rows: int) -> Callable[[], None]:
+    def head(rows: int) -> Callable[[], int]:
         hidden = torch.randn(rows, spec.hidden_size, generator=generator).to(dtype)
         layout = BatchLayout((1,) * rows, (1,) * rows, tuple(range(rows)), tuple(range(rows)))
-        return lambda: half.logits(hidden, hidden, layout).argmax(-1).tolist()
+        return lambda: _timed(lambda: half.logits(hidden, hidden, layout).argmax(-1).tolist())
 
-    def embed(rows: int) -> Callable[[], None]:
+    def embed(rows: int) -> Callable[[], int]:
         ids = torch.randint(spec.vocab_size, (rows,), generator=generator)
-        return lambda: half.embed(ids)
+        return lambda: _timed(lambda: half.embed(ids))
 
     # A step walks all layers between two visits to head and embedding, so they are met as cold as that leaves them.
     walked = torch.ones(min(EVICT_BYTES, model.spec.total_elements * element_bytes(model.dtype)) // 4)

@@ -49,6 +49,7 @@ class GroupCosts:
         routed = [layer for layer in range(stages.spec.num_layers) if layer not in dense]
         self._alike = {layers[0]: len(layers) for layers in (dense, routed) if layers}  # one of a kind, and how many
         self._row_bytes = stages.spec.hidden_size * element_bytes(stages.dtype)
+        self._loads: dict[tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...], Load] = {}
         remember = functools.lru_cache(maxsize=None)
         self._attended, self.all_ffns = remember(self._attended), remember(self.all_ffns)
         self.embedding_s, self.head_s, self.ffn_s = (
@@ -97,6 +98,12 @@ class GroupCosts:
 
     def step_load(self, shapes: Sequence[StepShape]) -> Load:
         """What a whole step asks of a device of its busiest replica: seconds when nothing else runs there, bytes, FLOPs."""
+        key = tuple((own.batch, rounded(own.context_tokens), own.chunks) for own in shapes)
+        if key not in self._loads:
+            self._loads[key] = self._load_of(shapes)
+        return self._loads[key]
+
+    def _load_of(self, shapes: Sequence[StepShape]) -> Load:
         layers, ffns = self._stages.spec.num_layers, self.all_ffns(sum(shape.rows for shape in shapes))
         moved = computed = 0.0
         for own in shapes:
