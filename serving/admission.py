@@ -1,13 +1,15 @@
 """Admission: which requests may hold KV, and which may grow. Pure policies over page counts; they see no clock, no tensor
 and no process.
 
-Two rules, both without preemption (the paper's virtualizer):
+Two rules without preemption (the paper's virtualizer) and one that leaves it to others:
 
 - `cap`: a request is admitted when the pages of its prompt and *all* the output tokens it may ask for fit beside what is
   already promised. It never runs out.
 - `quantile`: less is promised than the cap, so more requests run at once, and a request that outgrows its promise may have
   to pause until another ends. :func:`safe` (Dijkstra's banker, one resource) keeps at least one order in which all can
   finish, so a pause always ends.
+
+- `open`: whatever the pool can hold alone is admitted, up to `max_running`. Growth decides who runs (serving/growth.py).
 
 The queue is first come first served across all models of a pool, so none starves. A request that could never fit is
 rejected at once, one that waited past its deadline when that is noticed.
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field
 from serving.errors import UserError
 from serving.memory.kv_pool import KVGeometry
 
-RULES = ("cap", "quantile")
+RULES = ("cap", "quantile", "open")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class AdmissionQueue:
         admitted = []
         while self._waiting:
             head = self._waiting[0]
-            fits = self.promised_pages + head.pages <= self.limits.budget_pages
+            fits = self.limits.rule == "open" or self.promised_pages + head.pages <= self.limits.budget_pages
             if not fits or self._running[head.model] >= self.limits.max_running:
                 break
             self._waiting.popleft()

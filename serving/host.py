@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +75,11 @@ class HostedSystem:
         """Start the workers with `_start_worker` and register the KV pools with `_register_pools`."""
         raise NotImplementedError
 
-    def _start_worker(self, device: Device, role: Role, inherited_fds: Sequence[int] = ()) -> Worker:
-        timeline = self._timeline_dir / f"{device.name.replace(':', '-')}.npy" if self._timeline_dir else None
-        name = f"{self.name}/{device.name}"
+    def _start_worker(self, device: Device, role: Role, inherited_fds: Sequence[int] = (), engine: str = "") -> Worker:
+        """Start a worker on `device`; `engine` tells it from others there."""
+        file = f"{device.name.replace(':', '-')}{'-' + engine if engine else ''}.npy"
+        timeline = self._timeline_dir / file if self._timeline_dir else None
+        name = f"{self.name}/{device.name}{'/' + engine if engine else ''}"
         worker = self._backend.start_worker(name, core_of(device), role, inherited_fds, timeline)
         self._workers.append((worker, device))
         return worker
@@ -91,12 +94,19 @@ class HostedSystem:
         self._bells.append(bells)
         return bells
 
-    def _register_pools(self, worker: Worker, role: ModelWorkerConfig, options: EngineOptions) -> None:
+    def _register_pools(
+        self,
+        worker: Worker,
+        role: ModelWorkerConfig,
+        options: EngineOptions,
+        rule: str = "",
+        queue: AdmissionQueue | None = None,
+    ) -> None:
         for config in role.pools:
             hosted = {index: role.models[index] for index in config.models}
             geometries = [KVGeometry.of(model.spec, model.dtype) for model in hosted.values()]
             numbers = {model.name: index for index, model in hosted.items()}
-            self._register_pool(worker, role.device, config, geometries, numbers, options)
+            self._register_pool(worker, role.device, config, geometries, numbers, options, rule, queue)
 
     def _register_pool(
         self,
@@ -106,18 +116,21 @@ class HostedSystem:
         geometries: Sequence[KVGeometry],
         index_of_model: dict[str, int],
         options: EngineOptions,
+        rule: str = "",
+        queue: AdmissionQueue | None = None,
     ) -> None:
-        """Let requests of the models in `index_of_model` into a pool; of several pools of a model, the emptiest takes one."""
+        """Let requests of the models in `index_of_model` into a pool; of several pools of a model, the emptiest takes one.
+        `rule` is of admission; with `queue` that one admits, which pools of several engines may share."""
         limits = AdmissionLimits(
             budget_pages=config.num_pages,
             page_bytes=config.page_bytes,
             max_running=config.max_runs,
             max_queued=options.max_queued,
-            rule="cap" if self._promised_output_tokens is None else "quantile",
+            rule=rule or ("cap" if self._promised_output_tokens is None else "quantile"),
             deadline_s=options.queue_deadline_s,
             promised_output_tokens=self._promised_output_tokens or {},
         )
-        pool = _Pool(config.name, worker, device, AdmissionQueue(limits, geometries), index_of_model)
+        pool = _Pool(config.name, worker, device, queue or AdmissionQueue(limits, geometries), index_of_model)
         self._pools.append(pool)
         for name in index_of_model:
             self._pools_of_model.setdefault(name, []).append(pool)
@@ -196,13 +209,20 @@ class HostedSystem:
 
     def stats(self) -> list[DeviceStats]:
         elapsed_ns = self._clock.now_ns() - self._started_ns
-        stats = []
+        totals: dict[str, Counter] = {}  # of all workers of a device
         for worker, device in self._workers:
-            counted = worker.read_counters()
-            stats.append(
-                DeviceStats(device.name, counted["busy_ns"], elapsed_ns, counted["bytes_crossed"], counted["steps"])
+            totals.setdefault(device.name, Counter()).update(worker.read_counters())
+        return [
+            DeviceStats(
+                name,
+                counted["busy_ns"],
+                elapsed_ns,
+                counted["bytes_crossed"],
+                counted["steps"],
+                counted["preemptions"],
             )
-        return stats
+            for name, counted in totals.items()
+        ]
 
     def notes(self) -> dict[str, object]:
         """Nothing, unless a system has something to say."""
@@ -236,13 +256,17 @@ class HostedSystem:
 
     def _admit(self, pool: _Pool) -> None:
         for request_id in pool.queue.admit():
-            live = self._live[request_id]
-            live.admitted = True
-            self._emit(request_id, EventKind.ADMITTED, self._clock.now_ns())
-            request = live.request
-            stop_ids = () if request.ignore_eos else self._models[request.model].spec.eos_token_ids
-            index = pool.index_of_model[request.model]
-            pool.worker.send(Submit(request_id, index, request.prompt, request.max_new_tokens, stop_ids))
+            self._dispatch(request_id)
+
+    def _dispatch(self, request_id: int) -> None:
+        """Send an admitted request to its worker."""
+        live = self._live[request_id]
+        live.admitted = True
+        self._emit(request_id, EventKind.ADMITTED, self._clock.now_ns())
+        request, pool = live.request, live.pool
+        stop_ids = () if request.ignore_eos else self._models[request.model].spec.eos_token_ids
+        index = pool.index_of_model[request.model]
+        pool.worker.send(Submit(request_id, index, request.prompt, request.max_new_tokens, stop_ids))
 
     def _take_tokens(self, message: Tokens) -> bool:
         ended = False

@@ -84,7 +84,11 @@ class PausedGrowth:
             pages = self._pages_of(sequence.model, tokens)
             self._held[sequence] = max(self._held[sequence], pages)
 
-    def may_step(self) -> Callable[[LiveSequence], bool]:
+    def take_preempted(self) -> tuple[int, ...]:
+        """Nobody, ever."""
+        return ()
+
+    def may_step(self, now_s: float) -> Callable[[LiveSequence], bool]:
         """Who may take part in the next step, all of them together."""
         claims = [self._claim(sequence, held) for sequence, held in self._held.items()]
         free = self._budget_pages - sum(self._held.values())

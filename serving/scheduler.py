@@ -61,10 +61,18 @@ class StepPlan:
 class StepScheduler:
     """Continuous batching over `num_models` models that share a device."""
 
-    def __init__(self, num_models: int, limits: StepLimits, profiles: Profiles = (), chunks_in_flight: int = 1) -> None:
-        """With `profiles`, one a model, the next model is the best partner of those in flight; else turns are fair. At most
-        `chunks_in_flight` steps compute chunks of one prompt at the same time; more than one want steps that never overtake
-        each other within a layer."""
+    def __init__(
+        self,
+        num_models: int,
+        limits: StepLimits,
+        profiles: Profiles = (),
+        prefill_first: bool = False,
+        chunks_in_flight: int = 1,
+    ) -> None:
+        """With `profiles`, one a model, the next model is the best partner of those in flight; else turns are fair, among
+        those with prompts to compute first where `prefill_first`. At most `chunks_in_flight` steps compute chunks of one
+        prompt at the same time; more than one want steps that never overtake each other within a layer."""
+        self._prefill_first = prefill_first
         self._profiles = profiles
         self._limits = limits
         self._chunks_in_flight = chunks_in_flight
@@ -99,6 +107,8 @@ class StepScheduler:
         ]
         if not ready:
             return None
+        if self._prefill_first:
+            ready = [model for model in ready if self._has_prompt(model, may_step)] or ready
         if self._profiles:
             in_flight = [index for index, count in enumerate(self._under_way) if count]
             model = best_partner(ready, self._served_at, in_flight, self._profiles)
@@ -123,6 +133,12 @@ class StepScheduler:
     def _available(self, sequence: Sequence) -> bool:
         """Whether a step may have it: none has, or those that have left prompt to another."""
         return not sequence.in_flight or 0 < sequence.unscheduled and sequence.in_flight < self._chunks_in_flight
+
+    def _has_prompt(self, model: int, may_step: Callable[[Sequence], bool] | None) -> bool:
+        return any(
+            one.unscheduled > 1 and self._available(one) and (may_step is None or may_step(one))
+            for one in self._sequences[model]
+        )
 
     def complete(self, plan: StepPlan, sampled: Iterator[int]) -> list[tuple[Sequence, int, bool]]:
         """Take the step's new tokens, one for each logit row: (sequence, token, whether it ended the sequence)."""

@@ -28,6 +28,7 @@ SYSTEMS = {
     "crosspool-1-lane": ("crosspool", {**OPTIONS, "lanes": 1}),
     "crosspool-3-lanes": ("crosspool", {**OPTIONS, "lanes": 3, "max_batch": 2, "chunks_in_flight": 3}),
     "crosspool-host-driven": ("crosspool", {**OPTIONS, "control": "host", "chunks_in_flight": 2}),
+    "elastic": ("elastic", OPTIONS),
     "static": ("static", OPTIONS),
 }
 PAIRS = [("mixtral", "deepseek_v2"), ("deepseek", "qwen3_moe"), ("glm4_moe_lite", "mixtral")]
@@ -119,6 +120,28 @@ def test_scarce_kv_queues_and_still_computes_the_same(system_name, tiny_checkpoi
         assert max(sum(sample.pages_in_use.values()) for sample in samples) <= SCARCE_PAGES * len(models)
     finally:
         system.stop()
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_preemption_and_recomputation_change_no_token(pair, tiny_checkpoints):
+    """Engines that take what they find run out of pages: the youngest lose theirs, and are computed again."""
+    models = served(tiny_checkpoints, pair)
+    system = registry.create("elastic", {**OPTIONS, "admission": "optimistic"})
+    placement = with_kv_pages(system.plan(cpu_cluster(1, MEMORY_BYTES), models, Demand()), SCARCE_PAGES // 2)
+    rng = random.Random(11)
+    requests = [
+        dataclasses.replace(request, prompt=request.prompt[:9], max_new_tokens=24)
+        for first, model in enumerate(models)
+        for request in ragged_requests(model, 5, rng, first_id=50 * first)
+    ]
+    try:
+        system.start(placement)
+        assert_equal_to_judge(requests, generate(system, requests), tiny_checkpoints)
+        assert sum(device.preemptions for device in system.stats()) > 0
+        assert sum(system.pool_samples()[-1].pages_in_use.values()) == 0
+    finally:
+        system.stop()
+    assert not judges.worker_processes()
 
 
 def test_tokens_flow_while_another_request_waits(tiny_checkpoints):

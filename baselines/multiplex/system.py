@@ -1,47 +1,32 @@
 """Elastic multiplexing (kvcached, the paper's baseline): each model is an engine of its own, all weights are resident, and KV
 pages are mapped on demand from what is left of each device, for whoever comes first.
 
-No arbiter: engines launch when they have work and slow each other (`contention`), none has a quota, and one that finds no page
-preempts its youngest request and computes it again later. Simulated so far: on the real backend engines of a device would be
-processes that share its memory and core.
+No arbiter: engines launch when they have work and slow each other, none has a quota, and one that finds no page preempts its
+youngest request and computes it again later. On CPU devices engines are processes that share their device's core, one ledger
+and one page table (serving/memory/lent.py); simulated, they share it as serving/cost/contention.py says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
 
-from serving.backend import Backend
-from serving.capacity import require_kv, require_weights
-from serving.cost.contention import Contention
+from baselines.multiplex.layout import Seated, emptiest, plan_devices
+from baselines.multiplex.options import ElasticOptions
+from serving.admission import AdmissionLimits, AdmissionQueue
 from serving.errors import UserError
-from serving.interface import Cluster, Demand, DevicePlan, Placement, ServedModel
-from serving.options import EngineOptions
-from serving.parallel.capacity import exchange_shape, share_model, share_weights_bytes, share_workspace_bytes
+from serving.host import pool_config
+from serving.interface import Cluster, Demand, Device, DevicePlan, Placement, ServedModel
+from serving.memory.kv_pool import KVGeometry
+from serving.memory.lent import LentShape
+from serving.memory.virtual import PhysicalPages
 from serving.parallel.given import given_groups
 from serving.parallel.group import GroupPlan
 from serving.parallel.host import GroupedSystem, Instance
+from serving.workers.config import LentRef, ModelWorkerConfig
+from serving.workers.process import ref
 
-
-@dataclass(frozen=True)
-class ElasticOptions(EngineOptions):
-    """Beside what every engine has: `groups`, which says on which devices each model lies (as for static; devices may be
-    shared), and how engines that share one contend: `contention` (`share` | `time_slice`), `interference`, `slice_s`,
-    `switch_s` (serving/cost/contention.py says what each means and rests on)."""
-
-    groups: Mapping[str, Any] = field(default_factory=dict)
-    contention: str = "share"
-    interference: float = 0.1
-    slice_s: float = 2e-3
-    switch_s: float = 1e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.model()  # raises for a contention that makes no sense
-
-    def model(self) -> Contention:
-        return Contention(self.contention, self.interference, self.slice_s, self.switch_s)
+__all__ = ["Elastic", "ElasticOptions"]
 
 
 class Elastic(GroupedSystem):
@@ -51,57 +36,103 @@ class Elastic(GroupedSystem):
 
     def __init__(self, options: ElasticOptions | None = None) -> None:
         self.options = options or ElasticOptions()
+        self._physical: list[PhysicalPages] = []
         super().__init__(self.options.timeline_dir)
 
     def plan(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Placement:
-        """Models on the devices that `groups` names (without it, each whole on the emptiest device); all that weights and
-        workspaces leave of a device is KV of everyone on it."""
-        limits, page_bytes = self.options.limits, self.options.page_bytes
+        """Models on the devices that `groups` names (without it, as `_place` has it); all that weights and workspaces leave of a
+        device is KV of everyone on it."""
         groups = self.options.groups
-        seated = given_groups(groups, cluster, models) if groups else _emptiest(cluster, models)
-        plans = []
-        for device in cluster.devices:
-            seats = [(m, g, g.devices.index(device.name)) for m, g in seated if device.name in g.devices]
-            held = {model.name: share_weights_bytes(model, group, rank) for model, group, rank in seats}
-            workspace = sum(
-                share_workspace_bytes(m, g, r, limits) + exchange_shape(m, g, limits).region_bytes // g.ranks
-                for m, g, r in seats
-            )
-            used_bytes = sum(held.values()) + workspace
-            require_weights(device, used_bytes, f"weights and workspaces of {', '.join(held)}")
-            kv_bytes = (device.memory_bytes - used_bytes) // page_bytes * page_bytes if held else 0
-            require_kv(
-                device, "shared by its engines", kv_bytes, page_bytes, [share_model(m, g, r) for m, g, r in seats]
-            )
-            plans.append(DevicePlan(device, "shared", held, kv_bytes))
+        seated = given_groups(groups, cluster, models) if groups else self._place(cluster, models, demand)
+        if self.options.admission == "cap" and any(group.ranks > 1 for _, group in seated):
+            raise UserError("option admission is 'cap'; it wants every model on one device")
+        plans = plan_devices(cluster, seated, self.options.limits, self.options.page_bytes)
         instances = [{"model": m.name, "devices": list(g.devices), "tp": g.tp, "dp": g.dp} for m, g in seated]
-        return Placement(self.name, tuple(models), tuple(plans), {**asdict(self.options), "instances": instances})
+        return Placement(self.name, tuple(models), plans, {**asdict(self.options), "instances": instances})
 
-    def start(self, placement: Placement, backend: Backend | None = None) -> None:
-        if backend is None or backend.name != "sim":
-            raise UserError("elastic runs simulated only in this version: backend=sim")
-        super().start(placement, backend)
+    def _place(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Seated:
+        """Each whole on the emptiest device."""
+        return emptiest(cluster, models)
 
     def _launch(self, placement: Placement) -> None:
-        models = {model.name: model for model in placement.models}
-        kv_bytes = {plan.device.name: plan.kv_bytes for plan in placement.devices}
-        instances, seen = [], dict.fromkeys(models, 0)
-        for entry in placement.options["instances"]:
-            group = GroupPlan(tuple(entry["devices"]), entry["tp"], entry["dp"])
-            least = min(kv_bytes[device] for device in group.devices)
-            instances.append(Instance(models[entry["model"]], group, least, seen[entry["model"]]))
-            seen[entry["model"]] += 1
-        self._start_groups(instances, [plan.device for plan in placement.devices], self.options, self.options.model())
+        instances = _instances(placement)
+        if self._backend.name == "sim":
+            devices = [plan.device for plan in placement.devices]
+            self._start_groups(instances, devices, self.options, self.options.model(), self._admission(placement))
+            return
+        for plan in placement.devices:
+            seated = [instance for instance in instances if plan.device.name in instance.group.devices]
+            if seated:
+                _require_real(plan.device, seated)
+                self._start_engines(plan, seated, self._admission(placement)[plan.device.name])
+
+    def stop(self) -> None:
+        super().stop()
+        while self._physical:
+            self._physical.pop().close()
+
+    def _admission(self, placement: Placement) -> dict[str, AdmissionQueue | str]:
+        """By device: the rule of each engine's queue, or the one queue of all."""
+        rule = {"optimistic": "open", "reserved": "cap"}.get(self.options.admission)
+        if rule:
+            return dict.fromkeys((plan.device.name for plan in placement.devices), rule)
+        return {plan.device.name: self._common_queue(plan, placement) for plan in placement.devices}
+
+    def _common_queue(self, plan: DevicePlan, placement: Placement) -> AdmissionQueue:
+        limits = AdmissionLimits(
+            plan.kv_bytes // self.options.page_bytes,
+            self.options.page_bytes,
+            self.options.max_running,
+            self.options.max_queued,
+            deadline_s=self.options.queue_deadline_s,
+        )
+        return AdmissionQueue(limits, [KVGeometry.of(model.spec, model.dtype) for model in placement.models])
+
+    def _start_engines(self, plan: DevicePlan, instances: Sequence[Instance], admission: AdmissionQueue | str) -> None:
+        """A process for each model on the device: one ledger and one set of pages for all of them."""
+        device, page_bytes = plan.device, self.options.page_bytes
+        num_pages = plan.kv_bytes // page_bytes
+        # Pages are charged here, once: what engines charge is theirs to hold beside them.
+        shape = LentShape(num_pages, len(instances), device.memory_bytes - num_pages * page_bytes)
+        ledger = self._new_mailbox_region(shape.region_bytes)
+        physical = PhysicalPages(num_pages, page_bytes)
+        self._physical.append(physical)
+        for engine, instance in enumerate(instances):
+            pool = pool_config(instance.model.name, plan.kv_bytes, page_bytes, [0], self.options.max_running)
+            role = ModelWorkerConfig(
+                device,
+                (instance.model,),
+                (pool,),
+                self.options.limits,
+                1,
+                (-1,),
+                (-1,),
+                growth="preempt",
+                lent=LentRef(ref(ledger), physical.fd, shape, engine),
+            )
+            worker = self._start_worker(device, role, [ledger.fd, physical.fd], instance.model.name)
+            rule, queue = (admission, None) if isinstance(admission, str) else ("", admission)
+            self._register_pools(worker, role, self.options, rule, queue)
 
 
-def _emptiest(cluster: Cluster, models: Sequence[ServedModel]) -> list[tuple[ServedModel, GroupPlan]]:
-    """Whole models: largest first to the device with most free memory."""
-    free_bytes = {device.name: device.memory_bytes for device in cluster.devices}
-    alone = GroupPlan(("any",))
-    weights = {model.name: share_weights_bytes(model, alone, 0) for model in models}
-    placed = {}
-    for model in sorted(models, key=lambda m: weights[m.name], reverse=True):
-        target = max(free_bytes, key=free_bytes.__getitem__)
-        placed[model.name] = GroupPlan((target,))
-        free_bytes[target] -= weights[model.name]
-    return [(model, placed[model.name]) for model in models]
+def _require_real(device: Device, instances: Sequence[Instance]) -> None:
+    if device.kind != "cpu":
+        raise UserError(f"{device.name}: engines side by side run on CPU devices, and simulated elsewhere: backend=sim")
+    for instance in instances:
+        if instance.group.ranks > 1:
+            raise UserError(
+                f"{instance.model.name} is on {instance.group}; engines side by side are whole models here, and groups run "
+                "simulated only: backend=sim"
+            )
+
+
+def _instances(placement: Placement) -> list[Instance]:
+    models = {model.name: model for model in placement.models}
+    kv_bytes = {plan.device.name: plan.kv_bytes for plan in placement.devices}
+    instances, seen = [], dict.fromkeys(models, 0)
+    for entry in placement.options["instances"]:
+        group = GroupPlan(tuple(entry["devices"]), entry["tp"], entry["dp"])
+        least = min(kv_bytes[device] for device in group.devices)
+        instances.append(Instance(models[entry["model"]], group, least, seen[entry["model"]]))
+        seen[entry["model"]] += 1
+    return instances

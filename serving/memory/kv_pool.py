@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from serving.errors import CapacityError
+from serving.memory.lent import SharedPageLender
 from serving.memory.pages import PageLender, contiguous_runs
 from serving.memory.virtual import HOST_MEMORY, Memory
 from serving.spec import MLASpec, ModelSpec
@@ -133,7 +134,8 @@ class ModelKV:
 
 class KVPool:
     """`num_pages` pages of `page_bytes`, lent to the runs of `models`: one page size, whatever each model's geometry. Pages
-    and address space come from `memory`, the host's or a card's, which may take one page more for itself."""
+    and address space come from `memory`, the host's or a card's, which may take one page more for itself. `lender` lends
+    pages that other processes borrow too; without it they are this pool's alone."""
 
     def __init__(
         self,
@@ -142,9 +144,10 @@ class KVPool:
         models: Sequence[tuple[ModelSpec, str]],
         max_runs: int,
         memory: Memory = HOST_MEMORY,
+        lender: PageLender | SharedPageLender | None = None,
     ) -> None:
         self.page_bytes = page_bytes
-        self.lender = PageLender(num_pages)
+        self.lender = lender or PageLender(num_pages)
         self.memory = memory
         self.physical = memory.pages(num_pages + int(memory.anchored), page_bytes)
         self.models = {spec.name: ModelKV(spec, dtype, self, max_runs) for spec, dtype in models}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from contextlib import AbstractContextManager, nullcontext
 
 from serving.errors import CapacityError
 
@@ -23,6 +24,10 @@ class PageLender:
     @property
     def lent_pages(self) -> int:
         return self.num_pages - len(self._free)
+
+    def deciding(self) -> AbstractContextManager[object]:
+        """While it lasts nobody else borrows: nobody ever does, where pages are lent within one process."""
+        return nullcontext()
 
     def lend(self, count: int) -> list[int]:
         """`count` free pages, ascending. Raises CapacityError, lending none, when fewer are free."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from serving.admission import AdmissionQueue
 from serving.cost.contention import Contention
 from serving.host import HostedSystem, pool_config
 from serving.interface import Device, ServedModel
@@ -44,9 +45,11 @@ class GroupedSystem(HostedSystem):
         devices: Sequence[Device],
         options: EngineOptions,
         uncoordinated: Contention | None = None,
+        admission: Mapping[str, AdmissionQueue | str] | None = None,
     ) -> None:
         """Start a worker on each of `devices` for its seats in `instances`, and let requests in at every replica. Where they
-        are `uncoordinated`, what an instance has of KV is what it finds, up to its bytes."""
+        are `uncoordinated`, what an instance has of KV is what it finds, up to its bytes. `admission` has the rule of each
+        device's queues, or the one queue that they share; else promises are kept to each pool's size."""
         refs, made = [], []
         for instance in instances:
             group_ref, regions = self._group_ref(instance, options)
@@ -68,14 +71,24 @@ class GroupedSystem(HostedSystem):
                 if seat.rank == 0
                 for replica in range(seat.group.plan.dp)
             )
-            role = GroupWorkerConfig(device, seats, pools, options.limits, targets, uncoordinated=uncoordinated)
+            role = GroupWorkerConfig(
+                device,
+                seats,
+                pools,
+                options.limits,
+                targets,
+                uncoordinated=uncoordinated,
+                optimistic=(admission or {}).get(device.name) == "open",
+            )
             worker = self._start_worker(device, role, [fd for number in seated for fd in made[number]])
             for target, (index, replica) in enumerate(targets):
                 first_rank = held[index].group.ranks_of(replica)[0]
                 share = share_model(held[index].model, held[index].group, first_rank)
                 geometry = KVGeometry.of(share.spec, share.dtype)
                 pool = _pool(held[index], replica, index, options)
-                self._register_pool(worker, device, pool, [geometry], {share.name: target}, options)
+                given = (admission or {}).get(device.name, "")
+                rule, queue = (given, None) if isinstance(given, str) else ("", given)
+                self._register_pool(worker, device, pool, [geometry], {share.name: target}, options, rule, queue)
 
     def _group_ref(self, instance: Instance, options: EngineOptions) -> tuple[GroupRef, list[SharedRegion]]:
         shape = exchange_shape(instance.model, instance.group, options.limits)

@@ -90,7 +90,9 @@ class SimulatedBackend:
             if role.uncoordinated is None:
                 self._groups[key] = SimulatedGroup(seat, costs, role.limits, self.clock, self._prefill)
             else:
-                self._groups[key] = UncoordinatedGroup(seat, costs, role.limits, self.clock, self._crowd, self._prefill)
+                self._groups[key] = UncoordinatedGroup(
+                    seat, costs, role.limits, self.clock, self._crowd, self._prefill, role.optimistic
+                )
         return self._groups[key]
 
     def _share_out(self, role: GroupWorkerConfig, stages: ModelStages) -> None:

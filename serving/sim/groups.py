@@ -170,6 +170,7 @@ class SimulatedGroupWorker(SimulatedWorker):
         self._counters["bytes_crossed"] += posted
 
     def preempted(self, request_ids: tuple[int, ...]) -> None:
+        self._counters["preemptions"] += len(request_ids)
         self._outbox.append(Preempted(self._clock.now_ns(), request_ids))
 
     def report(self, items: tuple[tuple[int, int, bool], ...]) -> None:

@@ -24,9 +24,11 @@ class UncoordinatedGroup(SimulatedGroup):
         clock: VirtualClock,
         crowd: Crowd,
         prefill: bool = True,
+        optimistic: bool = False,
     ) -> None:
         super().__init__(seat, costs, limits, clock, prefill)
         self._crowd = crowd
+        self._most_running = limits.max_batch if optimistic else None
 
     def _begin(self) -> None:
         may_step = [self._reserve(replica) for replica in range(self._plan.dp)]
@@ -66,7 +68,7 @@ class UncoordinatedGroup(SimulatedGroup):
         claims = [
             Claim(held.get(one.request_id, 0), geometry.pages(len(one.tokens), self._page_bytes)) for one in sequences
         ]
-        granted, preempted = grow_or_preempt(min(device.free_pages for device in devices), claims)
+        granted, preempted = grow_or_preempt(min(device.free_pages for device in devices), claims, self._most_running)
         for index in preempted:
             sequences[index].cached = 0
             self._take(held, sequences[index].request_id, -claims[index].held, devices)

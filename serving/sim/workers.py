@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from serving.growth import CountedPages, preempting_growth
 from serving.memory.kv_pool import KVGeometry
 from serving.pausing import growth_of
 from serving.scheduler import StepPlan, StepScheduler
@@ -17,7 +18,7 @@ from serving.sim.costs import ALONE, StageTimes
 from serving.sim.pipeline import FFNDevice, Pipeline, Step
 from serving.sim.route import Route
 from serving.workers.config import FFNWorkerConfig, ModelWorkerConfig
-from serving.workers.messages import PoolUse, Stop, Submit, Tokens
+from serving.workers.messages import PoolUse, Preempted, Stop, Submit, Tokens
 
 SIMULATED_TOKEN = 0  # what every simulated step generates; lengths are what the request asks for
 
@@ -44,7 +45,7 @@ class SimulatedWorker:
         self.name = name
         self._clock = clock
         self._busy = False
-        self._counters = {"busy_ns": 0, "bytes_crossed": 0, "steps": 0}
+        self._counters = {"busy_ns": 0, "bytes_crossed": 0, "steps": 0, "preemptions": 0}
         self._outbox = Outbox(clock)
 
     def wait_ready(self, deadline_s: float) -> None:
@@ -121,13 +122,14 @@ class SimulatedModelWorker(SimulatedWorker):
         self._role, self._times, self._pipeline = role, times, pipeline
         self._prefill = prefill
         self._scheduler = StepScheduler(
-            len(role.models), role.limits, role.profiles, chunks_in_flight=role.chunks_in_flight
+            len(role.models), role.limits, role.profiles, role.prefill_first, role.chunks_in_flight
         )
-        self._growth = growth_of(role)
+        preempts = role.growth == "preempt"
+        self._growth = preempting_growth(role, CountedPages(role.pools[0].num_pages)) if preempts else growth_of(role)
         self._geometries = [KVGeometry.of(model.spec, model.dtype) for model in role.models]
         self._page_bytes = {index: pool.page_bytes for pool in role.pools for index in pool.models}
         self._pages = [0] * len(role.models)
-        self._held: dict[int, int] = {}  # request id -> pages
+        self._held: dict[int, tuple[int, int]] = {}  # request id -> model, pages
         self._next_sample_ns = 0
         self._routes = [Route.of(role, index, ffn_workers, pipeline) for index in range(len(role.models))]
         self._device = pipeline.add_attention(self._begin, self._complete, role.lanes)
@@ -149,7 +151,9 @@ class SimulatedModelWorker(SimulatedWorker):
 
     # -- the life of a step --------------------------------------------------------------------------------------------
     def _begin(self) -> Step | None:
-        plan = self._scheduler.next_step(self._growth and self._growth.may_step())
+        plan = self._scheduler.next_step(self._growth and self._growth.may_step(self._clock.now_ns() / 1e9))
+        if self._growth:
+            self._report_preempted(self._growth.take_preempted())
         if plan is None:
             return None
         if self._growth:
@@ -186,7 +190,7 @@ class SimulatedModelWorker(SimulatedWorker):
         produced = self._scheduler.complete(plan, iter([SIMULATED_TOKEN] * wanted))
         ended = [sequence for sequence, _, last in produced if last]
         for sequence in ended:
-            self._pages[sequence.model] -= self._held.pop(sequence.request_id)
+            self._pages[sequence.model] -= self._held.pop(sequence.request_id)[1]
             if self._growth:
                 self._growth.remove(sequence)
         now_ns = self._clock.now_ns()
@@ -196,14 +200,23 @@ class SimulatedModelWorker(SimulatedWorker):
         if ended or now_ns >= self._next_sample_ns:
             self._sample(now_ns)
 
+    def _report_preempted(self, request_ids: tuple[int, ...]) -> None:
+        if not request_ids:
+            return
+        for request_id in request_ids:
+            model, pages = self._held.pop(request_id, (0, 0))
+            self._pages[model] -= pages
+        self._counters["preemptions"] += len(request_ids)
+        self._outbox.append(Preempted(self._clock.now_ns(), request_ids))
+
     # -- pages ---------------------------------------------------------------------------------------------------------
     def _grow(self, plan: StepPlan) -> None:
         geometry, page_bytes = self._geometries[plan.model], self._page_bytes[plan.model]
         for (sequence, _), tokens in zip(plan.items, plan.kv_lens, strict=True):
             pages = geometry.pages(tokens, page_bytes)
-            held = self._held.get(sequence.request_id, 0)
+            held = self._held.get(sequence.request_id, (0, 0))[1]
             if pages > held:
-                self._held[sequence.request_id] = pages
+                self._held[sequence.request_id] = (plan.model, pages)
                 self._pages[plan.model] += pages - held
 
     def _sample(self, now_ns: int) -> None:

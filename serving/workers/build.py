@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from serving.checkpoints import open_weights
+from serving.growth import preempting_growth
 from serving.interface import Device, ServedModel
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
@@ -15,6 +16,7 @@ from serving.layers.ffn_half import FFNHalf
 from serving.layers.sizes import weight_bytes_attention, weight_bytes_ffn
 from serving.memory.budget import MemoryBudget
 from serving.memory.kv_pool import KVPool, ModelKV
+from serving.memory.lent import LentMemory, SharedBudget, SharedPageLender
 from serving.parallel.exchange import Exchange
 from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
 from serving.parallel.share import Share, ShareOfWeights, share_spec
@@ -26,6 +28,7 @@ from serving.workers.config import (
     FFNWorkerConfig,
     GroupSeat,
     GroupWorkerConfig,
+    LentRef,
     MailboxRef,
     ModelWorkerConfig,
     PoolConfig,
@@ -37,6 +40,7 @@ from serving.workers.counters import Counters
 from serving.workers.ffn_worker import FFNWorker
 from serving.workers.group_member import GroupMember, HeldShare
 from serving.workers.group_worker import GroupWorker
+from serving.workers.mapped_pages import MappedPages
 from serving.workers.model_worker import HostedModel, ModelWorker
 from serving.workers.ports import FFNPort, LocalFFN, RelayedFFN, RemoteFFN, SpreadFFN
 from serving.workers.relay_worker import RelayWorker
@@ -95,14 +99,16 @@ def _remote(ref: MailboxRef) -> FFNPort:
     return RemoteFFN(_mailbox(ref)) if ref.bells is None else RelayedFFN(_mailbox(ref), ref.bells)
 
 
-def _load_attention(model: ServedModel, budget: MemoryBudget, share: Share = WHOLE) -> AttentionHalf:
+def _load_attention(model: ServedModel, budget: MemoryBudget | SharedBudget, share: Share = WHOLE) -> AttentionHalf:
     spec = share_spec(model.spec, share)
     budget.charge(f"attention weights of {model.name}", weight_bytes_attention(spec, model.dtype))
     with ShareOfWeights(open_weights(model), share) as weights:
         return AttentionHalf(spec, weights, getattr(torch, model.dtype))
 
 
-def _load_ffn(model: ServedModel, budget: MemoryBudget, share: Share = WHOLE, part: FFNPart = WHOLE_FFN) -> FFNHalf:
+def _load_ffn(
+    model: ServedModel, budget: MemoryBudget | SharedBudget, share: Share = WHOLE, part: FFNPart = WHOLE_FFN
+) -> FFNHalf:
     spec = share_spec(model.spec, share)
     budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(spec, model.dtype, part.layers))
     with ShareOfWeights(open_weights(model), share) as weights:
@@ -115,8 +121,22 @@ def _open_pool(config: PoolConfig, models: tuple[ServedModel, ...], device: Devi
     return KVPool(config.num_pages, config.page_bytes, hosted, config.max_runs)
 
 
+def _borrow_pool(
+    config: PoolConfig, models: tuple[ServedModel, ...], lender: SharedPageLender, lent: LentRef
+) -> KVPool:
+    """A pool over pages that are charged already and that other engines borrow too."""
+    hosted = [(models[index].spec, models[index].dtype) for index in config.models]
+    return KVPool(config.num_pages, config.page_bytes, hosted, config.max_runs, LentMemory(lent.pages_fd), lender)
+
+
 def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
-    budget = MemoryBudget(role.device.name, role.device.memory_bytes)
+    lent, lender = role.lent, None
+    if lent is None:
+        budget: MemoryBudget | SharedBudget = MemoryBudget(role.device.name, role.device.memory_bytes)
+    else:
+        ledger = attach(lent.ledger)
+        budget = SharedBudget(ledger, lent.shape, lent.engine)
+        lender = SharedPageLender(ledger, lent.shape, lent.engine)
     halves = [_load_attention(model, budget) for model in role.models]
     local = {
         i: _load_ffn(m, budget) for i, m in enumerate(role.models) if role.ffn_ports[i] < 0 and i not in role.ffn_legs
@@ -124,7 +144,15 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
     remote = [_remote(ref) for ref in role.mailboxes]
     spread = SpreadFFN(remote, role.ffn_legs, role.lanes)
     in_place = LocalFFN(local, role.lanes)
-    pools = [(config.name, _open_pool(config, role.models, role.device, budget)) for config in role.pools]
+    pools = [
+        (
+            config.name,
+            _open_pool(config, role.models, role.device, budget)
+            if lender is None
+            else _borrow_pool(config, role.models, lender, lent),
+        )
+        for config in role.pools
+    ]
     kv_of = {name: kv for _, pool in pools for name, kv in pool.models.items()}
     hosted = [
         HostedModel(
@@ -138,9 +166,14 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
         for i, model in enumerate(role.models)
     ]
     for model in hosted:
-        _warm_up_attention(model.half, model.kv)
+        with pools[0][1].lender.deciding():  # one engine at a time, so that a small pool is enough
+            _warm_up_attention(model.half, model.kv)
     for i, half in local.items():
         _warm_up_ffn(half, role.models[i])
+    if role.growth == "preempt":
+        growth = preempting_growth(role, MappedPages(pools[0][1], [model.kv for model in hosted], wires.counters))
+    else:
+        growth = growth_of(role)
     return ModelWorker(
         hosted,
         pools,
@@ -152,8 +185,10 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
         role.sample_interval_ms,
         wires.recorder,
         role.stages,
-        growth_of(role),
+        growth,
         role.profiles,
+        prefill_first=role.prefill_first,
+        shares_core=lent is not None,
         chunks_in_flight=role.chunks_in_flight,
     )
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from serving.batching import StepLimits
 from serving.cost.contention import Contention
 from serving.interface import Device, ServedModel
+from serving.memory.lent import LentShape
 from serving.pairing import StageProfile
 from serving.parallel.exchange import ExchangeShape
 from serving.parallel.ffn_part import FFNPart
 from serving.parallel.group import GroupPlan
+from serving.quota import QuotaRule
 from serving.shm.mailbox import MailboxShape
 from serving.workers.doorbell import DoorbellRef
 
@@ -37,6 +39,16 @@ class PoolConfig:
     page_bytes: int
     models: tuple[int, ...]  # indices into the worker's models
     max_runs: int  # live requests of one model
+
+
+@dataclass(frozen=True)
+class LentRef:
+    """Memory of a device that engines of several processes share, as `engine` finds it: the ledger, and the file of pages."""
+
+    ledger: RegionRef
+    pages_fd: int
+    shape: LentShape
+    engine: int
 
 
 @dataclass(frozen=True)
@@ -82,8 +94,11 @@ class ModelWorkerConfig:
     behind several mailboxes, `ffn_legs` has for each of its layers the (mailbox, number) pairs that its rows go to, in order
     of rank: what comes back from them is added up. With `stages` 4 transfers are stages of their own, with 2 they are part of
     the stage before them. `growth` says whether admission has promised all that a sequence may need, or it may pause for
-    pages (:mod:`serving.pausing`), which needs a single pool. With `profiles`, one a model, models step beside those whose
-    stages fill their gaps (:mod:`serving.pairing`). At most `chunks_in_flight` chunks of one prompt are in flight at once."""
+    pages (:mod:`serving.pausing`), or the youngest is preempted (:mod:`serving.growth`, where `quotas` may bound each model); the
+    last two need a single pool, and the last a single lane. Where `lent`, other engines borrow the pool's pages too, and
+    share the core. With `prefill_first` models with prompts to compute step before others. With `profiles`, one a model,
+    models step beside those whose stages fill their gaps (:mod:`serving.pairing`). At most `chunks_in_flight` chunks of one
+    prompt are in flight at once."""
 
     device: Device
     models: tuple[ServedModel, ...]
@@ -96,8 +111,11 @@ class ModelWorkerConfig:
     sample_interval_ms: float = 50.0
     ffn_legs: Mapping[int, tuple[tuple[tuple[int, int], ...], ...]] = field(default_factory=dict)  # by model, by layer
     stages: int = 4
-    growth: str = "reserved"
+    growth: str = "reserved"  # reserved | pause | preempt
     profiles: tuple[StageProfile, ...] = ()
+    quotas: QuotaRule | None = None
+    lent: LentRef | None = None
+    prefill_first: bool = False
     chunks_in_flight: int = 1
 
 
@@ -156,6 +174,7 @@ class GroupWorkerConfig:
     targets: tuple[tuple[int, int], ...]
     sample_interval_ms: float = 50.0
     uncoordinated: Contention | None = None  # each seat an engine of its own that takes device and KV as it finds them
+    optimistic: bool = False  # more may be admitted than can run; who cannot step in the next batch then holds no KV
 
 
 Role = ModelWorkerConfig | FFNWorkerConfig | RelayConfig | GroupWorkerConfig

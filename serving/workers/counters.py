@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from serving.shm.region import SharedRegion
 
-_NAMES = ("busy_ns", "bytes_crossed", "steps", "pages_mapped", "mapping_ns", "mapped_ahead")
+_NAMES = ("busy_ns", "bytes_crossed", "steps", "pages_mapped", "mapping_ns", "mapped_ahead", "preemptions")
 REGION_BYTES = 4096
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from serving.batching import StepLimits
+from serving.growth import PreemptingGrowth
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
 from serving.memory.kv_pool import KVPool, ModelKV
@@ -25,7 +26,7 @@ from serving.scheduler import Profiles, StepPlan, StepScheduler
 from serving.sequence import Sequence
 from serving.shm.ring import Ring
 from serving.workers.counters import Counters
-from serving.workers.messages import PoolUse, Stop, Submit, Tokens, decode, encode
+from serving.workers.messages import PoolUse, Preempted, Stop, Submit, Tokens, decode, encode
 from serving.workers.ports import FFNPort
 from serving.workers.timeline import A2F, ATTENTION, FINISH, Recorder
 
@@ -81,13 +82,18 @@ class ModelWorker:
         sample_interval_ms: float,
         recorder: Recorder | None = None,
         stages: int = 4,
-        growth: PausedGrowth | None = None,
+        growth: PausedGrowth | PreemptingGrowth | None = None,
         profiles: Profiles = (),
+        prefill_first: bool = False,
+        shares_core: bool = False,
         chunks_in_flight: int = 1,
     ) -> None:
+        """Where it `shares_core` with other engines, it sleeps when it has nothing to do, and is busy for the time that it
+        gets, not for the time that passes."""
         self._models = list(models)
         self._pools = list(pools)
-        self._scheduler = StepScheduler(len(self._models), limits, profiles, chunks_in_flight=chunks_in_flight)
+        self._scheduler = StepScheduler(len(self._models), limits, profiles, prefill_first, chunks_in_flight)
+        self._shares_core = shares_core
         self._lanes: list[InFlight | None] = [None] * lanes
         self._control, self._tokens, self._counters = control, tokens, counters
         self._recorder = recorder
@@ -103,7 +109,13 @@ class ModelWorker:
         idle_spins = 0
         with torch.inference_mode():
             while not self._stopping:
-                if self._poll():
+                if self._shares_core:
+                    started_ns = time.thread_time_ns()
+                    progressed = self._poll()
+                    self._counters.add("busy_ns", (time.thread_time_ns() - started_ns) * progressed)
+                else:
+                    progressed = self._poll()
+                if progressed:
                     idle_spins = 0
                     continue
                 idle_spins += 1
@@ -127,7 +139,7 @@ class ModelWorker:
                 if idle_spins > _SPINS_BEFORE_YIELD:
                     os.sched_yield()
                 return
-        if idle_spins > _SPINS_BEFORE_SLEEP:
+        if idle_spins > _SPINS_BEFORE_SLEEP or self._shares_core:
             time.sleep(_IDLE_SLEEP_S)
 
     # -- control -------------------------------------------------------------------------------------------------------
@@ -157,7 +169,10 @@ class ModelWorker:
     # -- the life of a step --------------------------------------------------------------------------------------------
     def _begin(self, lane: int) -> bool:
         started_ns = time.monotonic_ns()
-        plan = self._scheduler.next_step(self._growth and self._growth.may_step())
+        plan = self._scheduler.next_step(self._growth and self._growth.may_step(started_ns / 1e9))
+        if self._growth and (preempted := self._growth.take_preempted()):
+            self._counters.add("preemptions", len(preempted))
+            self._report(Preempted(time.monotonic_ns(), preempted))
         if plan is None:
             return False
         if self._growth:
@@ -208,7 +223,8 @@ class ModelWorker:
 
     def _account(self, started_ns: int, stage: int, lane: int, step: InFlight) -> None:
         ended_ns = time.monotonic_ns()
-        self._counters.add("busy_ns", ended_ns - started_ns)
+        if not self._shares_core:
+            self._counters.add("busy_ns", ended_ns - started_ns)
         if self._recorder is not None:
             rows = step.hidden.shape[0]
             self._recorder.add(started_ns, ended_ns, stage, lane, step.model.index, step.layer, rows)
@@ -224,9 +240,9 @@ class ModelWorker:
         produced = self._scheduler.complete(step.plan, iter(sampled))
         ended = [sequence for sequence, _, last in produced if last]
         for sequence in ended:
-            model.kv.close_run(sequence.run)
             if self._growth:
                 self._growth.remove(sequence)
+            model.kv.close_run(sequence.run)
         self._plan_mapping(step)
         now_ns = time.monotonic_ns()
         if produced:
@@ -277,7 +293,7 @@ class ModelWorker:
         )
         self._report(PoolUse(now_ns, tuple((name, pool.pages_by_model()) for name, pool in self._pools), used))
 
-    def _report(self, message: Tokens | PoolUse) -> None:
+    def _report(self, message: Tokens | PoolUse | Preempted) -> None:
         data = encode(message)
         while not self._tokens.push(data):  # the host is behind; losing a token is no choice
             time.sleep(_IDLE_SLEEP_S)

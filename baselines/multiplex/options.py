@@ -1,0 +1,89 @@
+"""Options of the multiplexing baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from serving.cost.contention import Contention
+from serving.errors import UserError
+from serving.options import EngineOptions
+
+ADMISSIONS = ("optimistic", "reserved", "cap")
+
+
+def _require(known: tuple[str, ...], name: str, value: str) -> None:
+    if value not in known:
+        raise UserError(f"option {name} is {value!r}; known: {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class ElasticOptions(EngineOptions):
+    """Beside what every engine has: `groups`, which says on which devices each model lies (as for static; devices may be
+    shared), and how engines that share one contend in the simulator: `contention` (`share` | `time_slice`), `interference`,
+    `slice_s`, `switch_s` (serving/cost/contention.py says what each means and rests on).
+
+    `admission` is what the host lets in: `optimistic` (all, up to `max_running`; engines take what they find), `reserved` (an
+    engine lets in what it could promise in full if the device were its own), or `cap` (CrossPool's concurrency cap: promises
+    of all engines of a device fit it together, so none is preempted; models on one device each only)."""
+
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    contention: str = "share"
+    interference: float = 0.1
+    slice_s: float = 2e-3
+    switch_s: float = 1e-4
+    admission: str = "reserved"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(ADMISSIONS, "admission", self.admission)
+        self.model()  # raises for a contention that makes no sense
+
+    def model(self) -> Contention:
+        return Contention(self.contention, self.interference, self.slice_s, self.switch_s)
+
+
+@dataclass(frozen=True)
+class PlacementOptions(ElasticOptions):
+    """Elastic with placement by KV pressure and one queue a device by deadline. A request's first token is due `ttft_slo_s`
+    after its submission; `tpot_slo_s` weighs a model's token rate. At most `prefills_ahead` requests of a device are between
+    dispatch and first token. `card` of conf/hardware tells how long a prefill takes (empty: cpu2 for CPU devices,
+    a100-40gb else)."""
+
+    admission: str = "optimistic"
+    ttft_slo_s: float = 2.0
+    tpot_slo_s: float = 0.2
+    prefills_ahead: int = 4
+    card: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("ttft_slo_s", "tpot_slo_s"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"option {name} is {getattr(self, name)!r}; it must be above 0")
+        if not isinstance(self.prefills_ahead, int) or self.prefills_ahead < 1:
+            raise UserError(
+                f"option prefills_ahead is {self.prefills_ahead!r}; it must be a whole number of at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class QuotaOptions(EngineOptions):
+    """Beside what every engine has: `quotas`, the share of its device's KV pool that each model starts with (empty: in
+    proportion to rate x layers x KV width, from the demand); `adapt_every_s` seconds (0: never) quota moves to models that hold
+    `crowded` of theirs and have requests waiting. `admission` is `optimistic` or `cap` (CrossPool's concurrency cap: promises
+    fit the pool together)."""
+
+    quotas: Mapping[str, float] = field(default_factory=dict)
+    adapt_every_s: float = 8.0
+    crowded: float = 0.9
+    admission: str = "optimistic"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(("optimistic", "cap"), "admission", self.admission)
+        if not self.adapt_every_s >= 0:
+            raise UserError(f"option adapt_every_s is {self.adapt_every_s!r}; it must be 0 or more")
+        if not 0 < self.crowded <= 1:
+            raise UserError(f"option crowded is {self.crowded!r}; it must be above 0 and at most 1")

@@ -1,0 +1,35 @@
+"""Pages of a worker's sequences, mapped under their runs as growth decides: the real backend's page source."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
+
+from serving.memory.kv_pool import KVPool, ModelKV
+from serving.sequence import Sequence
+from serving.workers.counters import Counters
+
+
+class MappedPages:
+    """The pages of `pool`, whose models the worker knows by their place in `models`."""
+
+    def __init__(self, pool: KVPool, models: Seq[ModelKV], counters: Counters) -> None:
+        self._lender, self._models, self._counters = pool.lender, list(models), counters
+        self.num_pages = pool.num_pages
+
+    @property
+    def free_pages(self) -> int:
+        return self._lender.free_pages
+
+    def grow(self, sequence: Sequence, pages: int) -> None:
+        started_ns, before = time.monotonic_ns(), len(sequence.run.pages)
+        self._models[sequence.model].grow(sequence.run, len(sequence.tokens))
+        self._counters.add("mapping_ns", time.monotonic_ns() - started_ns)
+        self._counters.add("pages_mapped", len(sequence.run.pages) - before)
+
+    def drop(self, sequence: Sequence) -> None:
+        self._models[sequence.model].release(sequence.run)
+
+    def deciding(self) -> AbstractContextManager[object]:
+        return self._lender.deciding()
