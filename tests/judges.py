@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -41,6 +42,14 @@ def _greedy(directory: str, prompt: tuple[int, ...], count: int) -> tuple[int, .
 def greedy_reference(directory: str | Path, prompt: tuple[int, ...], count: int) -> list[int]:
     """The `count` greedy tokens after `prompt`, each from a fresh forward pass over everything before it."""
     return list(_greedy(str(directory), tuple(prompt), count))
+
+
+def greedy_agrees(directory: str | Path, prompt: tuple[int, ...], tokens: Sequence[int]) -> bool:
+    """Whether `tokens` are the greedy ones after `prompt`, by one forward pass over all: the first is right if it is what the
+    judge would add to the prompt, and each further one if the same holds after those before it, which are right."""
+    ids = (*prompt, *tokens)
+    chosen = reference_logits(directory, ids[:-1])[len(prompt) - 1 :].argmax(dim=-1).tolist()
+    return chosen == list(tokens)
 
 
 def worker_processes() -> list[psutil.Process]:

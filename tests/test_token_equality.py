@@ -70,10 +70,25 @@ def with_kv_pages(placement, pages):
     return dataclasses.replace(placement, devices=devices)
 
 
+def pages_are_returned(system, within_s=5.0):
+    """Whether the newest sample of every pool comes to say that no page is in use: it may lag behind the last token."""
+    deadline, in_use = time.monotonic() + within_s, {}
+    while time.monotonic() < deadline:
+        in_use |= {sample.device: sum(sample.pages_in_use.values()) for sample in system.pool_samples()}
+        if in_use and not any(in_use.values()):
+            return True
+        system.poll()
+        time.sleep(0.01)
+    return False
+
+
 def assert_equal_to_judge(requests, tokens, checkpoints):
     for request in requests:
-        expected = judges.greedy_reference(checkpoints[request.model], request.prompt, request.max_new_tokens)
-        assert tokens[request.request_id] == expected, f"{request.model}, prompt of {len(request.prompt)} tokens"
+        directory, found = checkpoints[request.model], tokens[request.request_id]
+        if len(found) == request.max_new_tokens and judges.greedy_agrees(directory, request.prompt, found):
+            continue
+        expected = judges.greedy_reference(directory, request.prompt, request.max_new_tokens)
+        assert found == expected, f"{request.model}, prompt of {len(request.prompt)} tokens"
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
@@ -92,8 +107,7 @@ def test_tokens_equal_the_judge_and_nothing_is_left(system_name, pair, tiny_chec
         both = ragged_requests(models[0], 5, rng) + ragged_requests(models[1], 6, rng, first_id=100)
         rng.shuffle(both)
         assert_equal_to_judge(both, generate(system, both), tiny_checkpoints)
-        last = system.pool_samples()[-1]
-        assert sum(last.pages_in_use.values()) == 0
+        assert pages_are_returned(system)
     finally:
         system.stop()
     assert not judges.worker_processes()
@@ -138,7 +152,7 @@ def test_preemption_and_recomputation_change_no_token(pair, tiny_checkpoints):
         system.start(placement)
         assert_equal_to_judge(requests, generate(system, requests), tiny_checkpoints)
         assert sum(device.preemptions for device in system.stats()) > 0
-        assert sum(system.pool_samples()[-1].pages_in_use.values()) == 0
+        assert pages_are_returned(system)
     finally:
         system.stop()
     assert not judges.worker_processes()
