@@ -16,7 +16,17 @@ from pathlib import Path
 from serving.admission import AdmissionLimits, AdmissionQueue, most_free
 from serving.backend import Backend, RealBackend, Worker
 from serving.errors import UserError
-from serving.interface import Device, DeviceStats, Event, EventKind, Placement, PoolSample, Request, ServedModel
+from serving.interface import (
+    SWITCH_PARTS,
+    Device,
+    DeviceStats,
+    Event,
+    EventKind,
+    Placement,
+    PoolSample,
+    Request,
+    ServedModel,
+)
 from serving.memory.kv_pool import KVGeometry
 from serving.options import EngineOptions
 from serving.shm.region import SharedRegion
@@ -74,6 +84,11 @@ class HostedSystem:
     def _launch(self, placement: Placement) -> None:
         """Start the workers with `_start_worker` and register the KV pools with `_register_pools`."""
         raise NotImplementedError
+
+    def _choose(self, pools: Sequence[_Pool], request: Request) -> _Pool:
+        """Which of the pools of its model takes `request`."""
+        tokens = len(request.prompt) + request.max_new_tokens
+        return pools[most_free([pool.queue for pool in pools], request.model, tokens)]
 
     def _start_worker(self, device: Device, role: Role, inherited_fds: Sequence[int] = (), engine: str = "") -> Worker:
         """Start a worker on `device`; `engine` tells it from others there."""
@@ -163,8 +178,7 @@ class HostedSystem:
         problem = self._problem_with(request)
         if not problem:
             pools = self._pools_of_model[request.model]
-            tokens = len(request.prompt) + request.max_new_tokens
-            pool = pools[most_free([pool.queue for pool in pools], request.model, tokens)]
+            pool = self._choose(pools, request)
             problem = pool.queue.offer(
                 request.request_id,
                 request.model,
@@ -220,6 +234,8 @@ class HostedSystem:
                 counted["bytes_crossed"],
                 counted["steps"],
                 counted["preemptions"],
+                swaps=counted["swaps"],
+                switch_ns={part: counted[f"switch_{part}_ns"] for part in SWITCH_PARTS} if counted["swaps"] else {},
             )
             for name, counted in totals.items()
         ]

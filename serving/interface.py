@@ -139,6 +139,11 @@ class PoolSample:
     page_bytes: int
 
 
+# Where the time of a model switch goes: waiting for the link or for others to leave, taking weights away, reading a checkpoint
+# that the host cache lacked, copying weights, moving KV, and from the last weights there to the end of the first step.
+SWITCH_PARTS = ("queue", "evict", "checkpoint", "weights", "kv", "warm_up")
+
+
 @dataclass(frozen=True)
 class DeviceStats:
     """What one device did between start and now."""
@@ -150,7 +155,7 @@ class DeviceStats:
     steps: int = 0
     preemptions: int = 0
     swaps: int = 0
-    switch_ns: Mapping[str, int] = field(default_factory=dict)  # all swaps' time by part, e.g. drain, evict, load
+    switch_ns: Mapping[str, int] = field(default_factory=dict)  # all swaps' time, by SWITCH_PARTS
 
 
 class System(Protocol):

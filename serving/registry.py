@@ -19,6 +19,7 @@ _SYSTEMS = {
     "crosspool": ("crosspool.engine", "CrossPool", "CrossPoolOptions"),
     "elastic": ("baselines.multiplex.system", "Elastic", "ElasticOptions"),
     "static": ("baselines.static.system", "StaticPartition", "StaticOptions"),
+    "swap": ("baselines.swap.system", "Swap", "SwapOptions"),
 }
 
 

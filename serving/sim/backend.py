@@ -19,6 +19,7 @@ from serving.sim.costs import StageTimes
 from serving.sim.groups import SimulatedGroup, SimulatedGroupWorker
 from serving.sim.pipeline import Pipeline
 from serving.sim.shared import Crowd, SharedDevice
+from serving.sim.swapping import SimulatedSwapWorker
 from serving.sim.uncoordinated import UncoordinatedGroup
 from serving.sim.workers import SimulatedFFNWorker, SimulatedModelWorker, SimulatedWorker
 from serving.spec import ModelSpec
@@ -29,6 +30,7 @@ from serving.workers.config import (
     ModelWorkerConfig,
     RelayConfig,
     Role,
+    SwapWorkerConfig,
 )
 
 
@@ -71,6 +73,8 @@ class SimulatedBackend:
         if isinstance(role, ModelWorkerConfig):
             behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
             return SimulatedModelWorker(name, self.clock, role, times, behind, self._pipeline, self._prefill)
+        if isinstance(role, SwapWorkerConfig):
+            return SimulatedSwapWorker(name, self.clock, role, times, self._prefill)
         worker = SimulatedFFNWorker(name, self.clock, role, times, self._pipeline.add_ffn())
         for mailbox in role.mailboxes:
             self._ffn_workers[mailbox.region.fd] = worker

@@ -34,6 +34,7 @@ from serving.workers.config import (
     PoolConfig,
     RegionRef,
     RelayConfig,
+    SwapWorkerConfig,
     WorkerConfig,
 )
 from serving.workers.counters import Counters
@@ -84,6 +85,10 @@ def build_worker(
         return _build_ffn_worker(role, wires)
     if isinstance(role, GroupWorkerConfig):
         return _build_group_worker(role, wires)
+    if isinstance(role, SwapWorkerConfig):
+        from serving.workers.build_swap import build_swap_worker
+
+        return build_swap_worker(role, wires)
     return _build_relay_worker(role, wires)
 
 
@@ -115,7 +120,7 @@ def _load_ffn(
         return FFNHalf(spec, weights, getattr(torch, model.dtype), part.layers)
 
 
-def _open_pool(config: PoolConfig, models: tuple[ServedModel, ...], device: Device, budget: MemoryBudget) -> KVPool:
+def open_pool(config: PoolConfig, models: tuple[ServedModel, ...], device: Device, budget: MemoryBudget) -> KVPool:
     budget.charge(f"KV pool {config.name}", config.num_pages * config.page_bytes)
     hosted = [(models[index].spec, models[index].dtype) for index in config.models]
     return KVPool(config.num_pages, config.page_bytes, hosted, config.max_runs)
@@ -147,7 +152,7 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
     pools = [
         (
             config.name,
-            _open_pool(config, role.models, role.device, budget)
+            open_pool(config, role.models, role.device, budget)
             if lender is None
             else _borrow_pool(config, role.models, lender, lent),
         )
@@ -167,9 +172,9 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
     ]
     for model in hosted:
         with pools[0][1].lender.deciding():  # one engine at a time, so that a small pool is enough
-            _warm_up_attention(model.half, model.kv)
+            warm_up_attention(model.half, model.kv)
     for i, half in local.items():
-        _warm_up_ffn(half, role.models[i])
+        warm_up_ffn(half, role.models[i])
     if role.growth == "preempt":
         growth = preempting_growth(role, MappedPages(pools[0][1], [model.kv for model in hosted], wires.counters))
     else:
@@ -198,7 +203,7 @@ def _build_ffn_worker(role: FFNWorkerConfig, wires: _Wires) -> FFNWorker:
     halves = []
     for model, part in zip(role.models, role.parts or [WHOLE_FFN] * len(role.models), strict=True):
         half = _load_ffn(model, budget, part.share, part)
-        _warm_up_ffn(half, model, part)
+        warm_up_ffn(half, model, part)
         halves.append((half, model.spec.hidden_size, getattr(torch, model.dtype)))
     mailboxes = [(_mailbox(ref), ref.bells) for ref in role.mailboxes]
     return FFNWorker(halves, mailboxes, wires.control, wires.counters, wires.recorder, role.stages)
@@ -207,7 +212,7 @@ def _build_ffn_worker(role: FFNWorkerConfig, wires: _Wires) -> FFNWorker:
 def _build_group_worker(role: GroupWorkerConfig, wires: _Wires) -> GroupWorker:
     budget = MemoryBudget(role.device.name, role.device.memory_bytes)
     shares = tuple(_share_of(seat) for seat in role.seats)
-    pools = [(config.name, _open_pool(config, shares, role.device, budget)) for config in role.pools]
+    pools = [(config.name, open_pool(config, shares, role.device, budget)) for config in role.pools]
     pool_of = {index: pool for config, (_, pool) in zip(role.pools, pools, strict=True) for index in config.models}
     members = []
     for index, seat in enumerate(role.seats):
@@ -219,8 +224,8 @@ def _build_group_worker(role: GroupWorkerConfig, wires: _Wires) -> GroupWorker:
             kv=pool_of[index].models[seat.model.name],
             first_token=share.heads.uneven(seat.model.spec.vocab_size).start,
         )
-        _warm_up_attention(held.attention, held.kv)
-        _warm_up_ffn(held.ffn, seat.model)
+        warm_up_attention(held.attention, held.kv)
+        warm_up_ffn(held.ffn, seat.model)
         exchange = Exchange(attach(seat.group.exchange), seat.group.shape, seat.rank)
         rings = seat.group.orders if seat.rank == 0 else seat.group.orders[seat.rank - 1 : seat.rank]
         orders = [Ring(attach(ref)) for ref in rings]
@@ -235,7 +240,7 @@ def _share_of(seat: GroupSeat) -> ServedModel:
     return dataclasses.replace(seat.model, spec=share_spec(seat.model.spec, seat.group.plan.share(seat.rank)))
 
 
-def _warm_up_attention(half: AttentionHalf, kv: ModelKV) -> None:
+def warm_up_attention(half: AttentionHalf, kv: ModelKV) -> None:
     """One prefill and one decode step through the first layer, so that no request pays for first-use set-up."""
     run = kv.open_run()
     tokens = min(4, kv.geometry.max_context_tokens)
@@ -250,7 +255,7 @@ def _warm_up_attention(half: AttentionHalf, kv: ModelKV) -> None:
     kv.close_run(run)
 
 
-def _warm_up_ffn(half: FFNHalf, model: ServedModel, part: FFNPart = WHOLE_FFN) -> None:
+def warm_up_ffn(half: FFNHalf, model: ServedModel, part: FFNPart = WHOLE_FFN) -> None:
     """One row and a few through the first and the last layer held (a dense and a routed one, where a model has both)."""
     held = [layer for layer in range(model.spec.num_layers) if part.holds(layer)]
     dtype = getattr(torch, model.dtype)

@@ -18,6 +18,8 @@ from serving.parallel.exchange import ExchangeShape
 from serving.parallel.ffn_part import FFNPart
 from serving.parallel.group import GroupPlan
 from serving.quota import QuotaRule
+from serving.residency.policy import SwapPolicy
+from serving.residency.store import StoreRef
 from serving.shm.mailbox import MailboxShape
 from serving.workers.doorbell import DoorbellRef
 
@@ -177,7 +179,31 @@ class GroupWorkerConfig:
     optimistic: bool = False  # more may be admitted than can run; who cannot step in the next batch then holds no KV
 
 
-Role = ModelWorkerConfig | FFNWorkerConfig | RelayConfig | GroupWorkerConfig
+@dataclass(frozen=True)
+class SwapWorkerConfig:
+    """A worker whose models come and go (serving/residency): weights in an arena of `arena_bytes`, copied from the host cache
+    `store` (None where simulated), on the cores `loader_cores` (empty: the device's own) and at most at `link_gbps` (None: as
+    fast as it goes). `resident` are there from the start, and images of `primed` are put into the cache then. KV that gives way
+    has `host_kv_bytes` of host memory. All of it is charged to `budget_bytes`, which is more than the device has where a bound
+    is run."""
+
+    device: Device
+    models: tuple[ServedModel, ...]
+    pools: tuple[PoolConfig, ...]  # one, of all models
+    limits: StepLimits
+    policy: SwapPolicy
+    budget_bytes: int
+    arena_bytes: int
+    host_kv_bytes: int
+    store: StoreRef | None
+    resident: tuple[int, ...]
+    primed: tuple[int, ...]
+    loader_cores: tuple[int, ...] = ()
+    link_gbps: float | None = None
+    sample_interval_ms: float = 50.0
+
+
+Role = ModelWorkerConfig | FFNWorkerConfig | RelayConfig | GroupWorkerConfig | SwapWorkerConfig
 
 
 @dataclass(frozen=True)

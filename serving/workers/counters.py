@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from serving.interface import SWITCH_PARTS
 from serving.shm.region import SharedRegion
 
-_NAMES = ("busy_ns", "bytes_crossed", "steps", "pages_mapped", "mapping_ns", "mapped_ahead", "preemptions")
+_NAMES = (
+    *("busy_ns", "bytes_crossed", "steps", "pages_mapped", "mapping_ns", "mapped_ahead", "preemptions"),
+    *("swaps", "loaded_bytes", "kv_moved_bytes", "cache_misses", *(f"switch_{part}_ns" for part in SWITCH_PARTS)),
+)
 REGION_BYTES = 4096
 
 

@@ -1,0 +1,204 @@
+"""A simulated device whose models come and go: the controller of the real one, with loads and moves that take time.
+
+Weights come over the host link unit by unit while the device computes, as by a DMA engine; a step of a loading model waits for
+each layer's weights, and whoever has its weights computes meanwhile. Evictions and moves of KV occupy the device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from serving.cost.transfers import LOAD_SHARE, host_copy_s, page_unmap_s
+from serving.interface import ServedModel
+from serving.memory.kv_pool import KVGeometry
+from serving.residency.controller import Evict, Load, Save
+from serving.residency.image import image_bytes
+from serving.scheduler import StepPlan, StepScheduler
+from serving.sequence import Sequence as LiveSequence
+from serving.sim.clock import VirtualClock
+from serving.sim.costs import StageTimes
+from serving.sim.workers import SIMULATED_TOKEN, SimulatedWorker
+from serving.workers.build_swap import controller_of
+from serving.workers.config import SwapWorkerConfig
+from serving.workers.messages import PoolUse, Stop, Submit, Tokens
+
+
+@dataclass
+class _Lane:
+    """A step under way: what is left of it, as (unit whose weights it needs, nanoseconds)."""
+
+    plan: StepPlan
+    wanted: int
+    left: deque[tuple[int, int]]
+    started_ns: int
+
+
+class SimulatedSwapWorker(SimulatedWorker):
+    """Two lanes, as the real worker has: one of resident models, one of the model that loads."""
+
+    def __init__(
+        self, name: str, clock: VirtualClock, role: SwapWorkerConfig, times: list[StageTimes], prefill: bool = True
+    ) -> None:
+        super().__init__(name, clock)
+        self._role, self._times, self._prefill = role, times, prefill
+        self._hardware = times[0].stages.hardware
+        rate = role.link_gbps * 1e9 if role.link_gbps else LOAD_SHARE * self._hardware.host_bandwidth
+        self._bytes_per_s = rate
+        self._controller = controller_of(role, rate)
+        self._scheduler = StepScheduler(len(role.models), role.limits)
+        self._geometries = [KVGeometry.of(model.spec, model.dtype) for model in role.models]
+        self._units = [unit_bytes(model) for model in role.models]
+        self._lanes: list[_Lane] = []
+        self._held: dict[LiveSequence, int] = {}  # pages of those whose KV is here
+        self._next_sample_ns = self._timer_ns = 0
+        self._counters |= {"loaded_bytes": 0, "kv_moved_bytes": 0}
+
+    def send(self, message: Submit | Stop) -> None:
+        if not isinstance(message, Submit):
+            return
+        prompt = list(message.prompt)
+        sequence = LiveSequence(message.request_id, message.model, prompt, len(prompt), message.max_new_tokens)
+        if not self._prefill:
+            sequence.cached = len(prompt) - 1
+        self._scheduler.add(sequence)
+        self._controller.add(sequence, self._clock.now_ns())
+        self._clock.after(0.0, self._wake)
+
+    def read_counters(self) -> dict[str, int]:
+        times = self._controller.times
+        parts = {f"switch_{part}_ns": took_ns for part, took_ns in times.by_part.items()}
+        return {**self._counters, "swaps": times.swaps, **parts}
+
+    # -- what happens next ---------------------------------------------------------------------------------------------
+    def _wake(self) -> None:
+        if self._busy:
+            return
+        moved_s = self._carry_out()
+        if moved_s:
+            self._occupy(moved_s, lambda: None)
+            return
+        while self._begin():
+            pass
+        self._go_on()
+        again_ns = self._controller.again_ns
+        if again_ns is not None and again_ns > max(self._clock.now_ns(), self._timer_ns):
+            self._timer_ns = again_ns
+            self._clock.after((again_ns - self._clock.now_ns()) / 1e9, self._wake)
+
+    def _carry_out(self) -> float:
+        """Seconds that evictions and moves of KV take the device."""
+        total_s = 0.0
+        for action in self._controller.actions(self._clock.now_ns()):
+            if isinstance(action, Load):
+                self._load(action.model, total_s)
+                continue
+            if isinstance(action, Evict):
+                part, took_s = "evict", page_unmap_s(self._hardware, self._pages_of(action.model))
+            else:
+                part, took_s = "kv", self._move(action.sequence, isinstance(action, Save))
+            self._controller.spent(part, round(took_s * 1e9))
+            total_s += took_s
+        return total_s
+
+    def _pages_of(self, model: int) -> int:
+        return -(-sum(self._units[model]) // self._hardware.page_bytes)
+
+    def _move(self, sequence: LiveSequence, out: bool) -> float:
+        geometry = self._geometries[sequence.model]
+        moved_bytes = sequence.cached * geometry.token_bytes * geometry.num_layers
+        self._counters["kv_moved_bytes"] += moved_bytes
+        if out:
+            self._held.pop(sequence, None)
+        else:
+            self._hold(sequence, sequence.cached)
+        return host_copy_s(self._hardware, moved_bytes)
+
+    def _load(self, model: int, after_s: float) -> None:
+        sizes, copied = self._units[model], 0
+        started_s = after_s + len(sizes) * self._hardware.host_latency_s
+        for number, size in enumerate(sizes, start=1):
+            copied += size
+            self._clock.after(started_s + copied / self._bytes_per_s, self._unit_came(model, number, copied))
+
+    def _unit_came(self, model: int, count: int, copied: int) -> Callable[[], None]:
+        def came() -> None:
+            self._controller.units[model] = count
+            if count == len(self._units[model]):
+                took_s = copied / self._bytes_per_s + count * self._hardware.host_latency_s
+                self._controller.loaded(model, self._clock.now_ns(), round(took_s * 1e9))
+                self._counters["loaded_bytes"] += copied
+            self._wake()
+
+        return came
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+    def _begin(self) -> bool:
+        plan = self._scheduler.next_step(self._controller.may_step())
+        if plan is None:
+            return False
+        self._controller.began(plan)
+        for (sequence, _), tokens in zip(plan.items, plan.kv_lens, strict=True):
+            self._hold(sequence, tokens)
+        times, layers = self._times[plan.model], self._role.models[plan.model].spec.num_layers
+        rows, wanted = sum(plan.query_lens), len(plan.logit_rows)
+        attention_ns = times.attention_ns(plan.query_lens, plan.kv_lens)
+        left = deque((layer, attention_ns + times.ffn_ns(layer, rows)) for layer in range(layers))
+        left[0] = (0, left[0][1] + times.embedding_ns(rows))
+        left.append((layers, times.head_ns(wanted)))
+        self._lanes.append(_Lane(plan, wanted, left, self._clock.now_ns()))
+        return True
+
+    def _go_on(self) -> None:
+        """The first lane that has the weights for it runs: all it has weights for when alone, else a layer."""
+        for place, lane in enumerate(self._lanes):
+            there = self._controller.units[lane.plan.model]
+            took_ns, ran = 0, 0
+            while lane.left and lane.left[0][0] < there and not (ran and len(self._lanes) > 1):
+                took_ns += lane.left.popleft()[1]
+                ran += 1
+            if ran:
+                self._lanes.append(self._lanes.pop(place))
+                self._occupy(took_ns / 1e9, lambda one=lane: None if one.left else self._complete(one))
+                return
+
+    def _complete(self, lane: _Lane) -> None:
+        self._lanes.remove(lane)
+        produced = self._scheduler.complete(lane.plan, iter([SIMULATED_TOKEN] * lane.wanted))
+        ended = [sequence for sequence, _, last in produced if last]
+        now_ns = self._clock.now_ns()
+        self._controller.ended(lane.plan, ended, now_ns, now_ns - lane.started_ns)
+        for sequence in ended:
+            self._held.pop(sequence, None)
+        self._counters["steps"] += 1
+        if produced:
+            self._outbox.append(Tokens(now_ns, tuple((s.request_id, token, last) for s, token, last in produced)))
+        if ended or now_ns >= self._next_sample_ns:
+            self._sample(now_ns)
+
+    def _hold(self, sequence: LiveSequence, tokens: int) -> None:
+        (pool,) = self._role.pools
+        pages = self._geometries[sequence.model].pages(tokens, pool.page_bytes)
+        self._held[sequence] = max(pages, self._held.get(sequence, 0))
+
+    def _sample(self, now_ns: int) -> None:
+        self._next_sample_ns = now_ns + round(self._role.sample_interval_ms * 1e6)
+        pages = {model.name: 0 for model in self._role.models}
+        for sequence, held in self._held.items():
+            pages[self._role.models[sequence.model].name] += held
+        (pool,) = self._role.pools
+        self._outbox.append(PoolUse(now_ns, ((pool.name, pages),)))
+
+
+def unit_bytes(model: ServedModel) -> list[int]:
+    """Bytes of each unit of a model's image: by its weights, the embedding with the first layer, the head as the last."""
+    spec = model.spec
+    layer = spec.attention.weight_elements(spec.hidden_size)
+    elements = [layer + spec.ffn_layer_elements(number) for number in range(spec.num_layers)]
+    elements[0] += spec.vocab_size * spec.hidden_size
+    elements.append(spec.vocab_size * spec.hidden_size)
+    total, whole = sum(elements), image_bytes(model)
+    sizes = [whole * count // total for count in elements]
+    sizes[-1] += whole - sum(sizes)
+    return sizes
