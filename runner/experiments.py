@@ -105,7 +105,6 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             "outcomes",
             "tbt_by_model",
         ),
-        figures_of={"swap_breakdown": "swap"},
         cell_s=19,
         systems=_HEADLINE,
     ),
