@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 times = replay(system, requests_of(models, rate, args.requests, seed=int(rate)), 120)
                 rows.append({**row, "rate_rps": rate, **summary(times)})
                 print("row: " + _described(rows[-1]), flush=True)
+                save(args.out, rows)
         except Exception as error:  # noqa: BLE001  the next system may still work
             rows.append({**row, "error": f"{type(error).__name__}: {error}"[:300]})
             print("row: " + _described(rows[-1]), flush=True)

@@ -1,11 +1,13 @@
 """The suite's own parts: sections that fail leave the others alone, and times become the figures that are shown."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 
+from serving.errors import UserError
 from serving.gpu_suite import __main__ as suite
-from serving.gpu_suite import serve
+from serving.gpu_suite import serve, show
 from serving.interface import ServedModel
 from serving.spec import load_spec
 
@@ -65,3 +67,13 @@ def test_every_system_gets_the_same_requests_and_bytes(tiny_checkpoints, monkeyp
 def test_sections_name_modules_that_exist():
     for section in suite.SECTIONS.values():
         assert importlib.util.find_spec(section.command[1]), section.command
+
+
+def test_shipped_tables_are_those_of_the_shipped_results():
+    folder = Path(__file__).parents[3] / "results" / "h200"
+    assert show.render(folder) in (folder / "README.md").read_text()
+
+
+def test_a_folder_without_results_is_named(tmp_path):
+    with pytest.raises(UserError, match="engine.json is not a result"):
+        show.render(tmp_path)
