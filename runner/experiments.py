@@ -79,7 +79,7 @@ _LONG = ("fast", "full")
 _SCARCE = ("conf=smoke",)
 _HEADLINE = ("crosspool", "static", "swap", "quota")
 _CAPPED = ("elastic-cap", "elastic-placement-cap", "quota-cap")
-_UNCAPPED = ("crosspool", "static", "static-searched", "elastic-placement", "quota", "swap", "swap-token")
+_UNCAPPED = ("crosspool", "static", "static-searched", "elastic", "elastic-placement", "quota", "swap", "swap-token")
 _ALL = (*_UNCAPPED, "swap-zero-cost", *_CAPPED)
 _PAPER_THREE = ("paper-crosspool", "paper-static", "paper-elastic")
 _PAPER_RATES = (0.2, 0.5, 0.8, 1.0)
@@ -258,7 +258,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         base=("conf=paper-active-kv",),
         sweeps={"fast": {_DURATION: (900,)}, "full": {_DURATION: (3600,)}},
         figures=("active_kv",),
-        cell_s=30,
+        cell_s=14,
         paper="Fig. 1b",
         systems=("crosspool",),
     ),
