@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 import pandas as pd
@@ -69,6 +70,7 @@ def _pairs(runs: Sequence[Run], sides: tuple[str, str]) -> dict[str, tuple[list[
     keys = differing([settings[run.run_id] for run in runs if run.system == sides[0]])
     pairs = {}
     mine_first = [run for run in runs if run.system == sides[0]]
+    usual = {key: statistics.mode(settings[run.run_id].get(key) for run in mine_first) for key in keys}
     for run in sorted(mine_first, key=lambda run: [sortable(settings[run.run_id].get(key)) for key in keys]):
         mine = settings[run.run_id]
         others = [
@@ -77,7 +79,8 @@ def _pairs(runs: Sequence[Run], sides: tuple[str, str]) -> dict[str, tuple[list[
             if other.system == sides[1]
             and all(settings[other.run_id][key] == mine.get(key) for key in keys if key in settings[other.run_id])
         ]
-        label = ", ".join(f"{short_key(key)} {mine.get(key)}" for key in keys) or "as it is"
+        unusual = [key for key in keys if mine.get(key) != usual[key]]
+        label = ", ".join(f"{short_key(key)} {mine.get(key)}" for key in unusual) or "as it is"
         if others:
             pairs.setdefault(label, ([], others))[0].append(run)
     return pairs
