@@ -136,11 +136,12 @@ def test_scarce_kv_queues_and_still_computes_the_same(system_name, tiny_checkpoi
         system.stop()
 
 
+@pytest.mark.parametrize("system_name", ["elastic", "quota"])
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_preemption_and_recomputation_change_no_token(pair, tiny_checkpoints):
+def test_preemption_and_recomputation_change_no_token(system_name, pair, tiny_checkpoints):
     """Engines that take what they find run out of pages: the youngest lose theirs, and are computed again."""
     models = served(tiny_checkpoints, pair)
-    system = registry.create("elastic", {**OPTIONS, "admission": "optimistic"})
+    system = registry.create(system_name, {**OPTIONS, "admission": "optimistic"})
     placement = with_kv_pages(system.plan(cpu_cluster(1, MEMORY_BYTES), models, Demand()), SCARCE_PAGES // 2)
     rng = random.Random(11)
     requests = [

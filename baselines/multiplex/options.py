@@ -45,30 +45,6 @@ class ElasticOptions(EngineOptions):
 
 
 @dataclass(frozen=True)
-class PlacementOptions(ElasticOptions):
-    """Elastic with placement by KV pressure and one queue a device by deadline. A request's first token is due `ttft_slo_s`
-    after its submission; `tpot_slo_s` weighs a model's token rate. At most `prefills_ahead` requests of a device are between
-    dispatch and first token. `card` of conf/hardware tells how long a prefill takes (empty: cpu2 for CPU devices,
-    a100-40gb else)."""
-
-    admission: str = "optimistic"
-    ttft_slo_s: float = 2.0
-    tpot_slo_s: float = 0.2
-    prefills_ahead: int = 4
-    card: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("ttft_slo_s", "tpot_slo_s"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"option {name} is {getattr(self, name)!r}; it must be above 0")
-        if not isinstance(self.prefills_ahead, int) or self.prefills_ahead < 1:
-            raise UserError(
-                f"option prefills_ahead is {self.prefills_ahead!r}; it must be a whole number of at least 1"
-            )
-
-
-@dataclass(frozen=True)
 class QuotaOptions(EngineOptions):
     """Beside what every engine has: `quotas`, the share of its device's KV pool that each model starts with (empty: in
     proportion to rate x layers x KV width, from the demand); `adapt_every_s` seconds (0: never) quota moves to models that hold
@@ -85,5 +61,10 @@ class QuotaOptions(EngineOptions):
         _require(("optimistic", "cap"), "admission", self.admission)
         if not self.adapt_every_s >= 0:
             raise UserError(f"option adapt_every_s is {self.adapt_every_s!r}; it must be 0 or more")
+        if any(not share > 0 for share in self.quotas.values()) or sum(self.quotas.values()) > 1 + 1e-9:
+            raise UserError(
+                f"option quotas is {dict(self.quotas)}; shares of the pool are above 0 and sum to at most 1, these to "
+                f"{sum(self.quotas.values()):g}"
+            )
         if not 0 < self.crowded <= 1:
             raise UserError(f"option crowded is {self.crowded!r}; it must be above 0 and at most 1")
