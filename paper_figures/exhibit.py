@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from paper_figures.records import Run
 from paper_figures.style import COLUMN_IN
 
+_MOST_BESIDE_ANOTHER = 28  # letters of labels of which two fit a column's width
+
 
 class NothingToDraw(Exception):
     """The records hold nothing that this exhibit shows. The message says what it would need."""
@@ -84,6 +86,8 @@ def legend_above(figure: Figure, axes: Sequence[Axes], columns: int = 2) -> None
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
+    if max(map(len, entries), default=0) > _MOST_BESIDE_ANOTHER and figure.get_figwidth() <= COLUMN_IN:
+        columns = 1
     if entries:
         figure.legend(
             entries.values(),

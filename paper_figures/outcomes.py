@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import pandas as pd
@@ -41,7 +42,8 @@ class Outcomes(FigureExhibit):
     def draw(self, rows: pd.DataFrame, figure: Figure) -> None:
         axis = figure.subplots()
         names = [
-            style.look(row.system).label + (f"\n{row.panel}" if row.panel else "")
+            textwrap.shorten(style.look(row.system).label, 36, placeholder=" ...")
+            + (f"\n{row.panel}" if row.panel else "")
             for row in rows.itertuples(index=False)
         ]
         positions = list(range(len(rows)))
