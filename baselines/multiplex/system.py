@@ -3,7 +3,7 @@ pages are mapped on demand from what is left of each device, for whoever comes f
 
 No arbiter: engines launch when they have work and slow each other, none has a quota, and one that finds no page preempts its
 youngest request and computes it again later. On CPU devices engines are processes that share their device's core, one ledger
-and one page table (serving/memory/lent.py); simulated, they share it as serving/cost/contention.py says.
+and one page table (serving/memory/lent.py); on a card each has a context and streams of its own; simulated, they share it as serving/cost/contention.py says.
 """
 
 from __future__ import annotations
@@ -95,8 +95,10 @@ class Elastic(GroupedSystem):
         # Pages are charged here, once: what engines charge is theirs to hold beside them.
         shape = LentShape(num_pages, len(instances), device.memory_bytes - num_pages * page_bytes)
         ledger = self._new_mailbox_region(shape.region_bytes)
-        physical = PhysicalPages(num_pages, page_bytes)
-        self._physical.append(physical)
+        fds = [ledger.fd]
+        if device.kind == "cpu":  # on a card each engine creates what the ledger grants it
+            self._physical.append(PhysicalPages(num_pages, page_bytes))
+            fds.append(self._physical[-1].fd)
         for engine, instance in enumerate(instances):
             pool = pool_config(instance.model.name, plan.kv_bytes, page_bytes, [0], self.options.max_running)
             role = ModelWorkerConfig(
@@ -108,16 +110,16 @@ class Elastic(GroupedSystem):
                 (-1,),
                 (-1,),
                 growth="preempt",
-                lent=LentRef(ref(ledger), physical.fd, shape, engine),
+                lent=LentRef(ref(ledger), fds[-1], shape, engine),
             )
-            worker = self._start_worker(device, role, [ledger.fd, physical.fd], instance.model.name)
+            worker = self._start_worker(device, role, fds, instance.model.name)
             rule, queue = (admission, None) if isinstance(admission, str) else ("", admission)
             self._register_pools(worker, role, self.options, rule, queue)
 
 
 def _require_real(device: Device, instances: Sequence[Instance]) -> None:
-    if device.kind != "cpu":
-        raise UserError(f"{device.name}: engines side by side run on CPU devices, and simulated elsewhere: backend=sim")
+    if device.kind not in ("cpu", "cuda"):
+        raise UserError(f"{device.name}: engines side by side run on CPU and CUDA devices, not on {device.kind!r}")
     for instance in instances:
         if instance.group.ranks > 1:
             raise UserError(

@@ -21,7 +21,10 @@ from serving.interface import Device, ServedModel
 from serving.layers.sizes import weight_bytes_attention, weight_bytes_ffn
 from serving.memory.budget import MemoryBudget
 from serving.memory.kv_pool import KVPool
+from serving.memory.lent import SharedBudget, SharedPageLender
+from serving.shm.region import SharedRegion
 from serving.workers.config import ModelWorkerConfig
+from serving.workers.mapped_pages import growth_over
 from serving.workers.model_worker import HostedModel
 
 
@@ -47,22 +50,30 @@ def _weights(model: ServedModel, device: torch.device) -> Weights:
     return open_weights(model)
 
 
-def load_attention(model: ServedModel, device: Device, budget: MemoryBudget) -> CardAttentionHalf:
+def load_attention(model: ServedModel, device: Device, budget: MemoryBudget | SharedBudget) -> CardAttentionHalf:
     budget.charge(f"attention weights of {model.name}", weight_bytes_attention(model.spec, model.dtype))
     with _weights(model, card(device)) as weights:
         return CardAttentionHalf(model.spec, weights, getattr(torch, model.dtype), card(device))
 
 
-def load_ffn(model: ServedModel, device: Device, budget: MemoryBudget) -> CardFFNHalf:
+def load_ffn(model: ServedModel, device: Device, budget: MemoryBudget | SharedBudget) -> CardFFNHalf:
     budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(model.spec, model.dtype))
     with _weights(model, card(device)) as weights:
         return CardFFNHalf(model.spec, weights, getattr(torch, model.dtype), card(device))
 
 
-def open_pool(num_pages: int, page_bytes: int, models: list[ServedModel], max_runs: int, device: Device) -> KVPool:
-    """A KV pool in a card's memory. Raises UserError where a run would not begin on a block."""
-    memory = CardMemory(card(device))
-    pool = KVPool(num_pages, page_bytes, [(m.spec, m.dtype) for m in models], max_runs, memory)
+def open_pool(
+    num_pages: int,
+    page_bytes: int,
+    models: list[ServedModel],
+    max_runs: int,
+    device: Device,
+    lender: SharedPageLender | None = None,
+) -> KVPool:
+    """A KV pool in a card's memory; with `lender`, of pages that engines of other processes are lent too. Raises UserError
+    where a run would not begin on a block."""
+    memory = CardMemory(card(device), lent=lender is not None)
+    pool = KVPool(num_pages, page_bytes, [(m.spec, m.dtype) for m in models], max_runs, memory, lender)
     for kv in pool.models.values():
         if kv.run_slots % BLOCK_TOKENS:
             raise UserError(f"pages of {page_bytes} bytes do not hold whole blocks of {kv.geometry.model}")
@@ -77,16 +88,23 @@ def build_card_worker(role: ModelWorkerConfig, wires) -> CardWorker:
     torch.cuda.set_device(card(role.device))
     crosspool = isinstance(role, CardWorkerConfig)
     ffn_devices = role.ffn_devices if crosspool else (role.device,) * len(role.models)
-    budgets = {device.name: MemoryBudget(device.name, device.memory_bytes) for device in (role.device, *ffn_devices)}
+    budgets: dict[str, MemoryBudget | SharedBudget] = {
+        device.name: MemoryBudget(device.name, device.memory_bytes) for device in (role.device, *ffn_devices)
+    }
+    lender = None
+    if role.lent is not None:
+        ledger = SharedRegion(role.lent.ledger.size_bytes, fd=role.lent.ledger.fd)
+        budgets[role.device.name] = SharedBudget(ledger, role.lent.shape, role.lent.engine)
+        lender = SharedPageLender(ledger, role.lent.shape, role.lent.engine)
     attention = [load_attention(model, role.device, budgets[role.device.name]) for model in role.models]
     ffns = [load_ffn(m, d, budgets[d.name]) for m, d in zip(role.models, ffn_devices, strict=True)]
     pools = []
     for config in role.pools:
-        budgets[role.device.name].charge(f"KV pool {config.name}", config.num_pages * config.page_bytes)
+        if lender is None:  # pages that are lent have been charged by whoever lends them
+            budgets[role.device.name].charge(f"KV pool {config.name}", config.num_pages * config.page_bytes)
         hosted = [role.models[index] for index in config.models]
-        pools.append(
-            (config.name, open_pool(config.num_pages, config.page_bytes, hosted, config.max_runs, role.device))
-        )
+        pool = open_pool(config.num_pages, config.page_bytes, hosted, config.max_runs, role.device, lender)
+        pools.append((config.name, pool))
     kv_of = {name: kv for _, pool in pools for name, kv in pool.models.items()}
     kvs = [kv_of[model.name] for model in role.models]
     models = [CardModel.of(*parts) for parts in zip(attention, ffns, kvs, strict=True)]
@@ -98,4 +116,5 @@ def build_card_worker(role: ModelWorkerConfig, wires) -> CardWorker:
     return CardWorker(
         runner, hosted, pools, role.limits, role.lanes, wires.control, wires.tokens, wires.counters,
         role.sample_interval_ms, wires.recorder,
+        growth=growth_over(role, pools[0][1], kvs, wires.counters), prefill_first=role.prefill_first,
     )  # fmt: skip

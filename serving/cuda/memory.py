@@ -1,6 +1,6 @@
 """A card's form of :mod:`serving.memory.virtual`: created pages in a pool, address space that they are mapped into.
 
-Creating a page costs more than mapping one, so all of a pool's pages are created when it opens, and then only mapped.
+Creating a page costs more than mapping one, so a pool's pages are created when it opens, or once where engines share them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from serving.errors import UserError
 
 
 class PhysicalPages:
-    """`num_pages` pages of `page_bytes` of a card's memory, held as handles from the start."""
+    """`num_pages` pages of `page_bytes` of a card's memory, created from the start."""
+
+    _on_demand = False
 
     def __init__(self, num_pages: int, page_bytes: int, device: torch.device) -> None:
         torch.cuda.set_device(device)
@@ -23,17 +25,32 @@ class PhysicalPages:
         if page_bytes <= 0 or page_bytes % smallest:
             raise UserError(f"KV page of {page_bytes} bytes is not a multiple of {device}'s {smallest}")
         self.num_pages, self.page_bytes = num_pages, page_bytes
-        self.handles: list[int] = []
+        self._index = device.index
+        self._handles: dict[int, int] = {}  # by page
         try:
-            for _ in range(num_pages):
-                self.handles.append(driver.create(device.index, page_bytes))
+            for page in range(0 if self._on_demand else num_pages):
+                self.handle(page)
         except BaseException:
             self.close()
             raise
 
+    def handle(self, page: int) -> int:
+        """What the driver knows `page` by. Raises CapacityError where it must be created and the card has no room."""
+        if page not in self._handles:
+            self._handles[page] = driver.create(self._index, self.page_bytes)
+        return self._handles[page]
+
     def close(self) -> None:
-        while self.handles:
-            driver.release(self.handles.pop())
+        while self._handles:
+            driver.release(self._handles.popitem()[1])
+
+
+class LentPages(PhysicalPages):
+    """Pages of a device that engines of several processes share. Memory of one process is not seen by another, so each creates
+    what a shared ledger first grants it, and keeps it created, as engines keep a pool of pages ready. The ledger bounds what is
+    mapped at a time by the device's budget; what is created and not mapped lies beyond it, in what the card has more."""
+
+    _on_demand = True
 
 
 class VirtualRange:
@@ -51,7 +68,7 @@ class VirtualRange:
         size = physical.page_bytes
         for page in range(count):
             offset = offset_bytes + page * size
-            driver.map_memory(self._address + offset, size, physical.handles[first_page + page])
+            driver.map_memory(self._address + offset, size, physical.handle(first_page + page))
             self._mapped.add((offset, size))
         driver.allow(self._device.index, self._address + offset_bytes, count * size)
 
@@ -79,15 +96,15 @@ class VirtualRange:
 
 class CardMemory:
     """Where a KV pool on `device` gets pages and address space. Triton asks the driver about every pointer that it is given,
-    and the driver knows mapped addresses only."""
+    and the driver knows mapped addresses only. Pages that are `lent` are also other processes'."""
 
     anchored = True
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, lent: bool = False) -> None:
+        self._device, self._pages = device, LentPages if lent else PhysicalPages
 
     def pages(self, num_pages: int, page_bytes: int) -> PhysicalPages:
-        return PhysicalPages(num_pages, page_bytes, self._device)
+        return self._pages(num_pages, page_bytes, self._device)
 
     def reserve(self, length_bytes: int) -> VirtualRange:
         return VirtualRange(length_bytes, self._device)

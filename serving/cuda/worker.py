@@ -26,8 +26,10 @@ class CardWorker(ModelWorker):
     """Runs steps through `runner`; everything else is the CPU worker's. Its busy time is the time from a step's launch to
     its end as the host sees it, of one lane at least."""
 
-    def __init__(self, runner: StepRunner, models: Sequence[HostedModel], pools: Sequence[tuple[str, KVPool]], *rest):
-        super().__init__(models, pools, *rest)
+    def __init__(
+        self, runner: StepRunner, models: Sequence[HostedModel], pools: Sequence[tuple[str, KVPool]], *rest, **options
+    ):
+        super().__init__(models, pools, *rest, **options)
         self._runner = runner
         self._busy_since_ns = 0
 
@@ -51,11 +53,10 @@ class CardWorker(ModelWorker):
             super()._rest(idle_spins)
 
     def _begin(self, lane: int) -> bool:
-        plan = self._scheduler.next_step()
+        plan = self._next_plan(time.monotonic_ns())
         if plan is None:
             return False
         model = self._models[plan.model]
-        self._map_for(model, plan)
         now_ns = time.monotonic_ns()
         if not any(self._lanes):
             self._busy_since_ns = now_ns

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from serving.checkpoints import open_weights
-from serving.growth import preempting_growth
 from serving.interface import Device, ServedModel
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
@@ -20,7 +19,6 @@ from serving.memory.lent import LentMemory, SharedBudget, SharedPageLender
 from serving.parallel.exchange import Exchange
 from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
 from serving.parallel.share import Share, ShareOfWeights, share_spec
-from serving.pausing import growth_of
 from serving.shm.mailbox import Mailbox
 from serving.shm.region import SharedRegion
 from serving.shm.ring import Ring
@@ -41,7 +39,7 @@ from serving.workers.counters import Counters
 from serving.workers.ffn_worker import FFNWorker
 from serving.workers.group_member import GroupMember, HeldShare
 from serving.workers.group_worker import GroupWorker
-from serving.workers.mapped_pages import MappedPages
+from serving.workers.mapped_pages import growth_over
 from serving.workers.model_worker import HostedModel, ModelWorker
 from serving.workers.ports import FFNPort, LocalFFN, RelayedFFN, RemoteFFN, SpreadFFN
 from serving.workers.relay_worker import RelayWorker
@@ -175,10 +173,7 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
             warm_up_attention(model.half, model.kv)
     for i, half in local.items():
         warm_up_ffn(half, role.models[i])
-    if role.growth == "preempt":
-        growth = preempting_growth(role, MappedPages(pools[0][1], [model.kv for model in hosted], wires.counters))
-    else:
-        growth = growth_of(role)
+    growth = growth_over(role, pools[0][1], [model.kv for model in hosted], wires.counters)
     return ModelWorker(
         hosted,
         pools,

@@ -6,8 +6,11 @@ import time
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
 
+from serving.growth import PreemptingGrowth, preempting_growth
 from serving.memory.kv_pool import KVPool, ModelKV
+from serving.pausing import PausedGrowth, growth_of
 from serving.sequence import Sequence
+from serving.workers.config import ModelWorkerConfig
 from serving.workers.counters import Counters
 
 
@@ -33,3 +36,12 @@ class MappedPages:
 
     def deciding(self) -> AbstractContextManager[object]:
         return self._lender.deciding()
+
+
+def growth_over(
+    role: ModelWorkerConfig, pool: KVPool, models: Seq[ModelKV], counters: Counters
+) -> PausedGrowth | PreemptingGrowth | None:
+    """What decides over the growth of a worker's sequences, as its `role` says; None where admission has promised all."""
+    if role.growth == "preempt":
+        return preempting_growth(role, MappedPages(pool, models, counters))
+    return growth_of(role)

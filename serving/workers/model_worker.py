@@ -169,16 +169,10 @@ class ModelWorker:
     # -- the life of a step --------------------------------------------------------------------------------------------
     def _begin(self, lane: int) -> bool:
         started_ns = time.monotonic_ns()
-        plan = self._scheduler.next_step(self._growth and self._growth.may_step(started_ns / 1e9))
-        if self._growth and (preempted := self._growth.take_preempted()):
-            self._counters.add("preemptions", len(preempted))
-            self._report(Preempted(time.monotonic_ns(), preempted))
+        plan = self._next_plan(started_ns)
         if plan is None:
             return False
-        if self._growth:
-            self._growth.take(plan)
         model = self._models[plan.model]
-        self._map_for(model, plan)
         run_starts = tuple(sequence.run.start_slot for sequence, _ in plan.items)
         layout = BatchLayout(plan.query_lens, plan.kv_lens, run_starts, plan.logit_rows)
         hidden = model.half.embed(torch.tensor(plan.token_ids))
@@ -186,6 +180,19 @@ class ModelWorker:
         self._lanes[lane] = step = InFlight(model, plan, layout, hidden, after=self._earlier_chunks(plan))
         self._send(started_ns, lane, step, ffn_in)
         return True
+
+    def _next_plan(self, now_ns: int) -> StepPlan | None:
+        """The step to begin next, its pages mapped; None where nobody may step."""
+        plan = self._scheduler.next_step(self._growth and self._growth.may_step(now_ns / 1e9))
+        if self._growth and (preempted := self._growth.take_preempted()):
+            self._counters.add("preemptions", len(preempted))
+            self._report(Preempted(time.monotonic_ns(), preempted))
+        if plan is None:
+            return None
+        if self._growth:
+            self._growth.take(plan)
+        self._map_for(self._models[plan.model], plan)
+        return plan
 
     def _earlier_chunks(self, plan: StepPlan) -> tuple[InFlight, ...]:
         shared = {sequence for sequence, _ in plan.items if sequence.in_flight > 1}
