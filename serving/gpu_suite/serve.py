@@ -1,8 +1,11 @@
 """Systems serving two models on one card, open loop: time between tokens and to the first, system after system on the same
-requests. Both pools of CrossPool, and both partitions of `static-2`, are on the one card under budgets of their own.
+requests. Both pools of CrossPool are on the one card under budgets of their own.
 
-Processes on one card take turns on it (no MPS is started), which is what `static-2` shows: it stands for engines that share
-a card and know nothing of each other. `static` is one process with a partition of KV for each model.
+Processes on one card take turns on it (no MPS is started): the engines of `elastic`, which take KV from one shared ledger as
+they find it. `static` is one process with a partition of KV for each model.
+All systems get the same bytes: what the weights of both halves need, and `--kv-gib` for KV and workspaces, so that a little
+of it makes KV scarce. Rates are of each model. With `--against NAME` each row also says by how much that system's P99 TBT is
+longer or shorter, by model.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ import argparse
 import random
 import time
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 from serving import registry
+from serving.batching import StepLimits
+from serving.capacity import attention_bytes, ffn_bytes, ffn_workspace_bytes
 from serving.cost.table1 import published_spec
 from serving.errors import command
 from serving.generate import cuda_cluster
@@ -27,28 +32,36 @@ _SYSTEMS = {
     "crosspool host": ("crosspool", {"control": "host"}),
     "crosspool lowered 1 lane": ("crosspool", {"control": "lowered", "lanes": 1}),
     "static": ("static", {}),
-    "static-2": ("static", {}),
+    "elastic": ("elastic", {}),
+    "elastic cap": ("elastic", {"admission": "cap"}),
 }
-_PROMPT_TOKENS, _NEW_TOKENS = (64, 512), (32, 128)
+_NEW_TOKENS = (32, 128)
+
+
+def pool_bytes(models: Sequence[ServedModel], kv_bytes: int) -> tuple[int, int]:
+    """Bytes of CrossPool's two devices on the card: attention weights and `kv_bytes`; FFN weights and what a step needs."""
+    limits = StepLimits(_OPTIONS["max_batch"], _OPTIONS["prefill_chunk"])
+    weights = sum(ffn_bytes(model) for model in models) + max(ffn_workspace_bytes(model, limits) for model in models)
+    return kv_bytes + sum(attention_bytes(model) for model in models), weights
 
 
 def cluster_for(name: str, kv_bytes: int, weights_bytes: int) -> Cluster:
     """The card as the system's devices; all systems get the same bytes in all."""
     total = kv_bytes + weights_bytes
-    if name == "static":
+    if name in ("static", "elastic"):
         return cuda_cluster(1, total)
-    if name == "static-2":
-        return cuda_cluster(2, total // 2)
     return Cluster((Device("kv", "cuda", 0, kv_bytes), Device("weights", "cuda", 0, weights_bytes)))
 
 
-def requests_of(models: Sequence[ServedModel], rate_rps: float, count: int, seed: int) -> list[tuple[float, Request]]:
-    """`count` Poisson arrivals (seconds, request) at `rate_rps`, uniform over models and lengths."""
+def requests_of(
+    models: Sequence[ServedModel], rate_rps: float, count: int, seed: int, prompts: tuple[int, int] = (64, 512)
+) -> list[tuple[float, Request]]:
+    """`count` Poisson arrivals (seconds, request) at `rate_rps`, uniform over models and lengths; prompts of `prompts` tokens."""
     rng, now, arrivals = random.Random(seed), 0.0, []
     for number in range(count):
         now += rng.expovariate(rate_rps)
         model = models[rng.randrange(len(models))]
-        prompt = tuple(rng.randrange(model.spec.vocab_size) for _ in range(rng.randint(*_PROMPT_TOKENS)))
+        prompt = tuple(rng.randrange(model.spec.vocab_size) for _ in range(rng.randint(*prompts)))
         arrivals.append((now, Request(number, model.name, prompt, rng.randint(*_NEW_TOKENS))))
     return arrivals
 
@@ -74,20 +87,29 @@ def replay(system: System, arrivals: Sequence[tuple[float, Request]], limit_s: f
     return times
 
 
+def p99_by_model(times: dict[int, list[float]], arrivals: Sequence[tuple[float, Request]]) -> dict[str, float]:
+    """P99 of each model's times between tokens, in seconds."""
+    gaps: dict[str, list[float]] = {}
+    for _, request in arrivals:
+        gaps.setdefault(request.model, []).extend(b - a for a, b in pairwise(times[request.request_id][1:]))
+    return {model: _p99(sorted(values)) for model, values in gaps.items() if values}
+
+
+def _p99(values: Sequence[float]) -> float:
+    return values[min(len(values) - 1, int(0.99 * len(values)))]
+
+
 def summary(times: dict[int, list[float]]) -> dict[str, float]:
     """Mean and P99 of TBT (pooled over tokens) and TTFT, in seconds, and tokens a second of the whole run."""
     gaps = sorted(b - a for request in times.values() for a, b in pairwise(request[1:]))
     first = sorted(request[1] - request[0] for request in times.values())
 
-    def p99(values: list[float]) -> float:
-        return values[min(len(values) - 1, int(0.99 * len(values)))]
-
     tokens = sum(len(request) - 1 for request in times.values())
     return {
         "tbt_mean_s": sum(gaps) / len(gaps),
-        "tbt_p99_s": p99(gaps),
+        "tbt_p99_s": _p99(gaps),
         "ttft_mean_s": sum(first) / len(first),
-        "ttft_p99_s": p99(first),
+        "ttft_p99_s": _p99(first),
         "tokens_per_s": tokens / max(request[-1] for request in times.values()),
     }
 
@@ -98,29 +120,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", default="deepseek-v2-lite,qwen3-30b-a3b")
     parser.add_argument("--systems", default=",".join(_SYSTEMS))
-    parser.add_argument("--rates", default="2,6", help="requests a second")
+    parser.add_argument("--rates", default="1,3", help="requests a second of each model")
     parser.add_argument("--requests", type=int, default=40)
-    parser.add_argument("--kv-gib", type=int, default=24)
-    parser.add_argument("--weights-gib", type=int, default=96)
+    parser.add_argument("--prompts", default="64,512", help="least and most tokens of a prompt")
+    parser.add_argument("--kv-gib", default="16", help="for KV and workspaces; each of several is a run of its own")
+    parser.add_argument("--against", default="crosspool lowered", help="the system that others are compared with")
     args = parser.parse_args(argv)
     names = args.models.split(",")
     models = [ServedModel(published_spec(name), Path(), "bfloat16", dummy=True) for name in names]
+    prompts = tuple(int(text) for text in args.prompts.split(","))
+    rates = [float(text) for text in args.rates.split(",")]
     rows: list[dict] = []
-    for label in args.systems.split(","):
+    for kv_gib, label in product(map(float, args.kv_gib.split(",")), args.systems.split(",")):
         name, options = _SYSTEMS[label]
         system = registry.create(name, {**_OPTIONS, **options})
-        row = {"system": label}
+        row = {"system": label, "kv_gib": kv_gib, "prompts": list(prompts), "requests": args.requests}
         try:
             begun = time.monotonic()
-            placement = system.plan(cluster_for(label, args.kv_gib << 30, args.weights_gib << 30), models, Demand())
-            system.start(placement)
+            cluster = cluster_for(label.split()[0], *pool_bytes(models, int(kv_gib * 2**30)))
+            system.start(system.plan(cluster, models, Demand()))
             row["start_s"] = time.monotonic() - begun
-            replay(
-                system, requests_of(models, 50.0, args.requests, seed=99), 90
-            )  # prefill compiles for sizes as they come
-            for rate in map(float, args.rates.split(",")):
-                times = replay(system, requests_of(models, rate, args.requests, seed=int(rate)), 120)
-                rows.append({**row, "rate_rps": rate, **summary(times)})
+            replay(system, requests_of(models, 20.0, 12, 99, prompts), 90)
+            for rate in rates:
+                before = sum(device.preemptions for device in system.stats())
+                arrivals = requests_of(models, rate * len(models), args.requests, int(10 * rate), prompts)
+                times = replay(system, arrivals, 120)
+                found = {"p99_by_model": p99_by_model(times, arrivals), **summary(times)}
+                found["preemptions"] = sum(device.preemptions for device in system.stats()) - before
+                rows.append({**row, "rate_rps": rate * len(models), **found})
+                _compare(rows, args.against)
                 print("row: " + _described(rows[-1]), flush=True)
                 save(args.out, rows)
         except Exception as error:  # noqa: BLE001  the next system may still work
@@ -132,13 +160,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any("error" in row for row in rows))
 
 
+def _compare(rows: Sequence[dict], against: str) -> None:
+    """Add to the last row how many times the P99 TBT of `against`, under the same load, its own is, by model."""
+    row = rows[-1]
+    same = [
+        other
+        for other in rows
+        if other["system"] == against and all(other.get(key) == row[key] for key in ("rate_rps", "kv_gib"))
+    ]
+    if same:
+        row["p99_over"] = {m: value / same[0]["p99_by_model"][m] for m, value in row["p99_by_model"].items()}
+
+
 def _described(row: dict) -> str:
     if "error" in row:
         return f"{row['system']:<25} {row['error']}"
+    over = ", ".join(f"{model} {value:.2f}" for model, value in row.get("p99_over", {}).items())
     return (
         f"{row['system']:<25} {row['rate_rps']:4.1f} req/s  TBT {row['tbt_mean_s'] * 1e3:7.2f} ms, P99 "
         f"{row['tbt_p99_s'] * 1e3:7.2f}; TTFT {row['ttft_mean_s'] * 1e3:8.1f}, P99 {row['ttft_p99_s'] * 1e3:8.1f}; "
-        f"{row['tokens_per_s']:6.0f} tok/s; start {row['start_s']:.0f} s"
+        f"{row['tokens_per_s']:6.0f} tok/s; start {row['start_s']:.0f} s; "
+        f"KV {row['kv_gib']:g} GiB, {row['preemptions']} preemptions; P99 over: {over}"
     )
 
 

@@ -24,6 +24,7 @@ PAIRS = [("mixtral", "deepseek_v2"), ("deepseek", "qwen3_moe"), ("glm4_moe_lite"
 OPTIONS = {"max_batch": 4, "prefill_chunk": CHUNK, "page_bytes": PAGE_BYTES, "max_running": 16}
 SYSTEMS = {
     "static": ("static", 1, {}),
+    "elastic": ("elastic", 1, {}),
     "crosspool-lowered": ("crosspool", 2, {"control": "lowered"}),
     "crosspool-1-lane": ("crosspool", 2, {"control": "lowered", "lanes": 1}),
     "crosspool-host": ("crosspool", 2, {"control": "host"}),

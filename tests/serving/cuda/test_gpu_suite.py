@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from serving import registry
+from serving.cost.table1 import published_spec
 from serving.errors import UserError
 from serving.gpu_suite import __main__ as suite
 from serving.gpu_suite import serve, show
-from serving.interface import ServedModel
+from serving.interface import Demand, Request, ServedModel
 from serving.spec import load_spec
 
 pytestmark = pytest.mark.cpu
@@ -59,7 +61,7 @@ def test_every_system_gets_the_same_requests_and_bytes(tiny_checkpoints, monkeyp
     model = ServedModel(load_spec(tiny_checkpoints["mixtral"]), tiny_checkpoints["mixtral"])
     assert serve.requests_of([model], 5.0, 6, seed=1) == serve.requests_of([model], 5.0, 6, seed=1)
     sizes = {
-        name: serve.cluster_for(name, 3 << 30, 5 << 30).memory_bytes for name in ("static", "static-2", "crosspool")
+        name: serve.cluster_for(name, 3 << 30, 5 << 30).memory_bytes for name in ("static", "elastic", "crosspool")
     }
     assert set(sizes.values()) == {8 << 30}
 
@@ -77,3 +79,27 @@ def test_shipped_tables_are_those_of_the_shipped_results():
 def test_a_folder_without_results_is_named(tmp_path):
     with pytest.raises(UserError, match="engine.json is not a result"):
         show.render(tmp_path)
+
+
+def test_p99_of_each_model_and_against_the_same_load():
+    requests = [(0.0, Request(0, "a", (1,), 2)), (0.0, Request(1, "b", (1,), 2))]
+    slow, quick = ({0: [0.0, 1.0, 1.5], 1: [0.0, 1.0, gap]} for gap in (1.3, 1.1))
+    rows = [
+        {"system": name, "rate_rps": 2.0, "kv_gib": 1.0, "p99_by_model": serve.p99_by_model(times, requests)}
+        for name, times in (("crosspool lowered", quick), ("elastic", slow))
+    ]
+    serve._compare(rows, "crosspool lowered")
+    assert rows[-1]["p99_over"] == pytest.approx({"a": 1.0, "b": 3.0})
+
+
+def test_both_pools_and_shared_devices_plan_within_the_same_bytes(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    models = [
+        ServedModel(published_spec(name), Path(), "bfloat16", dummy=True)
+        for name in ("deepseek-v2-lite", "qwen3-30b-a3b")
+    ]
+    for label in ("crosspool lowered", "elastic", "static"):
+        name, options = serve._SYSTEMS[label]
+        cluster = serve.cluster_for(name, *serve.pool_bytes(models, 2 << 30))
+        plans = registry.create(name, {**serve._OPTIONS, **options}).plan(cluster, models, Demand()).devices
+        assert 1 << 30 < sum(plan.kv_bytes for plan in plans) < 2 << 30
