@@ -15,6 +15,9 @@ from kernels.launch import ceil_div, launch, next_power_of_2, num_sms
 from kernels.paged_kv import PagedKV
 from kernels.tile import LOG2_E
 
+_NARROWEST_SLICE = 64
+_JOINED_ELEMENTS = 8192  # of partial results in a program's registers at a time
+
 MIN_CHUNK_TOKENS = 256  # below this a chunk's reads no longer cover the cost of joining it
 
 
@@ -101,12 +104,13 @@ def _combine_kernel(
     readers,
     programs,
     DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    SLICE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    """Join `SLICE` channels of one head of one sequence."""
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     index = tl.arange(0, BLOCK_B)
@@ -116,10 +120,10 @@ def _combine_kernel(
     before = tl.sum(tl.where(index < sequence, splits, 0))
     count = tl.sum(tl.where(index == sequence, splits, 0))
     if count > 1:
-        channel = tl.arange(0, BLOCK_D)
+        channel = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
         top = -float("inf")
         mass = 0.0
-        acc = tl.zeros((BLOCK_D,), tl.float32)
+        acc = tl.zeros((SLICE,), tl.float32)
         for start in range(0, count, BLOCK_S):
             split = start + tl.arange(0, BLOCK_S)
             place = (before + split).to(tl.int64) * heads + head
@@ -134,6 +138,15 @@ def _combine_kernel(
             top = new_top
         row = sequence.to(tl.int64) * heads + head
         tl.store(out_ptr + row * DIM + channel, (acc / mass).to(out_ptr.dtype.element_ty), mask=channel < DIM)
+
+
+def combine_slice(rows: int, dim: int, sms: int) -> int:
+    """Channels of one of `rows` rows of `dim` (a power of two) channels that a program joins. Partial results of a long sequence
+    are many and rows of one few: a program a row would read them all through few multiprocessors, one batch after the other."""
+    width = dim
+    while width > _NARROWEST_SLICE and rows * (dim // width) < sms:
+        width //= 2
+    return width
 
 
 class SplitPlan:
@@ -168,9 +181,11 @@ class SplitPlan:
         """Join the partial results into `out`; sequences of one chunk are there already."""
         if not self.may_split:
             return
+        constants = self.constants
+        width = combine_slice(self.batch * self.heads, constants.pop("BLOCK_D"), num_sms(out.device))
         launch(
             _combine_kernel,
-            (self.batch, self.heads),
+            (self.batch, self.heads, ceil_div(self.dim, width)),
             self.lens,
             out,
             self.partial,
@@ -179,8 +194,9 @@ class SplitPlan:
             self.heads,
             self.readers,
             self.programs,
-            **self.constants,
-            BLOCK_S=16,
+            **constants,
+            SLICE=width,
+            BLOCK_S=_JOINED_ELEMENTS // width,
             num_warps=4,
         )
 

@@ -53,6 +53,19 @@ def test_decode_mha_of_20_heads(lengths, device, check):
     check("out", form.decode_gqa(q, kv, 0.3), gqa_reference.decode_gqa(q, kv, 0.3))
 
 
+@pytest.mark.parametrize("dim", [128, 192])
+def test_one_long_sequence_is_joined_in_slices_of_its_channels(dim, device, check):
+    """Where rows are few, a row's channels are dealt out; 192 channels leave the last slice half empty."""
+    from kernels.attention import triton as form
+    from kernels.attention.split import combine_slice
+    from kernels.launch import num_sms
+
+    assert combine_slice(2, 256, num_sms(torch.device("cpu"))) == 128
+    kv = paged((600,), (2, 1, dim), 64, torch.float32, device)
+    q = torch.randn(1, 2, dim, device=device)
+    check("out", form.decode_gqa(q, kv, dim**-0.5), gqa_reference.decode_gqa(q, kv, dim**-0.5))
+
+
 @pytest.mark.parametrize(
     ("lengths", "rows"),
     [((1,), (1,)), ((70, 64, 9), (70, 3, 1)), ((130, 20), (40, 1))],
