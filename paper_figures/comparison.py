@@ -213,7 +213,7 @@ class ComparisonByRate(FigureExhibit):
                 for axis in column:
                     style.plain_log_ticks(axis.yaxis)
             else:
-                column[0].set_ylim(bottom=0)
+                column[0].set_ylim(0, 1.08 * column[0].get_ylim()[1])  # whole markers at the top
             column[-1].set_xticks(range(len(rates)), [f"{x:g}" for x in rates])
             column[-1].set_xlim(-0.5, len(rates) - 0.5)
             column[-1].set_xlabel("Offered rate (req/s)")
