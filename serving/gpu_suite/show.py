@@ -54,6 +54,20 @@ def serve_table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def elastic_table(rows: Sequence[dict]) -> str:
+    """As above, with the KV that all systems had, and by model the P99 TBT over that of the first system."""
+    models = sorted({model for row in rows for model in row["p99_over"]})
+    head = ["system", "KV GiB", "req/s", "TBT P99 ms", "TTFT mean ms", "TTFT P99 ms", "preempted"]
+    head += [f"P99 over {rows[0]['system']}, {model}" for model in models]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        times = " | ".join(f"{row[name] * 1e3:.1f}" for name in ("tbt_p99_s", "ttft_mean_s", "ttft_p99_s"))
+        over = " | ".join(f"{row['p99_over'][model]:.2f}" for model in models)
+        first = f"{row['system']} | {row['kv_gib']:g} | {row['rate_rps']:g}"
+        lines.append(f"| {first} | {times} | {row['preemptions']} | {over} |")
+    return "\n".join(lines)
+
+
 def memory_table(rows: dict[str, dict[str, float]]) -> str:
     lines = ["| | what | value |", "|---|---|---|"]
     for name, values in rows.items():
@@ -65,6 +79,8 @@ def render(folder: Path) -> str:
     """All tables of `folder`. Raises UserError where a file is missing or no result."""
     memory = _measured(folder / "memory.json") if (folder / "memory.json").exists() else {}
     tables = [engine_table(_rows(folder / "engine.json")), serve_table(_rows(folder / "serve.json"))]
+    if (folder / "elastic.json").exists():
+        tables.append(elastic_table(_rows(folder / "elastic.json")))
     return "\n\n".join([*tables, *([memory_table(memory)] if memory else [])])
 
 
