@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner import ship, tracking
+from runner.children import run_child
 from runner.config import TRACKING_MODES, Tracking
 from runner.experiments import MODES, Experiment, of_mode
 from runner.short import is_short
@@ -136,7 +137,7 @@ def run_experiment(experiment: Experiment, mode: str) -> Line:
     begun, status = time.monotonic(), 0
     for arguments in commands:
         print(f"$ {shlex.join(['python', *arguments])}", flush=True)
-        ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, check=False).returncode
+        ended = run_child(arguments, ROOT)
         if ended in (130, -2):
             raise KeyboardInterrupt
         status = status or ended
@@ -168,7 +169,7 @@ def draw(records: Path, out: Path, names: Sequence[str], experiments: Sequence[s
     selected = [argument for name in experiments for argument in ("--experiment", name)]
     roots = ["--records", str(records), "--records", str(GPU_STUDIES)]
     arguments = [*names, *roots, "--out", str(out), *selected, "--print"]
-    return subprocess.run([sys.executable, "-m", "paper_figures", *arguments], cwd=ROOT, check=False).returncode
+    return run_child(["-m", "paper_figures", *arguments], ROOT)
 
 
 def claims(records: Path, out: Path, expected: Sequence[str]) -> tuple[int, dict[str, list[str]]]:
@@ -176,9 +177,7 @@ def claims(records: Path, out: Path, expected: Sequence[str]) -> tuple[int, dict
     report = out / "claims.json"
     flags = [argument for name in expected for argument in ("--expect", name)]
     arguments = ["--records", str(records), "--json", str(report), *flags]
-    status = subprocess.run(
-        [sys.executable, "-m", "paper_figures.claims", *arguments], cwd=ROOT, check=False
-    ).returncode
+    status = run_child(["-m", "paper_figures.claims", *arguments], ROOT)
     different: dict[str, list[str]] = {}
     if report.exists():
         for claim in json.loads(report.read_text()):

@@ -291,15 +291,16 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         studies=(("kernels",),),
     ),
     Experiment(
-        name="five-100m",
-        question="The same comparison with five models of 100M parameters, where weights outweigh the interpreter.",
-        base=("model=five-100m", "cluster=cpu2-large", "workload.arrivals.rate_rps=0.5", "workload.duration_s=120"),
-        sweeps={"full": {_SEED: (0, 1, 2)}},
-        figures=("summary", "tbt_cdf", "ttft_cdf", "kv_pages_over_time", "tbt_by_model"),
-        cell_s=180,
+        name="baselines-100m",
+        question="The same comparison with four models of 100M parameters, where weights outweigh the interpreter.",
+        base=("conf=baselines-100m",),
+        sweeps={"full": {_RATE: (0.5, 1.0, 2.0), _SKEW: (0.9,), _SEED: (0, 1, 2)}},
+        figures=("comparison", "comparison_by_model", "comparison_by_rate", "tbt_cdf", "ttft_cdf", "summary"),
+        figures_of={"swap_breakdown": "swap"},
+        cell_s=60,
         memory_gib=10,
         disk_gib=3,
-        systems=_HEADLINE,
+        systems=_UNCAPPED,
     ),
 )
 

@@ -25,7 +25,7 @@ _FOLDERS = ("WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "WANDB_CACHE_DIR")
 
 def track(record: Record, tracking: Tracking, directory: Path) -> Path | None:
     """Log `record` to W&B under `directory`; returns the run's folder, or None when disabled. Raises UserError, one line,
-    when W&B refuses (a wrong key, no network while online); the record itself is not touched."""
+    when W&B refuses (a wrong key, no network while online) or dies; the record itself is not touched."""
     if tracking.mode == "disabled":
         return None
     content = record.content
@@ -85,7 +85,7 @@ def _run(tracking: Tracking, group: str, directory: Path, kept: str, **names: An
             )
             yield run
             run.finish()
-    except (wandb.Error, OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - W&B raises what its service died of; no run may be lost for its mirror
         raise UserError(f"W&B ({tracking.mode}): {_why(error)}; {kept}") from None
 
 

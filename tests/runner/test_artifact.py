@@ -61,7 +61,7 @@ class Commands:
     def __init__(self, failing: str = "", different: tuple[str, ...] = ()) -> None:
         self.failing, self.different, self.called = failing, different, []
 
-    def run(self, command, **_):
+    def run(self, command, _directory):
         self.called.append(command)
         if "paper_figures.claims" in command:
             report = Path(command[command.index("--json") + 1])
@@ -72,7 +72,7 @@ class Commands:
             )
             report.write_text(f"[{names}]")
         failed = any(self.failing in word for word in command) if self.failing else False
-        return type("Done", (), {"returncode": 2 if failed else 0, "stdout": ""})()
+        return 2 if failed else 0
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def ran(monkeypatch, tmp_path):
     def mode(name: str, **kwargs) -> tuple[int, Commands]:
         commands = Commands(**kwargs)
         monkeypatch.setattr(artifact, "LOCAL", tmp_path)
-        monkeypatch.setattr(artifact.subprocess, "run", commands.run)
+        monkeypatch.setattr(artifact, "run_child", commands.run)
         monkeypatch.setattr(artifact.Machine, "here", classmethod(lambda cls: BIG))
         monkeypatch.setattr(artifact.doctor, "examine", list)
         return artifact.main([name]), commands

@@ -300,6 +300,19 @@ def test_the_command_of_a_record_runs_that_cell_again(tmp_path, bench_here):
         assert status == 0 and f"done already {record.path}" in printed.out
 
 
+def test_a_run_whose_wandb_dies_is_done_and_says_so(tmp_path, bench_here, monkeypatch):
+    import wandb
+
+    def dies(**_):
+        raise RuntimeError("the service is gone")
+
+    monkeypatch.setattr(wandb, "init", dies)
+    status, printed = bench_here("backend=sim", *QUICK, "tracking=offline", f"results_dir={tmp_path}/results")
+    assert status == 2 and "W&B (offline): the service is gone; the record is kept" in printed.err
+    (record,), _ = read_records(tmp_path / "results")
+    assert record.status == "complete" and "Traceback" not in printed.err
+
+
 def test_a_run_that_wandb_refuses_is_done_and_says_so(tmp_path, bench_here, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "wrong")
     status, printed = bench_here("backend=sim", *QUICK, "tracking=online", f"results_dir={tmp_path}/results")
