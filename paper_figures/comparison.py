@@ -210,10 +210,13 @@ class ComparisonByRate(FigureExhibit):
         for column, title in zip(grid.T, _JUDGED, strict=True):
             if title.endswith("(ms)"):
                 column[0].set_yscale("log")
+                low, high = column[0].get_ylim()
+                pad = (high / low) ** 0.06  # whole markers, rings included, at both ends
+                column[0].set_ylim(low / pad, high * pad)
                 for axis in column:
                     style.plain_log_ticks(axis.yaxis)
             else:
-                column[0].set_ylim(0, 1.08 * column[0].get_ylim()[1])  # whole markers at the top
+                column[0].set_ylim(0, 1.08 * column[0].get_ylim()[1])
             column[-1].set_xticks(range(len(rates)), [f"{x:g}" for x in rates])
             column[-1].set_xlim(-0.5, len(rates) - 0.5)
             column[-1].set_xlabel("Offered rate (req/s)")

@@ -69,11 +69,13 @@ class KVCapacity(FigureExhibit):
 
 
 def usable(run: Run) -> dict[str, int]:
-    """KV bytes by model that its requests together can use: its quotas, or the whole of every pool beside its weights."""
+    """KV bytes by model that its requests together can use: its quotas, or the whole of every pool beside its weights. Beside an
+    arena, where weights come and go, any model may."""
     models = [model["name"] for model in run.config.get("models") or []]
     usable = dict.fromkeys(models, 0)
     for device in run.placement:
         quotas = device.get("kv_quota_bytes") or {}
         for model in models:
-            usable[model] += quotas.get(model, 0) if quotas else device["kv_bytes"] * (model in device["weights_bytes"])
+            served = model in device["weights_bytes"] or "arena" in device["weights_bytes"]
+            usable[model] += quotas.get(model, 0) if quotas else device["kv_bytes"] * served
     return usable

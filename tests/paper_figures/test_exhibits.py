@@ -226,6 +226,17 @@ def test_an_exhibit_asked_for_that_has_nothing_to_show_says_what_it_needs(write_
     assert not (tmp_path / "out").exists()
 
 
+def test_beside_an_arena_any_model_can_use_all_kv(write_run, tmp_path):
+    directory = write_run("swap")
+    content = json.loads((directory / "record.json").read_text())
+    for device in content["placement"]:
+        device["weights_bytes"] = {"arena": 1000}
+    (directory / "record.json").write_text(json.dumps(content))
+    assert draw(tmp_path, "kv_capacity") == 0
+    (row,) = pd.read_csv(tmp_path / "out" / "made-up" / "kv_capacity.csv").to_dict("records")
+    assert row["least_bytes"] == row["total_bytes"] == 2 << 18
+
+
 def test_a_comparison_says_where_crosspool_loses_and_names_presets_as_systems(write_run, tmp_path):
     """Trace by trace: 0.8x in every seed is a clear win of the other whatever seeds differ by; a bound that ties wins nothing."""
     for seed, level in ((0, 10.0), (1, 20.0), (2, 40.0)):
