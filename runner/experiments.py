@@ -114,7 +114,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         base=("conf=baselines",),
         sweeps={
             "fast": {"system": _UNCAPPED, _RATE: (6,), _SKEW: (0.7,), _DURATION: (8,)},
-            "full": {_RATE: (3, 6, 10), _SKEW: (0.7, 2.1), _SEED: (0, 1, 2)},
+            "full": {_RATE: (3, 6, 10), _SKEW: (0.7, 2.1), _SEED: (0, 1, 2), _DURATION: (8,)},
         },
         figures=("comparison", "comparison_by_model", "comparison_by_rate", "tbt_by_model", "outcomes", "summary"),
         figures_of={"swap_breakdown": "swap"},
