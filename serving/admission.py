@@ -129,6 +129,15 @@ class AdmissionQueue:
             self._waiting = deque(waiting for waiting in self._waiting if waiting.request_id not in gone)
         return late
 
+    def withdraw(self, request_id: int) -> bool:
+        """Take a request that still waits out of the queue; False where it does not wait here."""
+        for waiting in self._waiting:
+            if waiting.request_id == request_id:
+                self._waiting.remove(waiting)
+                self._waiting_pages -= waiting.pages
+                return True
+        return False
+
     def finish(self, request_id: int) -> None:
         """An admitted request has ended; its promise is void."""
         held = self._promised.pop(request_id)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from serving.workers.config import Role
-from serving.workers.messages import PoolUse, Stop, Submit, Tokens
+from serving.workers.messages import Cancel, PoolUse, Stop, Submit, Tokens
 from serving.workers.process import WorkerProcess
 
 
@@ -36,7 +36,7 @@ class Worker(Protocol):
 
     def check(self) -> None: ...
 
-    def send(self, message: Submit | Stop) -> None: ...
+    def send(self, message: Submit | Cancel | Stop) -> None: ...
 
     def receive(self) -> list[Tokens | PoolUse]: ...
 

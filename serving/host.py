@@ -31,7 +31,7 @@ from serving.memory.kv_pool import KVGeometry
 from serving.options import EngineOptions
 from serving.shm.region import SharedRegion
 from serving.workers.config import Bells, ModelWorkerConfig, PoolConfig, Role
-from serving.workers.messages import Preempted, Submit, Tokens
+from serving.workers.messages import Cancel, Preempted, Submit, Tokens
 
 START_TIMEOUT_S = 600.0
 
@@ -55,6 +55,7 @@ class _Live:
     request: Request
     pool: _Pool
     admitted: bool = False
+    cancelled: bool = False
 
 
 class HostedSystem:
@@ -192,6 +193,21 @@ class HostedSystem:
         self._live[request.request_id] = _Live(request, pool)
         self._admit(pool)
 
+    def cancel(self, request_id: int) -> bool:
+        """End a request early: at once while it waits, with its next token once its worker has it, so that pages go back
+        as at any other end. False where no such request is live."""
+        live = self._live.get(request_id)
+        if live is None:
+            return False
+        if live.pool.queue.withdraw(request_id):
+            del self._live[request_id]
+            self._emit(request_id, EventKind.CANCELLED, self._clock.now_ns())
+            self._admit(live.pool)  # it may have been the one that others waited behind
+        elif not live.cancelled:
+            live.cancelled = True
+            live.pool.worker.send(Cancel(request_id, live.pool.index_of_model[live.request.model]))
+        return True
+
     def poll(self) -> list[Event]:
         """Events since the last call. Raises WorkerDied when a worker has ended; what it reported before is kept."""
         ended = False
@@ -289,8 +305,10 @@ class HostedSystem:
         for request_id, token, last in message.items:
             self._emit(request_id, EventKind.TOKENS, message.time_ns, tokens=(token,))
             if last:
-                self._live.pop(request_id).pool.queue.finish(request_id)
-                self._emit(request_id, EventKind.COMPLETED, message.time_ns)
+                live = self._live.pop(request_id)
+                live.pool.queue.finish(request_id)
+                kind = EventKind.CANCELLED if live.cancelled else EventKind.COMPLETED
+                self._emit(request_id, kind, message.time_ns)
                 ended = True
         return ended
 

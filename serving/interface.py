@@ -35,7 +35,7 @@ class Request:
 
 
 class EventKind(enum.Enum):
-    """What happened to a request. The last three are terminal: each request gets exactly one of them."""
+    """What happened to a request. The last four are terminal: each request gets exactly one of them."""
 
     ADMITTED = "admitted"  # left the admission queue; its KV is promised
     TOKENS = "tokens"  # new token ids
@@ -43,10 +43,11 @@ class EventKind(enum.Enum):
     COMPLETED = "completed"
     REJECTED = "rejected"
     FAILED = "failed"
+    CANCELLED = "cancelled"  # by whoever sent it
 
     @property
     def terminal(self) -> bool:
-        return self in (EventKind.COMPLETED, EventKind.REJECTED, EventKind.FAILED)
+        return self in (EventKind.COMPLETED, EventKind.REJECTED, EventKind.FAILED, EventKind.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,11 @@ class System(Protocol):
     def start(self, placement: Placement, backend: Backend | None = None) -> None: ...
 
     def submit(self, request: Request) -> None: ...
+
+    def cancel(self, request_id: int) -> bool:
+        """Nobody waits for this request any more: it ends as CANCELLED, at once while it waits for admission and with its
+        next token from then on. False where no such request is live: it has ended, or was never submitted."""
+        ...
 
     def poll(self) -> list[Event]: ...
 

@@ -93,6 +93,15 @@ class StepScheduler:
     def holds(self, sequence: Sequence) -> bool:
         return sequence in self._sequences[sequence.model]
 
+    def cancel(self, request_id: int, model: int) -> bool:
+        """Let a request end with its next token; False where it is not here (any more). Steps under way finish, so that
+        whoever holds its pages frees them as at any other end."""
+        for sequence in self._sequences[model]:
+            if sequence.request_id == request_id:
+                sequence.cancelled = True
+                return True
+        return False
+
     def sequences(self, model: int) -> tuple[Sequence, ...]:
         """The sequences of `model` that have not ended, in order of admission."""
         return tuple(self._sequences[model])

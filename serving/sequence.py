@@ -21,6 +21,7 @@ class Sequence:
     cached: int = 0
     in_flight: int = 0  # steps under way that compute it
     rows_in_flight: int = 0  # tokens that those steps compute
+    cancelled: bool = False  # nobody waits for it: it ends with its next token
 
     @property
     def pending(self) -> int:
@@ -40,4 +41,5 @@ class Sequence:
     def append(self, token: int) -> bool:
         """Take a generated token; whether it was the last."""
         self.tokens.append(token)
-        return len(self.tokens) - self.prompt_tokens == self.max_new_tokens or token in self.stop_ids
+        enough = self.cancelled or len(self.tokens) - self.prompt_tokens == self.max_new_tokens
+        return enough or token in self.stop_ids

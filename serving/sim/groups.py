@@ -19,7 +19,7 @@ from serving.sim.clock import VirtualClock
 from serving.sim.shared import SharedDevice
 from serving.sim.workers import SIMULATED_TOKEN, SimulatedWorker
 from serving.workers.config import GroupSeat, GroupWorkerConfig
-from serving.workers.messages import PoolUse, Preempted, Stop, Submit, Tokens
+from serving.workers.messages import Cancel, PoolUse, Preempted, Stop, Submit, Tokens
 
 
 class SimulatedGroup:
@@ -55,6 +55,9 @@ class SimulatedGroup:
         self._schedulers[replica].add(sequence)
         if self._plans is None:
             self._begin()
+
+    def cancel(self, request_id: int, replica: int) -> None:
+        self._schedulers[replica].cancel(request_id, 0)
 
     # -- a step --------------------------------------------------------------------------------------------------------
     def _begin(self) -> None:
@@ -156,10 +159,13 @@ class SimulatedGroupWorker(SimulatedWorker):
     def serves_one(self) -> bool:
         return len(self._groups) == 1
 
-    def send(self, message: Submit | Stop) -> None:
+    def send(self, message: Submit | Cancel | Stop) -> None:
         if isinstance(message, Submit):
             seat, replica = self._role.targets[message.model]
             self._groups[seat].submit(message, replica)
+        elif isinstance(message, Cancel):
+            seat, replica = self._role.targets[message.model]
+            self._groups[seat].cancel(message.request_id, replica)
 
     def take(self, seconds: float, answer: Callable[[], None]) -> None:
         """Be busy for `seconds` once what came before is done, then `answer`."""

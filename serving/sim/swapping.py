@@ -22,7 +22,7 @@ from serving.sim.costs import StageTimes
 from serving.sim.workers import SIMULATED_TOKEN, SimulatedWorker
 from serving.workers.build_swap import controller_of
 from serving.workers.config import SwapWorkerConfig
-from serving.workers.messages import PoolUse, Stop, Submit, Tokens
+from serving.workers.messages import Cancel, PoolUse, Stop, Submit, Tokens
 
 
 @dataclass
@@ -55,7 +55,9 @@ class SimulatedSwapWorker(SimulatedWorker):
         self._next_sample_ns = self._timer_ns = 0
         self._counters |= {"loaded_bytes": 0, "kv_moved_bytes": 0}
 
-    def send(self, message: Submit | Stop) -> None:
+    def send(self, message: Submit | Cancel | Stop) -> None:
+        if isinstance(message, Cancel):
+            self._scheduler.cancel(message.request_id, message.model)
         if not isinstance(message, Submit):
             return
         prompt = list(message.prompt)

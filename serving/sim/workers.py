@@ -18,7 +18,7 @@ from serving.sim.costs import ALONE, StageTimes
 from serving.sim.pipeline import FFNDevice, Pipeline, Step
 from serving.sim.route import Route
 from serving.workers.config import FFNWorkerConfig, ModelWorkerConfig
-from serving.workers.messages import PoolUse, Preempted, Stop, Submit, Tokens
+from serving.workers.messages import Cancel, PoolUse, Preempted, Stop, Submit, Tokens
 
 SIMULATED_TOKEN = 0  # what every simulated step generates; lengths are what the request asks for
 
@@ -54,7 +54,7 @@ class SimulatedWorker:
     def check(self) -> None:
         pass
 
-    def send(self, message: Submit | Stop) -> None:
+    def send(self, message: Submit | Cancel | Stop) -> None:
         pass
 
     def receive(self) -> list[Tokens | PoolUse]:
@@ -134,7 +134,7 @@ class SimulatedModelWorker(SimulatedWorker):
         self._routes = [Route.of(role, index, ffn_workers, pipeline) for index in range(len(role.models))]
         self._device = pipeline.add_attention(self._begin, self._complete, role.lanes)
 
-    def send(self, message: Submit | Stop) -> None:
+    def send(self, message: Submit | Cancel | Stop) -> None:
         if isinstance(message, Submit):
             prompt = list(message.prompt)
             sequence = LiveSequence(message.request_id, message.model, prompt, len(prompt), message.max_new_tokens)
@@ -144,6 +144,8 @@ class SimulatedModelWorker(SimulatedWorker):
             if self._growth:
                 self._growth.add(sequence)
             self._pipeline.submit(self._device)
+        elif isinstance(message, Cancel):
+            self._scheduler.cancel(message.request_id, message.model)
 
     def read_counters(self) -> dict[str, int]:
         device = self._device

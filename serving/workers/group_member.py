@@ -22,7 +22,7 @@ from serving.layers.ffn_half import FFNHalf
 from serving.memory.kv_pool import ModelKV
 from serving.parallel.exchange import Exchange
 from serving.parallel.group import GroupPlan
-from serving.parallel.orders import Accept, Step, decode, encode
+from serving.parallel.orders import Accept, Cancelled, Step, decode, encode
 from serving.scheduler import StepPlan, StepScheduler
 from serving.sequence import Sequence
 from serving.shm.ring import Ring
@@ -60,7 +60,10 @@ class GroupMember:
         self._plan, self._rank, self._share, self._exchange = plan, rank, share, exchange
         self._replica = plan.replica_of(rank)
         self._orders, self._recorder = orders, recorder
-        self._untold: deque[tuple[int, Accept]] = deque()  # by rank; told between steps, when followers listen
+        self._untold: deque[tuple[int, Accept | Cancelled]] = (
+            deque()
+        )  # by rank; told between steps, when followers listen
+        self._cancels: deque[tuple[int, int]] = deque()  # request id, replica; heeded between steps, by all ranks alike
         self._schedulers = [StepScheduler(1, limits) for _ in range(plan.dp)] if rank == 0 else []
         self._sequences: dict[int, Sequence] = {}  # of this rank's replica
         self._step: Iterator[None] | None = None
@@ -87,6 +90,10 @@ class GroupMember:
             if rank:
                 self._untold.append((rank, accept))
 
+    def cancel(self, request_id: int, replica: int) -> None:
+        """Rank 0 lets a request of `replica` end with its next token, from the next step on."""
+        self._cancels.append((request_id, replica))
+
     def poll(self) -> bool:
         """Begin a step, or move the one under way to its next exchange; False when there is nothing to do now."""
         if self._step is None:
@@ -112,6 +119,8 @@ class GroupMember:
     def _next_order(self) -> Step | None:
         if self._rank:
             return self._await_order()
+        while self._cancels:
+            self._heed_cancel(*self._cancels.popleft())
         self._scheduled = [scheduler.next_step() for scheduler in self._schedulers]
         if not any(self._scheduled):
             return None
@@ -130,10 +139,19 @@ class GroupMember:
             order = decode(data)
             if isinstance(order, Step):
                 return order
-            self._accept(order)
+            if isinstance(order, Cancelled):
+                self._sequences[order.request_id].cancelled = True
+            else:
+                self._accept(order)
         return None
 
-    def _tell(self, rank: int, order: Accept | Step) -> None:
+    def _heed_cancel(self, request_id: int, replica: int) -> None:
+        if self._schedulers[replica].cancel(request_id, 0):
+            for rank in self._plan.ranks_of(replica):
+                if rank:
+                    self._untold.append((rank, Cancelled(request_id)))
+
+    def _tell(self, rank: int, order: Accept | Cancelled | Step) -> None:
         data = encode(order)
         while not self._orders[rank - 1].push(data):
             time.sleep(_FULL_RING_SLEEP_S)  # the follower reads its ring between steps

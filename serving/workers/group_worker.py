@@ -16,7 +16,7 @@ from serving.memory.kv_pool import KVPool
 from serving.shm.ring import Ring
 from serving.workers.counters import Counters
 from serving.workers.group_member import GroupMember
-from serving.workers.messages import PoolUse, Stop, Tokens, decode, encode
+from serving.workers.messages import Cancel, PoolUse, Stop, Tokens, decode, encode
 
 _SPINS_BEFORE_YIELD = 200
 _SPINS_BEFORE_SLEEP = 4000
@@ -81,7 +81,10 @@ class GroupWorker:
                 self._stopping = True
             else:
                 member, replica = self._targets[message.model]
-                self._members[member].submit(message, replica)
+                if isinstance(message, Cancel):
+                    self._members[member].cancel(message.request_id, replica)
+                else:
+                    self._members[member].submit(message, replica)
         return True
 
     # -- reports -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,13 @@ class Submit(NamedTuple):
     stop_ids: tuple[int, ...]
 
 
+class Cancel(NamedTuple):
+    """Host to worker: nobody waits for this request any more. It ends with its next token; one that has ended is no error."""
+
+    request_id: int
+    model: int
+
+
 class Stop(NamedTuple):
     """Host to worker: drop everything and exit."""
 
@@ -43,9 +50,9 @@ class Preempted(NamedTuple):
     request_ids: tuple[int, ...]
 
 
-def encode(message: Submit | Stop | Tokens | PoolUse | Preempted) -> bytes:
+def encode(message: Submit | Cancel | Stop | Tokens | PoolUse | Preempted) -> bytes:
     return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def decode(data: bytes) -> Submit | Stop | Tokens | PoolUse | Preempted:
+def decode(data: bytes) -> Submit | Cancel | Stop | Tokens | PoolUse | Preempted:
     return pickle.loads(data)

@@ -26,7 +26,7 @@ from serving.scheduler import Profiles, StepPlan, StepScheduler
 from serving.sequence import Sequence
 from serving.shm.ring import Ring
 from serving.workers.counters import Counters
-from serving.workers.messages import PoolUse, Preempted, Stop, Submit, Tokens, decode, encode
+from serving.workers.messages import Cancel, PoolUse, Preempted, Stop, Submit, Tokens, decode, encode
 from serving.workers.ports import FFNPort
 from serving.workers.timeline import A2F, ATTENTION, FINISH, Recorder
 
@@ -148,6 +148,8 @@ class ModelWorker:
             message = decode(data)
             if isinstance(message, Stop):
                 self._stopping = True
+            elif isinstance(message, Cancel):
+                self._scheduler.cancel(message.request_id, message.model)
             else:
                 self._accept(message)
         return True

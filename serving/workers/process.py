@@ -19,7 +19,7 @@ from serving.shm.ring import Ring
 from serving.workers import counters
 from serving.workers.config import Channel, MailboxRef, RegionRef, Role, WorkerConfig
 from serving.workers.counters import Counters
-from serving.workers.messages import PoolUse, Stop, Submit, Tokens, decode, encode
+from serving.workers.messages import Cancel, PoolUse, Stop, Submit, Tokens, decode, encode
 
 _RING_BYTES = 4 << 20
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -118,7 +118,7 @@ class WorkerProcess:
         return lines[-1] if lines else "none"
 
     # -- messages ------------------------------------------------------------------------------------------------------
-    def send(self, message: Submit | Stop) -> None:
+    def send(self, message: Submit | Cancel | Stop) -> None:
         """Append to the control ring, waiting for room while the worker lives."""
         data = encode(message)
         while not self._control.push(data):
