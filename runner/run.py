@@ -132,7 +132,7 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
     ]
     workload = workload_from_dict(config.workload)
     trace = build_trace(workload, limits)
-    cluster, demand = cluster_of(config), _demand(trace, trace.duration_s)
+    cluster, demand = cluster_of(config), demand_of(trace, trace.duration_s)
     tuning = tuned(config, cluster, models, demand, trace)
     spans = tempfile.TemporaryDirectory(prefix="timeline-") if config.timeline else None
     options = {**tuning.options, **({"timeline_dir": spans.name} if spans else {})}
@@ -285,7 +285,7 @@ def _made(entry: ModelEntry, checkpoint: Path | None) -> Path:
     return make_checkpoint(arch, size, checkpoint, seed, dtype)
 
 
-def _demand(trace: Any, duration_s: float) -> Demand:
+def demand_of(trace: Any, duration_s: float) -> Demand:
     """What a planner may know: each model's rate and lengths, as in the trace."""
     lengths: dict[str, list[tuple[int, int]]] = defaultdict(list)
     counts: dict[str, int] = defaultdict(int)
