@@ -57,6 +57,8 @@ class _Waiting:
 class AdmissionQueue:
     """The requests of one pool between submission and their end. Times are seconds on whatever clock the caller has."""
 
+    minds_first_tokens = False  # whether a first token may let another in, as the end of a request does
+
     def __init__(self, limits: AdmissionLimits, geometries: Sequence[KVGeometry]) -> None:
         self.limits = limits
         self._geometries = {geometry.model: geometry for geometry in geometries}
@@ -102,21 +104,26 @@ class AdmissionQueue:
         self._waiting_pages += pages
         return ""
 
-    def admit(self) -> list[int]:
+    def admit(self, now_s: float = 0.0) -> list[int]:
         """The requests that may start now, in order of arrival; their pages are promised from here on."""
         admitted = []
         while self._waiting:
             head = self._waiting[0]
-            fits = self.limits.rule == "open" or self.promised_pages + head.pages <= self.limits.budget_pages
-            if not fits or self._running[head.model] >= self.limits.max_running:
+            if not self._fits(head) or self._running[head.model] >= self.limits.max_running:
                 break
-            self._waiting.popleft()
-            self._promised[head.request_id] = head
-            self._running[head.model] += 1
-            self.promised_pages += head.pages
-            self._waiting_pages -= head.pages
+            self._start(self._waiting.popleft())
             admitted.append(head.request_id)
         return admitted
+
+    def _fits(self, waiting: _Waiting) -> bool:
+        return self.limits.rule == "open" or self.promised_pages + waiting.pages <= self.limits.budget_pages
+
+    def _start(self, waiting: _Waiting) -> None:
+        """Promise its pages to a request that has left the queue."""
+        self._promised[waiting.request_id] = waiting
+        self._running[waiting.model] += 1
+        self.promised_pages += waiting.pages
+        self._waiting_pages -= waiting.pages
 
     def expire(self, now_s: float) -> list[int]:
         """Requests that have waited past the deadline; they leave the queue and are to be rejected."""

@@ -287,7 +287,7 @@ class HostedSystem:
         return ""
 
     def _admit(self, pool: _Pool) -> None:
-        for request_id in pool.queue.admit():
+        for request_id in pool.queue.admit(self._clock.now_ns() / 1e9):
             self._dispatch(request_id)
 
     def _dispatch(self, request_id: int) -> None:

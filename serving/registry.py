@@ -18,6 +18,7 @@ from serving.interface import System
 _SYSTEMS = {
     "crosspool": ("crosspool.engine", "CrossPool", "CrossPoolOptions"),
     "elastic": ("baselines.multiplex.system", "Elastic", "ElasticOptions"),
+    "elastic-placement": ("baselines.multiplex.placement", "ElasticPlacement", "PlacementOptions"),
     "quota": ("baselines.multiplex.quota", "Quota", "QuotaOptions"),
     "static": ("baselines.static.system", "StaticPartition", "StaticOptions"),
     "swap": ("baselines.swap.system", "Swap", "SwapOptions"),

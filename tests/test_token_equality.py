@@ -136,7 +136,7 @@ def test_scarce_kv_queues_and_still_computes_the_same(system_name, tiny_checkpoi
         system.stop()
 
 
-@pytest.mark.parametrize("system_name", ["elastic", "quota"])
+@pytest.mark.parametrize("system_name", ["elastic", "elastic-placement", "quota"])
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_preemption_and_recomputation_change_no_token(system_name, pair, tiny_checkpoints):
     """Engines that take what they find run out of pages: the youngest lose theirs, and are computed again."""

@@ -45,6 +45,38 @@ class ElasticOptions(EngineOptions):
 
 
 @dataclass(frozen=True)
+class PlacementOptions(ElasticOptions):
+    """Beside what elastic engines have: the targets that placement and queue work towards, `ttft_slo_ms` and `tpot_slo_ms`, for a
+    model in `slo_scales` times that; and how many prompts of a device may be computed at once (`prompts_at_once`; the others wait
+    in its queue). `groups` is not to be given: placement is this system's own. `admission` is `optimistic` or `cap`."""
+
+    admission: str = "optimistic"
+    ttft_slo_ms: float = 2000.0
+    tpot_slo_ms: float = 200.0
+    slo_scales: Mapping[str, float] = field(default_factory=dict)
+    prompts_at_once: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(("optimistic", "cap"), "admission", self.admission)
+        if self.groups:
+            raise UserError(
+                "option groups is given; elastic-placement decides itself where models lie (elastic takes groups)"
+            )
+        for name, value in {
+            "ttft_slo_ms": self.ttft_slo_ms,
+            "tpot_slo_ms": self.tpot_slo_ms,
+            **{f"slo_scales of {model}": scale for model, scale in self.slo_scales.items()},
+        }.items():
+            if not value > 0:
+                raise UserError(f"option {name} is {value!r}; it must be above 0")
+        if not isinstance(self.prompts_at_once, int) or self.prompts_at_once < 1:
+            raise UserError(
+                f"option prompts_at_once is {self.prompts_at_once!r}; it must be a whole number of at least 1"
+            )
+
+
+@dataclass(frozen=True)
 class QuotaOptions(EngineOptions):
     """Beside what every engine has: `quotas`, the share of its device's KV pool that each model starts with (empty: in
     proportion to rate x layers x KV width, from the demand); `adapt_every_s` seconds (0: never) quota moves to models that hold

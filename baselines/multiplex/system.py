@@ -79,14 +79,17 @@ class Elastic(GroupedSystem):
         return {plan.device.name: self._common_queue(plan, placement) for plan in placement.devices}
 
     def _common_queue(self, plan: DevicePlan, placement: Placement) -> AdmissionQueue:
-        limits = AdmissionLimits(
+        return AdmissionQueue(self._common_limits(plan), geometries_of(placement))
+
+    def _common_limits(self, plan: DevicePlan, rule: str = "cap") -> AdmissionLimits:
+        return AdmissionLimits(
             plan.kv_bytes // self.options.page_bytes,
             self.options.page_bytes,
             self.options.max_running,
             self.options.max_queued,
-            deadline_s=self.options.queue_deadline_s,
+            rule,
+            self.options.queue_deadline_s,
         )
-        return AdmissionQueue(limits, [KVGeometry.of(model.spec, model.dtype) for model in placement.models])
 
     def _start_engines(self, plan: DevicePlan, instances: Sequence[Instance], admission: AdmissionQueue | str) -> None:
         """A process for each model on the device: one ledger and one set of pages for all of them."""
@@ -115,6 +118,11 @@ class Elastic(GroupedSystem):
             worker = self._start_worker(device, role, fds, instance.model.name)
             rule, queue = (admission, None) if isinstance(admission, str) else ("", admission)
             self._register_pools(worker, role, self.options, rule, queue)
+
+
+def geometries_of(placement: Placement) -> list[KVGeometry]:
+    """Of all models, in their order."""
+    return [KVGeometry.of(model.spec, model.dtype) for model in placement.models]
 
 
 def _require_real(device: Device, instances: Sequence[Instance]) -> None:

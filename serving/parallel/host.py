@@ -71,6 +71,8 @@ class GroupedSystem(HostedSystem):
                 if seat.rank == 0
                 for replica in range(seat.group.plan.dp)
             )
+            given = (admission or {}).get(device.name, "")
+            rule, queue = (given, None) if isinstance(given, str) else ("", given)
             role = GroupWorkerConfig(
                 device,
                 seats,
@@ -78,7 +80,8 @@ class GroupedSystem(HostedSystem):
                 options.limits,
                 targets,
                 uncoordinated=uncoordinated,
-                optimistic=(admission or {}).get(device.name) == "open",
+                optimistic="open" in (rule, queue and queue.limits.rule),
+                tells_first_tokens=queue is not None and queue.minds_first_tokens,
             )
             worker = self._start_worker(device, role, [fd for number in seated for fd in made[number]])
             for target, (index, replica) in enumerate(targets):
@@ -86,8 +89,6 @@ class GroupedSystem(HostedSystem):
                 share = share_model(held[index].model, held[index].group, first_rank)
                 geometry = KVGeometry.of(share.spec, share.dtype)
                 pool = _pool(held[index], replica, index, options)
-                given = (admission or {}).get(device.name, "")
-                rule, queue = (given, None) if isinstance(given, str) else ("", given)
                 self._register_pool(worker, device, pool, [geometry], {share.name: target}, options, rule, queue)
 
     def _group_ref(self, instance: Instance, options: EngineOptions) -> tuple[GroupRef, list[SharedRegion]]:

@@ -116,16 +116,17 @@ class SimulatedGroup:
 
     def _complete(self) -> None:
         plans, self._plans = self._plans, None
-        items = []
+        items, first = [], False
         for replica, (scheduler, plan) in enumerate(zip(self._schedulers, plans, strict=True)):
             if plan is None:
                 continue
             tokens = iter([SIMULATED_TOKEN] * len(plan.logit_rows))
             for sequence, token, last in scheduler.complete(plan, tokens):
                 items.append((sequence.request_id, token, last))
+                first |= len(sequence.tokens) == sequence.prompt_tokens + 1
                 if last:
                     self._release(replica, sequence.request_id)
-        self._ranks[0].report(tuple(items))
+        self._ranks[0].report(tuple(items), first)
         for worker in self._ranks:
             worker.step_done()
         self._begin()
@@ -179,9 +180,12 @@ class SimulatedGroupWorker(SimulatedWorker):
         self._counters["preemptions"] += len(request_ids)
         self._outbox.append(Preempted(self._clock.now_ns(), request_ids))
 
-    def report(self, items: tuple[tuple[int, int, bool], ...]) -> None:
+    def report(self, items: tuple[tuple[int, int, bool], ...], first: bool = False) -> None:
+        """Tell the host of a step's tokens, among which somebody's `first` may be."""
         if items:
             self._outbox.append(Tokens(self._clock.now_ns(), items))
+        if first and self._role.tells_first_tokens:
+            self._clock.has_news = True
 
     def step_done(self) -> None:
         """Count a step and, where it is time or nothing is left, sample the pools."""

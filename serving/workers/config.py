@@ -177,6 +177,7 @@ class GroupWorkerConfig:
     sample_interval_ms: float = 50.0
     uncoordinated: Contention | None = None  # each seat an engine of its own that takes device and KV as it finds them
     optimistic: bool = False  # more may be admitted than can run; who cannot step in the next batch then holds no KV
+    tells_first_tokens: bool = False  # the host reacts to them (simulated: it looks at once)
 
 
 @dataclass(frozen=True)

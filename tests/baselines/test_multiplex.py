@@ -40,7 +40,7 @@ def simulated(system_name, checkpoints, pages, **options):
         system.stop()
 
 
-@pytest.mark.parametrize("system_name", ["elastic", "quota"])
+@pytest.mark.parametrize("system_name", ["elastic", "elastic-placement", "quota"])
 def test_who_finds_no_page_preempts_its_youngest_and_all_end(system_name, tiny_checkpoints):
     rows, _ = simulated(system_name, tiny_checkpoints, 24, admission="optimistic")
     assert [row.outcome for row in rows] == [COMPLETED] * len(rows)
@@ -52,8 +52,9 @@ def test_who_finds_no_page_preempts_its_youngest_and_all_end(system_name, tiny_c
     assert min(row.preemptions for row in oldest) == 0
 
 
-def test_under_the_cap_no_elastic_engine_preempts(tiny_checkpoints):
-    rows, stats = simulated("elastic", tiny_checkpoints, 24, admission="cap")
+@pytest.mark.parametrize("system_name", ["elastic", "elastic-placement"])
+def test_under_the_cap_no_elastic_engine_preempts(system_name, tiny_checkpoints):
+    rows, stats = simulated(system_name, tiny_checkpoints, 24, admission="cap")
     assert [row.outcome for row in rows] == [COMPLETED] * len(rows)
     assert sum(row.preemptions for row in rows) == 0
     assert sum(device.preemptions for device in stats) == 0
