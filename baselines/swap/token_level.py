@@ -22,6 +22,7 @@ class _Turn:
     prompts_before_ns: int | None = None  # prompts that came no later are run in it; None: it decodes
     started_ns: int | None = None  # when its model was there, with KV
     quota_ns: int = 0
+    offered: bool = False  # its model was there and nobody of it had KV: it was offered seats
 
 
 @dataclass
@@ -38,8 +39,10 @@ class TokenLevel:
 
     def decide(self, view: DeviceView) -> Decision:
         self._update_round(view)
-        if self._turn is None or self._over(view):
-            self._turn = self._next_turn(view)
+        if self._turn is not None and self._is_stuck(view):
+            self._turn = self._next_turn(view, [n for n in self._round if view.models[n].seated])
+        elif self._turn is None or self._over(view):
+            self._turn = self._next_turn(view, self._round)
         turn = self._turn
         there = [number for number, model in enumerate(view.models) if not model.absent]
         if turn is None:
@@ -53,6 +56,8 @@ class TokenLevel:
         staying = [number for number in others if number not in evict]
         step = ([turn.model] if not current.absent else []) + staying
         again_ns = None if turn.started_ns is None or turn.prompts_before_ns is not None else self._ends_ns(turn)
+        if current.resident and not current.seated and not turn.offered:
+            turn.offered, again_ns = True, view.now_ns + 1  # to see what came of the offer
         return Decision(
             step=tuple(step),
             seat=(turn.model,),
@@ -79,14 +84,23 @@ class TokenLevel:
             return oldest is None or oldest > turn.prompts_before_ns or not model.seated
         return view.now_ns >= self._ends_ns(turn) or not model.seated
 
+    def _is_stuck(self, view: DeviceView) -> bool:
+        """Whether the model in turn was offered seats and had none, and whoever holds the KV has no weights here to end with:
+        host memory for KV is full. Then the turn goes to one that holds KV, else all would wait for ever."""
+        current = view.models[self._turn.model]
+        if not (self._turn.offered and current.resident and current.live and not current.seated):
+            return False
+        holding = [model for model in view.models if model.seated]
+        return bool(holding) and all(model.absent for model in holding)
+
     def _ends_ns(self, turn: _Turn) -> int:
         return turn.started_ns + turn.quota_ns
 
-    def _next_turn(self, view: DeviceView) -> _Turn | None:
-        if not self._round:
+    def _next_turn(self, view: DeviceView, among: Sequence[int]) -> _Turn | None:
+        if not among:
             return None
-        prompts = [n for n in self._round if view.models[n].prompts]
-        decoding = [n for n in self._round if view.models[n].prompts < view.models[n].live]
+        prompts = [n for n in among if view.models[n].prompts]
+        decoding = [n for n in among if view.models[n].prompts < view.models[n].live]
         after_prompts = self._turn is not None and self._turn.prompts_before_ns is not None
         if prompts and not (after_prompts and decoding):
             first = min(prompts, key=lambda n: (view.models[n].oldest_prompt_ns, n))
