@@ -71,10 +71,13 @@ class PhysicalPages:
 class VirtualRange:
     """`length_bytes` of reserved address space that pages are mapped into. Offsets are multiples of the page size."""
 
-    def __init__(self, length_bytes: int) -> None:
+    def __init__(self, length_bytes: int, align_bytes: int = mmap.PAGESIZE) -> None:
+        """At an address that is a multiple of `align_bytes`."""
         self.length_bytes = length_bytes
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE
-        self._address = _mmap(None, length_bytes, _PROT_NONE, flags)
+        self._reserved_bytes = length_bytes + align_bytes - mmap.PAGESIZE
+        self._reserved = _mmap(None, self._reserved_bytes, _PROT_NONE, flags)
+        self._address = -(-self._reserved // align_bytes) * align_bytes
 
     @property
     def address(self) -> int:
@@ -87,6 +90,11 @@ class VirtualRange:
         _mmap(
             self._address + offset_bytes, length, _PROT_READ_WRITE, flags, physical.fd, first_page * physical.page_bytes
         )
+
+    def open(self) -> None:
+        """Memory of this process alone under the whole range, which comes as it is touched."""
+        flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+        _mmap(self._address, self.length_bytes, _PROT_READ_WRITE, flags)
 
     def unmap(self, offset_bytes: int, length_bytes: int) -> None:
         """Take the pages in [offset, offset + length) away; touching them afterwards is a fault, not stale data."""
@@ -107,7 +115,7 @@ class VirtualRange:
     def close(self) -> None:
         """Release the address space. Tensors over it must be gone."""
         if self._address:
-            _libc.munmap(self._address, self.length_bytes)
+            _libc.munmap(self._reserved, self._reserved_bytes)
             self._address = 0
 
 

@@ -8,13 +8,13 @@ the core is free meanwhile.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import threading
 import time
 from dataclasses import dataclass
 
+from serving.memory.streaming import copy, prepare
 from serving.residency.arena import DeviceArena
 from serving.residency.store import StoreClient
 
@@ -39,6 +39,7 @@ class Loader:
         self, store: StoreClient, arena: DeviceArena, units: list[int], cores: set[int] | None, link_gbps: float | None
     ) -> None:
         """On `cores` (None: where its process runs) and at most at `link_gbps` gigabytes a second (None: as fast as it goes)."""
+        prepare()
         self._store, self._arena, self._units = store, arena, units
         self._cores = cores
         self._bytes_per_s = None if link_gbps is None else link_gbps * 1e9
@@ -99,8 +100,9 @@ class Loader:
             space = self._arena.open(model)
             copied = 0
             for number, extents in enumerate(space.units):
-                for start, length in extents:
-                    copied = self._copy(space.address + start, source + start, length, started_ns, copied)
+                for extent in extents:
+                    for offset, (address, length) in source.pieces(*extent):
+                        copied = self._copy(space.address + offset, address, length, started_ns, copied)
                 self._units[model] = number + 1
                 self._progress.set()
             return Loaded(model, copied, time.monotonic_ns() - started_ns, checkpoint_ns)
@@ -110,11 +112,11 @@ class Loader:
     def _copy(self, target: int, source: int, length: int, started_ns: int, copied: int) -> int:
         """Copy `length` bytes and wait until the link would have brought them; returns all bytes copied so far."""
         if self._bytes_per_s is None:
-            ctypes.memmove(target, source, length)
+            copy(target, source, length)
             return copied + length
         for offset in range(0, length, _CHUNK_BYTES):
             size = min(_CHUNK_BYTES, length - offset)
-            ctypes.memmove(target + offset, source + offset, size)
+            copy(target + offset, source + offset, size)
             copied += size
             ahead_s = copied / self._bytes_per_s - (time.monotonic_ns() - started_ns) / 1e9
             if ahead_s > _SHORTEST_SLEEP_S:
