@@ -60,13 +60,20 @@ def tuned(
 
 
 def _declared(config: BenchConfig) -> dict[str, list[Any]]:
-    """The system's own options to search, with their values; what it does not know is not its to tune."""
+    """The system's own options to search, with their values; what it does not know is not its to tune. A rule that the system
+    is given by name and that is not among its values makes it a variant (`admission: cap`), which tuning must leave one."""
     known = registry.all_options(config.system.name, config.system.options)
     declared = {**config.tune.options, **config.tune.systems.get(config.system.name, {})}
     for name, values in declared.items():
         if not isinstance(values, list | tuple) or not values:
             raise UserError(f"tune: option {name} is {values!r}; a list of values to try is wanted")
-    return {name: list(values) for name, values in declared.items() if name in known}
+    return {
+        name: list(values) for name, values in declared.items() if name in known and not _variant(known[name], values)
+    }
+
+
+def _variant(value: Any, values: Sequence[Any]) -> bool:
+    return isinstance(value, str) and value not in values
 
 
 class _Search:

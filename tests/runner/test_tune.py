@@ -2,15 +2,24 @@
 
 import copy
 import json
+from pathlib import Path
 
+import hydra
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from runner.config import bench_from_dict
 from runner.identity import config_hash
 from runner.run import execute
+from serving import registry
 from serving.errors import UserError
 
 pytestmark = pytest.mark.cpu
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+SYSTEMS = sorted(path.stem for path in (CONF / "system").glob("*.yaml") if not path.stem.startswith("paper-"))
+SMALL = CONF / "tune" / "small.yaml"
 
 
 @pytest.fixture
@@ -89,3 +98,28 @@ def test_a_run_without_a_search_keeps_its_identity(content):
 def test_a_search_of_no_values_is_refused(tune, content):
     with pytest.raises(UserError, match="a list of values to try is wanted"):
         run(content, **tune)
+
+
+@pytest.mark.parametrize("preset", SYSTEMS)
+def test_every_system_has_a_value_of_its_own_to_tune_or_a_reason_why_not(preset):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra.compose("bench", [f"system={preset}", "tune=small"])
+    content = OmegaConf.to_container(composed, resolve=True)
+    name, options = content["system"]["name"], content["system"]["options"]
+    declared = yaml.safe_load(SMALL.read_text())["systems"][name]
+    known = registry.all_options(name, options)
+    assert set(declared) <= set(known)
+    for option, values in declared.items():
+        for value in values:
+            registry.create(name, {**options, option: value})
+    if not declared:
+        (line,) = (line for line in SMALL.read_text().splitlines() if line.strip().startswith(f"{name}:"))
+        assert len(line.partition("#")[2].split()) > 3, "an empty search says why"
+
+
+def test_a_rule_that_makes_a_variant_stays(content):
+    content["system"] = {"name": "elastic", "options": {"page_bytes": 4096, "admission": "cap"}}
+    search = {"options": {"max_batch": [2, 8]}, "systems": {"elastic": {"admission": ["optimistic", "reserved"]}}}
+    assert set(run(content, **search).content["tuning"]["chosen"]) == {"max_batch"}
+    content["system"]["options"]["admission"] = "optimistic"
+    assert set(run(content, **search).content["tuning"]["chosen"]) == {"max_batch", "admission"}
