@@ -90,6 +90,12 @@ class DeadlineQueue(AdmissionQueue):
             del self._prompts[request_id]
         return late
 
+    def withdraw(self, request_id: int) -> bool:
+        waited = super().withdraw(request_id)
+        if waited:
+            del self._prompts[request_id]
+        return waited
+
     def work_s(self, model: str, prompt_tokens: int) -> float:
         """What a prompt is expected to take; nothing before one of its model was seen."""
         return self._token_s.get(model, 0.0) * prompt_tokens

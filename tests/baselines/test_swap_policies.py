@@ -96,6 +96,108 @@ def test_victims_suffice_and_none_of_them_could_stay(models, needed, rule):
     assert all(sum(pages) - one < needed for one in pages)
 
 
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 50)), min_size=1, max_size=8), st.integers(0, 8))
+def test_of_equally_large_models_the_first_in_the_rule_s_order_go(models, count):
+    """By age under `lru`; by what it costs to get one back for the time since its use under `cost`."""
+    candidates = [Candidate(key, 1, used * S, load * S) for key, (used, load) in enumerate(models)]
+    count, now = min(count, len(models)), 30 * S
+    gone = victims(candidates, count, "lru", now)
+    kept = [models[key][0] for key in range(len(models)) if key not in gone]
+    assert len(gone) == count and all(models[key][0] <= min(kept, default=99) for key in gone)
+    cost = [load / (30 - used) for used, load in models]
+    gone = victims(candidates, count, "cost", now)
+    kept = [cost[key] for key in range(len(models)) if key not in gone]
+    assert len(gone) == count and all(cost[key] <= min(kept, default=99) for key in gone)
+
+
+@st.composite
+def model_views(draw):
+    """A model as a device at second 20 can have it."""
+    live = draw(st.integers(0, 3))
+    there = draw(st.sampled_from(["resident", "absent"]))
+    oldest = draw(st.integers(0, 20)) * S if live else None
+    return dataclasses.replace(
+        IDLE,
+        image_pages=draw(st.integers(1, 4)),
+        resident=there == "resident",
+        live=live,
+        seated=draw(st.integers(0, live)),
+        prompts=live,
+        oldest_ns=oldest,
+        oldest_prompt_ns=oldest,
+        used_ns=draw(st.integers(0, 20)) * S,
+        loaded_ns=draw(st.integers(0, 20)) * S,
+        load_ns=draw(st.integers(1, 9)) * S,
+    )
+
+
+@given(
+    st.lists(model_views(), min_size=1, max_size=6),
+    st.integers(0, 4),
+    st.integers(0, 12),
+    st.integers(0, 12),
+    st.sampled_from(["lru", "cost"]),
+)
+def test_request_level_keeps_alive_spares_who_has_work_and_serves_the_longest_waiting(
+    models, free, keep_alive_s, hysteresis_s, rule
+):
+    now = view(20, *models, free=free)
+    decision = RequestLevel(rule, keep_alive_s, hysteresis_s, prefetch=False).decide(now)
+    there = [number for number, model in enumerate(models) if model.resident]
+    assert set(decision.evict) <= set(there) and set(decision.seat) <= set(decision.step) == set(there)
+    for number in set(there) - set(decision.seat):  # on its way out, or gone
+        model = models[number]
+        since, least = (model.loaded_ns, hysteresis_s) if model.live else (model.used_ns, keep_alive_s)
+        assert 20 * S - since >= least * S
+    assert not any(models[number].seated for number in decision.evict)
+    waiting = [number for number, model in enumerate(models) if not model.resident and model.live]
+    if decision.load is None:
+        assert not decision.evict
+        return
+    wanted = models[decision.load]
+    assert decision.load in waiting and wanted.oldest_ns == min(models[n].oldest_ns for n in waiting)
+    freed = [models[n].image_pages for n in decision.evict]
+    assert free + sum(freed) >= wanted.image_pages
+    idle_pages = sum(models[n].image_pages for n in decision.evict if not models[n].live)
+    if any(models[n].live for n in decision.evict):
+        assert free + idle_pages < wanted.image_pages, "who has work goes only where idle ones do not suffice"
+
+
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=6), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_every_decoding_model_has_its_turn_in_every_round(steps_ms, rounds, rng):
+    """Token level, all resident: in each round each model has one turn, in the same order, and it lasts its quota at least."""
+    policy = TokenLevel(tbt_target_s=0.1, max_quota_s=1.0)
+    models = tuple(decoding(step_s=step / 1e3) for step in steps_ms)
+    turns, now_s = [], 1.0
+    while len(turns) < rounds * len(models):
+        decision = policy.decide(view(now_s, *models))
+        (turn,) = decision.step
+        if not turns or turn != turns[-1][0]:
+            turns.append((turn, now_s))
+        elif rng.random() < 0.5:
+            now_s = max(now_s, decision.again_ns / S)
+            continue
+        now_s += steps_ms[turn] / 1e3
+    order = [turn for turn, _ in turns]
+    assert sorted(order[: len(models)]) == list(range(len(models)))
+    assert order == order[: len(models)] * rounds
+
+
+@given(
+    st.lists(st.floats(0.001, 0.02), min_size=1, max_size=6),
+    st.floats(0.05, 1.0),
+    st.floats(0.2, 0.5),
+    st.floats(5.0, 60.0),
+)
+def test_turns_that_nothing_bounds_give_all_models_a_lead_of_a_round(steps, switch_s, target_s, most_s):
+    turns = quotas_s(steps, switch_s, target_s, most_s)
+    free = [(turn, step) for turn, step in zip(turns, steps, strict=True) if step * 1.001 < turn < most_s * 0.999]
+    leads = [turn / step * target_s for turn, step in free]
+    assert leads == pytest.approx([leads[0]] * len(leads)) if leads else True
+    if len(free) == len(steps) and sum(step / target_s for step in steps) < 0.5:
+        assert min(leads) >= (sum(turns) + switch_s) * (1 - 1e-9), "every token on time"
+
+
 @given(
     st.lists(st.floats(1e-4, 0.2), min_size=1, max_size=8),
     st.floats(0, 5),

@@ -46,6 +46,51 @@ def test_promises_stay_within_budget_and_admission_is_first_come_first_served(ac
     assert queue.promised_pages == queue.queued == 0
 
 
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("offer"), st.sampled_from("ab"), st.integers(1, 600), st.integers(1, 60)),
+        st.tuples(st.sampled_from(["withdraw", "finish"]), st.integers(0, 40)),
+        st.tuples(st.just("wait"), st.floats(0, 4)),
+    ),
+    max_size=60,
+)
+
+
+@given(events, st.sampled_from(["cap", "quantile", "open"]), st.sampled_from([0.0, 5.0]))
+def test_every_request_leaves_once_whatever_is_withdrawn_or_expires(actions, rule, deadline_s):
+    """Withdrawn, expired, rejected or finished, each request exactly once; what it was promised or waited for is void then."""
+    queue = queue_of(rule=rule, deadline_s=deadline_s, promised_output_tokens={"a": 8})
+    waiting, running, gone, now_s = [], [], [], 0.0
+    for number, (kind, *what) in enumerate(actions):
+        if kind == "offer":
+            (gone if queue.offer(number, *what, now_s) else waiting).append(number)
+        elif kind == "wait":
+            now_s += what[0]
+            for request_id in queue.expire(now_s):
+                waiting.remove(request_id)
+                gone.append(request_id)
+        elif kind == "withdraw":
+            assert queue.withdraw(what[0]) == (what[0] in waiting)
+            if what[0] in waiting:
+                waiting.remove(what[0])
+                gone.append(what[0])
+        elif running:
+            gone.append(running.pop(what[0] % len(running)))
+            queue.finish(gone[-1])
+        admitted = queue.admit(now_s)
+        assert admitted == waiting[: len(admitted)], "first come first served"
+        running, waiting = running + admitted, waiting[len(admitted) :]
+        assert queue.queued == len(waiting) and (queue.promised_pages <= 30 or rule == "open")
+        assert queue.free_pages == 30 - queue.promised_pages - queue.waiting_pages
+    while waiting or running:
+        gone.append(running.pop(0))
+        queue.finish(gone[-1])
+        admitted = queue.admit(now_s)
+        running, waiting = running + admitted, waiting[len(admitted) :]
+    assert sorted(gone) == [n for n, (kind, *_) in enumerate(actions) if kind == "offer"]
+    assert queue.promised_pages == queue.waiting_pages == queue.queued == 0
+
+
 def test_a_request_that_can_never_fit_is_rejected_at_once_with_the_reason():
     assert "context of a (400)" in queue_of().offer(1, "a", 400, 1)
     assert "exceed the pool of 2" in queue_of(budget_pages=2).offer(1, "b", 9, 1)

@@ -24,6 +24,34 @@ def test_adaptation_keeps_the_sum_and_never_goes_below_zero(models, first):
         assert all(new[m] >= held[m] for m in idle), "what an idle model uses is not taken"
 
 
+@given(states, st.floats(0.1, 1.0), st.integers(0, 4))
+def test_quota_moves_towards_the_backlogged_only(models, crowded, first):
+    """Where no request is larger than its quota: who waits never loses, who does not never gains; where nobody who waits is
+    crowded or cut short, nothing moves."""
+    quotas, held, wanted = map(list, zip(*models, strict=True))
+    wanted = [min(pages, quota) for pages, quota in zip(wanted, quotas, strict=True)]
+    new = adapted(quotas, held, wanted, crowded, first)
+    for model, quota in enumerate(quotas):
+        assert new[model] >= quota if wanted[model] else new[model] <= quota
+    short = [w > q - h or h >= crowded * q for q, h, w in zip(quotas, held, wanted, strict=True)]
+    if not any(w and s for w, s in zip(wanted, short, strict=True)):
+        assert new == quotas
+
+
+@given(st.integers(1, 4), st.integers(8, 40), st.integers(0, 3))
+def test_a_model_that_stays_backlogged_comes_to_hold_nearly_all(idle, pool, backlogged):
+    """Adapted again and again, quota goes where requests are, and comes back when they do."""
+    count, pages = idle + 1, Quotas(QuotaRule(tuple([1.0] * (idle + 1))), pool)
+    busy = backlogged % count
+    for _ in range(12):
+        pages.adapt([pages.pages[m] if m == busy else 0 for m in range(count)], [int(m == busy) for m in range(count)])
+    assert pages.pages[busy] >= pool - idle and sum(pages.pages) == pool
+    other = (busy + 1) % count
+    for _ in range(12):
+        pages.adapt([0 if m == busy else pages.pages[m] for m in range(count)], [int(m == other) for m in range(count)])
+    assert pages.pages[other] >= pages.pages[busy]
+
+
 def test_quota_moves_from_the_idle_to_the_crowded_that_wait():
     assert adapted([10, 10], [0, 10], [0, 3], 0.9) == [5, 15]
     assert adapted([10, 10], [4, 9], [0, 3], 0.9) == [7, 13]

@@ -60,6 +60,57 @@ def test_any_number_of_lanes_finishes_every_sequence(wanted, lanes, max_batch, p
     assert [len(generated[i]) for i in range(len(wanted))] == [output for _, _, output in wanted]
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 30), st.integers(1, 6), st.booleans()), max_size=12),
+    st.integers(1, 4),
+    st.integers(1, 16),
+    st.integers(1, 3),
+    st.randoms(use_true_random=False),
+)
+def test_rows_are_conserved_order_is_kept_and_no_model_or_lane_starves(wanted, lanes, prefill_chunk, chunks, rng):
+    """Every row of every sequence is computed once and in order; prompts of a model begin in order of arrival; a free lane
+    gets a step where any sequence could have one; a ready model is passed over by each other one once. Some are cancelled."""
+    scheduler = StepScheduler(3, StepLimits(4, prefill_chunk), chunks_in_flight=chunks)
+    sequences = [sequence(i, *request[:3]) for i, request in enumerate(wanted)]
+    for one in sequences:
+        scheduler.add(one)
+    computed = [0] * len(sequences)
+    passed_over, in_flight, ended = [0, 0, 0], [], []
+    while scheduler.live or in_flight:
+        for one in sequences:
+            if wanted[one.request_id][3] and rng.random() < 0.05:
+                assert scheduler.cancel(one.request_id, one.model) == (one.request_id not in ended)
+        if len(in_flight) < lanes and rng.random() < 0.7:
+            ready = {
+                one.model
+                for one in sequences
+                if scheduler.holds(one) and (not one.in_flight or 0 < one.unscheduled and one.in_flight < chunks)
+            }
+            plan = scheduler.next_step()
+            assert (plan is not None) == bool(ready), "a lane stays empty beside work, or has a step without"
+            if plan is None:
+                continue
+            for model in range(3):
+                passed_over[model] = (passed_over[model] + 1) * (model in ready and model != plan.model)
+            assert max(passed_over) <= 2
+            for (one, rows), start in zip(plan.items, plan.starts, strict=True):
+                assert start == computed[one.request_id]
+                computed[one.request_id] += rows
+                older = [other for other in sequences[: one.request_id] if other.model == one.model]
+                assert one.prompt_tokens == 1 or all(computed[other.request_id] for other in older)
+            in_flight.append(plan)
+        elif in_flight:
+            plan = rng.choice([step for step in in_flight if oldest_of_its_prompts(step, in_flight)])
+            in_flight.remove(plan)
+            produced = scheduler.complete(plan, iter([0] * len(plan.logit_rows)))
+            ended += [one.request_id for one, _, last in produced if last]
+    assert sorted(ended) == list(range(len(wanted)))
+    for one in sequences:
+        assert computed[one.request_id] == one.cached == len(one.tokens) - 1
+        assert not one.in_flight and not one.rows_in_flight
+        assert one.cancelled or len(one.tokens) == one.prompt_tokens + one.max_new_tokens
+
+
 def test_a_prompt_of_three_chunks_has_two_of_them_in_flight():
     scheduler = StepScheduler(1, StepLimits(max_batch=4, prefill_chunk=8), chunks_in_flight=2)
     scheduler.add(sequence(0, 0, 20, 5))
