@@ -15,6 +15,7 @@ from kernels.launch import ceil_div, launch, next_power_of_2, num_sms
 from kernels.paged_kv import PagedKV
 from kernels.tile import LOG2_E
 
+_FEWEST_SUMMED = 16
 _NARROWEST_SLICE = 64
 _JOINED_ELEMENTS = 8192  # of partial results in a program's registers at a time
 
@@ -140,6 +141,11 @@ def _combine_kernel(
         tl.store(out_ptr + row * DIM + channel, (acc / mass).to(out_ptr.dtype.element_ty), mask=channel < DIM)
 
 
+def block_channels(dim: int) -> int:
+    """Channels of a tile that holds `dim`: a power of two, and at least as many as a card's matrix product sums over."""
+    return max(_FEWEST_SUMMED, next_power_of_2(dim))
+
+
 def combine_slice(rows: int, dim: int, sms: int) -> int:
     """Channels of one of `rows` rows of `dim` (a power of two) channels that a program joins. Partial results of a long sequence
     are many and rows of one few: a program a row would read them all through few multiprocessors, one batch after the other."""
@@ -171,7 +177,7 @@ class SplitPlan:
         """Constexprs that every kernel of the plan takes."""
         return {
             "DIM": self.dim,
-            "BLOCK_D": next_power_of_2(self.dim),
+            "BLOCK_D": block_channels(self.dim),
             "BLOCK_B": next_power_of_2(self.batch),
             "BLOCK_N": self.block_n,
             "MIN_CHUNK": self.min_chunk,

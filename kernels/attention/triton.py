@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels import tuning
-from kernels.attention.split import SplitPlan, block_slots, find_work, scale_log2, write_chunk
+from kernels.attention.split import SplitPlan, block_channels, block_slots, find_work, scale_log2, write_chunk
 from kernels.launch import launch, next_power_of_2
 from kernels.paged_kv import PagedKV
 from kernels.tile import dot
@@ -239,7 +239,7 @@ def prefill_gqa(q: torch.Tensor, kv: PagedKV, query_lens: tuple[int, ...], scale
         GROUP=num_heads // kv_heads,
         BLOCK_TOKENS=kv.block_tokens,
         DIM=dim,
-        BLOCK_D=next_power_of_2(dim),
+        BLOCK_D=block_channels(dim),
         **chosen,
     )
     return out

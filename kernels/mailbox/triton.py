@@ -46,11 +46,12 @@ def copy_share(source_ptr, target_ptr, rows, width, source_stride, PACKED: tl.co
 @triton.jit
 def last_to_arrive(arrivals_ptr, PROGRAMS: tl.constexpr):
     """Count this program in once all its stores are done; whether all `PROGRAMS` of the launch are now counted."""
-    # Without the barrier other threads' stores may trail the arrival, or the flag that follows it.
+    # Without the barrier other threads' stores may trail the arrival, or the flag that follows it. The others are on this
+    # card: what their arrivals release, the last one's flag releases to the whole system (causality order of PTX).
     tl.debug_barrier()
     last = True
     if PROGRAMS > 1:
-        arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="sys")
+        arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
         last = arrived % PROGRAMS == PROGRAMS - 1
     return last
 

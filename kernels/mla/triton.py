@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels import tuning
-from kernels.attention.split import SplitPlan, block_slots, find_work, scale_log2, write_chunk
+from kernels.attention.split import SplitPlan, block_channels, block_slots, find_work, scale_log2, write_chunk
 from kernels.attention.triton import query_tiles
 from kernels.launch import ceil_div, launch, next_power_of_2
 from kernels.paged_kv import PagedKV
@@ -199,7 +199,7 @@ def decode_mla(q_latent: torch.Tensor, q_rope: torch.Tensor, kv: PagedKV, scale:
         scale_log2(scale),
         BLOCK_H=chosen["BLOCK_H"],
         ROPE=q_rope.shape[2],
-        BLOCK_R=max(16, next_power_of_2(q_rope.shape[2])),
+        BLOCK_R=block_channels(q_rope.shape[2]),
         BLOCK_TOKENS=kv.block_tokens,
         **plan.constants,
         num_warps=chosen["num_warps"],
@@ -235,10 +235,10 @@ def prefill_mla(
         scale_log2(scale),
         HEADS=heads,
         ROPE=q_rope.shape[2],
-        BLOCK_R=max(16, next_power_of_2(q_rope.shape[2])),
+        BLOCK_R=block_channels(q_rope.shape[2]),
         BLOCK_TOKENS=kv.block_tokens,
         DIM=rank,
-        BLOCK_D=next_power_of_2(rank),
+        BLOCK_D=block_channels(rank),
         **chosen,
     )
     return out

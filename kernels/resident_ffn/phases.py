@@ -40,10 +40,11 @@ def load_weights(entry, column: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def arrive(counter_ptr, SCOPE: tl.constexpr):
-    """Count this program in once all its stores are done; how many were counted before. `SCOPE` is who may read them."""
+def arrive(counter_ptr):
+    """Count this program in once all its stores are done; how many were counted before. Whoever sees them all counted may
+    release the stores of all to another card too."""
     tl.debug_barrier()
-    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope=SCOPE)
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
 
 
 @triton.jit

@@ -101,7 +101,7 @@ def resident_worker_kernel(
                 mask = row < rows
                 x = in_ptr + base + row[:, None] * depth
                 router_logits(entry, x, logits_ptr, depth, num_experts, mask, DTYPE, ROWS, BLOCK_E, BLOCK_R)
-                arrived = arrive(counter_ptr, "gpu")
+                arrived = arrive(counter_ptr)
                 phase += 1
                 if arrived == phase * programs - 1:
                     choose(
@@ -114,7 +114,7 @@ def resident_worker_kernel(
                     entry, x, routing_ptr, active_ptr, hidden_ptr, shared_hidden_ptr, depth, mask, DTYPE,
                     ROWS, BLOCK_E, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
-                arrived = arrive(counter_ptr, "gpu")
+                arrived = arrive(counter_ptr)
                 phase += 1
                 if arrived == phase * programs - 1:
                     open_gate(gate_ptr, phase)
@@ -124,7 +124,7 @@ def resident_worker_kernel(
                     entry, out_rows, active_ptr, hidden_ptr, shared_hidden_ptr, depth, mask, DTYPE,
                     ROWS, DOWN_N, BLOCK_K,
                 )  # fmt: skip
-                arrived = arrive(counter_ptr, "sys")
+                arrived = arrive(counter_ptr)
                 phase += 1
                 if (arrived == phase * programs - 1) & (chunk + ROWS >= rows):
                     tl.debug_barrier()

@@ -10,6 +10,7 @@ import torch
 
 from kernels.launch import Launch, compile_ahead, recording
 from serving.batching import StepLimits
+from serving.cuda import driver
 from serving.cuda.capture import Capture, CardModel, Launches
 from serving.cuda.exchange import ByEvents, Mailboxes, Residents, bytes_crossed
 from serving.cuda.lane import Lane
@@ -165,7 +166,15 @@ class StepRunner:
                     self._launches[lane_index, model_index, shape] = self._capture(lane_index, model_index, shape)
         torch.cuda.synchronize(self.device)
         if self._residents is not None:
+            self._upload()
             self._residents.start()
+
+    def _upload(self) -> None:
+        """A graph's first launch allocates on its card, which must not happen beside a kernel that never returns."""
+        for launches in self._launches.values():
+            for graph, stream in launches.stages:
+                driver.upload_graph(graph.raw_cuda_graph_exec(), stream.cuda_stream)
+        torch.cuda.synchronize(self.device)
 
     def _run_every_shape(self, lanes: Seq[Lane]) -> None:
         """Each model's parts of each shape, all rows idle, kernel by kernel."""

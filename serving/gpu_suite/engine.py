@@ -53,8 +53,9 @@ def time_decode(runner: StepRunner, runs: Seq[Run], lanes: int, batch: int) -> d
     plans = []
     for lane in range(lanes):
         sequences = []
-        for run in runs[lane * batch : (lane + 1) * batch]:
-            sequences.append(Sequence(0, 0, [7] * _PROMPT_TOKENS, _PROMPT_TOKENS, _NEW_TOKENS, run=run))
+        for place, run in enumerate(runs[lane * batch : (lane + 1) * batch], start=lane * batch):
+            token = 7 + 131 * place  # equal rows would choose the same experts, and read fewer than a batch does
+            sequences.append(Sequence(0, 0, [token] * _PROMPT_TOKENS, _PROMPT_TOKENS, _NEW_TOKENS, run=run))
             sequences[-1].cached = _PROMPT_TOKENS - 1
         plans.append(StepPlan.following(0, tuple((sequence, 1) for sequence in sequences)))
     started = [0.0] * lanes

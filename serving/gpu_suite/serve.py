@@ -1,7 +1,7 @@
 """Systems serving two models on one card, open loop: time between tokens and to the first, system after system on the same
 requests. Both pools of CrossPool are on the one card under budgets of their own.
 
-Processes on one card take turns on it (no MPS is started): the engines of `elastic`, which take KV from one shared ledger as
+Processes on one card take turns on it unless MPS runs: the engines of `elastic`, which take KV from one shared ledger as
 they find it. `static` is one process with a partition of KV for each model.
 All systems get the same bytes: what the weights of both halves need, and `--kv-gib` for KV and workspaces, so that a little
 of it makes KV scarce. Rates are of each model. With `--against NAME` each row also says by how much that system's P99 TBT is
@@ -122,8 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--systems", default=",".join(_SYSTEMS))
     parser.add_argument("--rates", default="1,3", help="requests a second of each model")
     parser.add_argument("--requests", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=1, help="loads of each rate, one after the other")
     parser.add_argument("--prompts", default="64,512", help="least and most tokens of a prompt")
     parser.add_argument("--kv-gib", default="16", help="for KV and workspaces; each of several is a run of its own")
+    parser.add_argument("--label", default="", help="added to the names of systems, for what is set outside (MPS)")
     parser.add_argument("--against", default="crosspool lowered", help="the system that others are compared with")
     args = parser.parse_args(argv)
     names = args.models.split(",")
@@ -134,20 +136,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kv_gib, label in product(map(float, args.kv_gib.split(",")), args.systems.split(",")):
         name, options = _SYSTEMS[label]
         system = registry.create(name, {**_OPTIONS, **options})
-        row = {"system": label, "kv_gib": kv_gib, "prompts": list(prompts), "requests": args.requests}
+        row = {
+            "system": f"{label} {args.label}".strip(),
+            "kv_gib": kv_gib,
+            "prompts": list(prompts),
+            "requests": args.requests,
+        }
         try:
             begun = time.monotonic()
             cluster = cluster_for(label.split()[0], *pool_bytes(models, int(kv_gib * 2**30)))
             system.start(system.plan(cluster, models, Demand()))
             row["start_s"] = time.monotonic() - begun
             replay(system, requests_of(models, 20.0, 12, 99, prompts), 90)
-            for rate in rates:
+            for rate, seed in product(rates, range(args.seeds)):
                 before = sum(device.preemptions for device in system.stats())
-                arrivals = requests_of(models, rate * len(models), args.requests, int(10 * rate), prompts)
+                arrivals = requests_of(models, rate * len(models), args.requests, 1000 * seed + int(10 * rate), prompts)
                 times = replay(system, arrivals, 120)
                 found = {"p99_by_model": p99_by_model(times, arrivals), **summary(times)}
                 found["preemptions"] = sum(device.preemptions for device in system.stats()) - before
-                rows.append({**row, "rate_rps": rate * len(models), **found})
+                rows.append({**row, "rate_rps": rate * len(models), "seed": seed, **found})
                 _compare(rows, args.against)
                 print("row: " + _described(rows[-1]), flush=True)
                 save(args.out, rows)
@@ -166,7 +173,7 @@ def _compare(rows: Sequence[dict], against: str) -> None:
     same = [
         other
         for other in rows
-        if other["system"] == against and all(other.get(key) == row[key] for key in ("rate_rps", "kv_gib"))
+        if other["system"] == against and all(other.get(key) == row[key] for key in ("rate_rps", "kv_gib", "seed"))
     ]
     if same:
         row["p99_over"] = {m: value / same[0]["p99_by_model"][m] for m, value in row["p99_by_model"].items()}

@@ -80,6 +80,17 @@ def test_prefill_gqa(heads, kv_heads, dim, lengths, rows, block_tokens, dtype, d
     check("out", form.prefill_gqa(q, kv, rows, dim**-0.5), gqa_reference.prefill_gqa(q, kv, rows, dim**-0.5))
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 3, 4), (5, 1, 8), (6, 2, 12)])
+def test_heads_narrower_than_a_card_multiplies(heads, kv_heads, dim, device, check):
+    from kernels.attention import triton as form
+
+    kv = paged((70, 5), (2, kv_heads, dim), 64, torch.float32, device)
+    q = torch.randn(2, heads, dim, device=device)
+    check("decode", form.decode_gqa(q, kv, 0.3), gqa_reference.decode_gqa(q, kv, 0.3))
+    rows = torch.randn(14, heads, dim, device=device)
+    check("prefill", form.prefill_gqa(rows, kv, (9, 5), 0.3), gqa_reference.prefill_gqa(rows, kv, (9, 5), 0.3))
+
+
 def test_a_row_without_tokens_gives_zeros(device):
     """Rows that pad a batch to a graph's size have length 0: their output must be finite."""
     from kernels.attention import triton as form

@@ -85,7 +85,7 @@ def test_p99_of_each_model_and_against_the_same_load():
     requests = [(0.0, Request(0, "a", (1,), 2)), (0.0, Request(1, "b", (1,), 2))]
     slow, quick = ({0: [0.0, 1.0, 1.5], 1: [0.0, 1.0, gap]} for gap in (1.3, 1.1))
     rows = [
-        {"system": name, "rate_rps": 2.0, "kv_gib": 1.0, "p99_by_model": serve.p99_by_model(times, requests)}
+        {"system": name, "rate_rps": 2.0, "kv_gib": 1.0, "seed": 0, "p99_by_model": serve.p99_by_model(times, requests)}
         for name, times in (("crosspool lowered", quick), ("elastic", slow))
     ]
     serve._compare(rows, "crosspool lowered")
