@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +26,14 @@ _SYSTEMS = {
     "static": ("baselines.static.system", "StaticPartition", "StaticOptions"),
     "swap": ("baselines.swap.system", "Swap", "SwapOptions"),
 }
+_IN_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    Mapping: "a mapping",
+    types.NoneType: "null",
+}
 
 
 def names() -> tuple[str, ...]:
@@ -36,10 +47,30 @@ def options_from_dict(options_class: type, options: Mapping[str, Any], system: s
     for key in options:
         if key not in known:
             raise UserError(f"system {system!r} has no option {key!r}; known: {', '.join(known)}")
+    hints = typing.get_type_hints(options_class)
+    for key, value in options.items():
+        _require_kind(key, value, hints[key])
     try:
         return options_class(**options)
     except TypeError as error:
         raise UserError(f"system {system!r}: {error}") from None
+
+
+def _require_kind(name: str, value: Any, hint: Any) -> None:
+    """Raises UserError for a value of a kind that the option never has."""
+    if hint is Any:
+        return
+    kinds = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {typing.get_origin(hint) or hint}
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and (isinstance(value, int) and int in kinds or math.isfinite(value) and float in kinds):
+        return
+    if not number and isinstance(value, tuple(kinds - {int, float})):
+        if typing.get_origin(hint) is Mapping:
+            for key, inner in value.items():
+                _require_kind(f"{name} of {key}", inner, typing.get_args(hint)[1])
+        return
+    words = " or ".join(said for kind, said in _IN_WORDS.items() if kind in kinds)
+    raise UserError(f"option {name} is {value!r}; it must be {words}")
 
 
 def all_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class PlacementOptions(ElasticOptions):
     prompts_at_once: int = 2
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _require(("optimistic", "cap"), "admission", self.admission)
+        super().__post_init__()
         if self.groups:
             raise UserError(
                 "option groups is given; elastic-placement decides itself where models lie (elastic takes groups)"

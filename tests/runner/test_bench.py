@@ -225,6 +225,7 @@ def bench_here(tmp_path, monkeypatch, capsys):
     GlobalHydra.instance().clear()
 
 
+TOO_SMALL = ["devices.0.memory_mib=1", "devices.1.memory_mib=1", "model=four-tiny"]
 ERRORS = {
     "unknown preset": (["conf=skew0.8"], "unknown conf 'skew0.8' (did you mean 'skew0.9'?); known: ablation"),
     "unknown system": (["system=magic"], "unknown system 'magic'; known: crosspool, "),
@@ -247,6 +248,29 @@ ERRORS = {
     "unknown size": (["models=[{name: m, make: {arch: mixtral, size: big}}]"], "unknown size 'big'; known: tiny"),
     "does not fit": (["devices.0.memory_mib=1"], "bytes"),
     "bad option": (["system.options.lanes=0"], "option lanes is 0"),
+    "quotas beyond the pool": (
+        ["system=quota", "+system.options.quotas={mixtral-tiny: 0.7, qwen3-moe-tiny: 0.6}"],
+        "shares of the pool are above 0 and sum to at most 1, these to 1.3",
+    ),
+    "a negative interval": (
+        ["system=quota", "system.options.adapt_every_s=-1"],
+        "adapt_every_s is -1; it must be 0 or",
+    ),
+    "a host cache below the largest model": (
+        ["system=swap", "system.options.host_cache_bytes=1000"],
+        "the host cache of 1000 B cannot hold mixtral-tiny",
+    ),
+    "a link of no bandwidth": (["system=swap-token", "system.options.link_gbps=0"], "link_gbps is 0: no weights"),
+    "a negative idle time": (["system=swap", "system.options.keep_alive_s=-1"], "keep_alive_s is -1; it must be 0 or"),
+    "an idle time that is none": (["system=swap", "system.options.keep_alive_s=soon"], "'soon'; it must be a number"),
+    "a negative wait": (["system=elastic", "system.options.queue_deadline_s=-1"], "queue_deadline_s is -1; it must be"),
+    "an unknown rule": (["system=elastic-placement", "system.options.admission=all"], "known: optimistic, cap"),
+    "larger than a device": (["system=static", *TOO_SMALL], "cpu:0: "),
+    "larger than all devices": (["system=static-searched", *TOO_SMALL], "infeasible: "),
+    "larger than a shared device": (["system=elastic", *TOO_SMALL], "cpu:0: weights and workspaces of "),
+    "larger than a placed device": (["system=elastic-placement", *TOO_SMALL], "no device has room for mixtral-tiny"),
+    "larger than an engine's device": (["system=quota", *TOO_SMALL], "cpu:0: weights and workspace"),
+    "larger than any device": (["system=swap", *TOO_SMALL], "cpu:0: mixtral-tiny needs "),
     "not this hardware": (["devices.0.kind=cuda"], "the real backend computes on cpu devices, not on cuda"),
     "unknown card": (["backend=sim", "backend.card=b200"], "unknown hardware 'b200'; known: "),
 }
