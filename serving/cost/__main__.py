@@ -109,7 +109,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _stream(options: argparse.Namespace) -> int:
-    from serving.cost.calibrate import stream_rate
+    from serving.cost.machine_rates import stream_rate
 
     _pin(options.core)
     print(stream_rate(options.seconds))
@@ -117,19 +117,19 @@ def _stream(options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from serving.cost import calibrate
+    from serving.cost import calibrate, machine_rates
     from serving.cost.calibrated import calibration, rows_by_operator, write_calibration
 
     served = [_served(model, options.dtype, options.dummy) for model in options.model]
     provenance = {
-        "machine": calibrate.machine_name(),
+        "machine": machine_rates.machine_name(),
         "date": datetime.date.today().isoformat(),
         "command": "python -m serving.cost calibrate",
     }
-    rates, cores = calibrate.stream_rates() | calibrate.crossing_rates(), sorted(os.sched_getaffinity(0))
+    rates, cores = machine_rates.stream_rates() | machine_rates.crossing_rates(), sorted(os.sched_getaffinity(0))
     own = cores[0] if options.core is None else options.core
     _pin(own)
-    rates |= calibrate.product_rates()
+    rates |= machine_rates.product_rates()
     rows, neighbour = [], {}
     for model in served:
         points = list(calibrate.stage_points(model))

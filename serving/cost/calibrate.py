@@ -1,14 +1,13 @@
-"""Micro-benchmarks of this machine: its stream and arithmetic rates, and the stages of given models as the engine runs them.
+"""Micro-benchmarks of the stages of given models, run as the engine runs them.
 
 `python -m serving.cost calibrate --out FILE --model DIR` writes one JSON file: what the machine reached, every measured
 row, and coefficients fitted to the rows. A stage is timed by walking all layers of a model in order, the other half of each
-layer run untimed in between, of as many rows, so that weights and KV come from where they come from in a run (the last-level
+layer run untimed in between, of as many rows, and head and embedding where a step has just run, so that weights and KV come from where they come from in a run (the last-level
 cache for small models, memory for large ones). Points are visited in several interleaved rounds and the median over rounds is kept, which rides out a neighbour's burst.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -18,8 +17,6 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.linear import linear, pack
-from serving import bench_crossing
 from serving.checkpoints import open_weights
 from serving.cost.calibrated import MeasuredRow
 from serving.errors import UserError
@@ -27,16 +24,13 @@ from serving.interface import ServedModel
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
 from serving.layers.ffn_half import FFNHalf
-from serving.spec import GQASpec, ModelSpec, element_bytes
+from serving.spec import GQASpec, ModelSpec
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
 DECODE_BATCHES = (1, 2, 4, 8, 16)
 DECODE_CONTEXTS = (16, 64, 256, 1024, 4096)
 CHUNKS = ((16, 0), (64, 0), (256, 0), (16, 256), (64, 256), (256, 256), (64, 1024), (256, 1024))
 _MOST_ROWS_BETWEEN = 64  # of the FFN that runs untimed between two attention layers: they hit nearly all experts
-STREAM_BYTES = 256 * 2**20
-EVICT_BYTES = 128 * 2**20  # several times the last-level cache of such machines
-STREAM_SECONDS = 1.0
 STREAM_START_S = 4.0  # until a streaming process has started and filled its block
 
 
@@ -133,7 +127,7 @@ def stage_points(model: ServedModel, kv_budget_bytes: int = 512 * 2**20, seed: i
         model, attention, slots, generator, lambda layer, rows: ffn.forward(layer, hidden[:rows])
     )
     yield from _ffn_points(model, ffn, generator, _one_row(attention, hidden[:1], model))
-    yield from _end_points(model, attention, generator)
+    yield from _end_points(model, attention, ffn, generator)
 
 
 def _attention_points(
@@ -220,7 +214,7 @@ def _ffn_points(
             yield Point(operator, spec.name, columns, walk(layers, rows), len(layers))
 
 
-def _end_points(model: ServedModel, half: AttentionHalf, generator: torch.Generator) -> Iterator[Point]:
+def _end_points(model: ServedModel, half: AttentionHalf, ffn: FFNHalf, generator: torch.Generator) -> Iterator[Point]:
     spec, dtype = model.spec, getattr(torch, model.dtype)
 
     def head(rows: int) -> Callable[[], int]:
@@ -232,71 +226,22 @@ def _end_points(model: ServedModel, half: AttentionHalf, generator: torch.Genera
         ids = torch.randint(spec.vocab_size, (rows,), generator=generator)
         return lambda: _timed(lambda: half.embed(ids))
 
-    # A step walks all layers between two visits to head and embedding, so they are met as cold as that leaves them.
-    walked = torch.ones(min(EVICT_BYTES, model.spec.total_elements * element_bytes(model.dtype)) // 4)
+    cache = torch.zeros(16, *_kv_tail(spec)).to(dtype)
+
+    def step(rows: int) -> Callable[[], None]:
+        """All layers of so many rows: what lies between two visits to head and embedding, and leaves caches as it does."""
+        layout = BatchLayout((1,) * rows, (1,) * rows, tuple(range(rows)), ())
+
+        def walk() -> None:
+            hidden = torch.randn(rows, spec.hidden_size, generator=generator).to(dtype)
+            back = None
+            for layer in range(spec.num_layers):
+                hidden, ffn_in = half.attend(layer, hidden, back, cache, layout)
+                back = ffn.forward(layer, ffn_in)
+
+        return walk
+
     for rows in (1, 2, 4, 8, 16):
         columns = {"hidden_size": float(spec.hidden_size), "rows": float(rows)}
-        yield Point("stage_head", spec.name, columns, head(rows), 1, walked.sum)
-        yield Point("stage_embed", spec.name, columns, embed(rows), 1, walked.sum)
-
-
-# -- the machine -------------------------------------------------------------------------------------------------------
-def stream_rate(seconds: float = STREAM_SECONDS) -> float:
-    """Bytes a second that one core reads: a sum over more than any cache holds."""
-    block = torch.ones(STREAM_BYTES // element_bytes("float32"))
-    rates, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        started = time.thread_time()
-        block.sum()
-        rates.append(STREAM_BYTES / (time.thread_time() - started))
-    return statistics.median(rates)
-
-
-def stream_rates() -> dict[str, float]:
-    """Bytes a second that one core reads alone, and that two cores read together, a pinned process each.
-
-    Raises :class:`UserError` when one of them fails.
-    """
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    return {"memory_bandwidth": _streamed(cores[:1]), "shared_memory_bandwidth": _streamed(cores)}
-
-
-def _streamed(cores: list[int]) -> float:
-    command = [sys.executable, "-m", "serving.cost", "stream"]
-    running = [subprocess.Popen([*command, "--core", str(c)], stdout=subprocess.PIPE, text=True) for c in cores]
-    outputs = [process.communicate()[0] for process in running]
-    if any(process.returncode for process in running):
-        raise UserError("a stream process failed; are the cores in this process's affinity mask?")
-    return sum(float(output) for output in outputs)
-
-
-def product_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.5) -> float:
-    """FLOP/s of a packed product of `size` rows, the engine's own linear layer."""
-    weight, x = pack(torch.randn(2 * size, 2 * size).to(dtype)), torch.randn(size, 2 * size).to(dtype)
-    flops, rates, end = 2.0 * size * (2 * size) ** 2, [], time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        started = time.thread_time()
-        linear(x, weight)
-        rates.append(flops / (time.thread_time() - started))
-    return statistics.median(rates)
-
-
-def product_rates() -> dict[str, float]:
-    """FLOP/s of one core, in both element types."""
-    return {"fp32_flops": product_rate(torch.float32), "bf16_flops": product_rate(torch.bfloat16)}
-
-
-def crossing_rates(hidden: int = 1024, rounds: int = 2000) -> dict[str, float]:
-    """Seconds of one way through the engine's mailbox with one row, between two pinned cores; nothing on one core."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        return {}
-    round_trips_us = bench_crossing.measure(1, hidden, rounds, (cores[0], cores[1]))
-    return {"crossing_lowered_s": float(statistics.median(round_trips_us)) / 2e6}
-
-
-def machine_name() -> str:
-    """The CPU's model name as the kernel reports it."""
-    with open("/proc/cpuinfo") as lines:
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown CPU'}, {len(os.sched_getaffinity(0))} cores"
+        yield Point("stage_head", spec.name, columns, head(rows), 1, step(rows))
+        yield Point("stage_embed", spec.name, columns, embed(rows), 1, step(rows))
