@@ -31,7 +31,7 @@ from serving.memory.kv_pool import KVGeometry
 from serving.options import EngineOptions
 from serving.shm.region import SharedRegion
 from serving.workers.config import Bells, ModelWorkerConfig, PoolConfig, Role
-from serving.workers.messages import Cancel, Preempted, Submit, Tokens
+from serving.workers.messages import Cancel, Expired, Preempted, Submit, Tokens
 
 START_TIMEOUT_S = 600.0
 
@@ -54,6 +54,7 @@ class _Live:
 
     request: Request
     pool: _Pool
+    since_ns: int
     admitted: bool = False
     cancelled: bool = False
 
@@ -190,7 +191,7 @@ class HostedSystem:
         if problem:
             self._emit(request.request_id, EventKind.REJECTED, self._clock.now_ns(), reason=problem)
             return
-        self._live[request.request_id] = _Live(request, pool)
+        self._live[request.request_id] = _Live(request, pool, self._clock.now_ns())
         self._admit(pool)
 
     def cancel(self, request_id: int) -> bool:
@@ -215,6 +216,9 @@ class HostedSystem:
             for message in worker.receive():
                 if isinstance(message, Tokens):
                     ended |= self._take_tokens(message)
+                elif isinstance(message, Expired):
+                    ended = True
+                    self._take_expired(message)
                 elif isinstance(message, Preempted):
                     for request_id in message.request_ids:
                         self._emit(request_id, EventKind.PREEMPTED, message.time_ns, reason="another needed its KV")
@@ -298,7 +302,7 @@ class HostedSystem:
         request, pool = live.request, live.pool
         stop_ids = () if request.ignore_eos else self._models[request.model].spec.eos_token_ids
         index = pool.index_of_model[request.model]
-        pool.worker.send(Submit(request_id, index, request.prompt, request.max_new_tokens, stop_ids))
+        pool.worker.send(Submit(request_id, index, request.prompt, request.max_new_tokens, stop_ids, live.since_ns))
 
     def _take_tokens(self, message: Tokens) -> bool:
         ended = False
@@ -311,6 +315,16 @@ class HostedSystem:
                 self._emit(request_id, kind, message.time_ns)
                 ended = True
         return ended
+
+    def _take_expired(self, message: Expired) -> None:
+        for request_id in message.request_ids:
+            live = self._live.pop(request_id)
+            live.pool.queue.finish(request_id)
+            reason = f"waited longer than {live.pool.queue.limits.deadline_s} s for its device"
+            if live.cancelled:
+                self._emit(request_id, EventKind.CANCELLED, message.time_ns)
+            else:
+                self._emit(request_id, EventKind.REJECTED, message.time_ns, reason=reason)
 
     def _take_sample(self, device: Device, message) -> None:
         by_name = {pool.name: pool for pool in self._pools}

@@ -93,6 +93,10 @@ class StepScheduler:
     def holds(self, sequence: Sequence) -> bool:
         return sequence in self._sequences[sequence.model]
 
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a sequence that no step has had or has."""
+        self._sequences[sequence.model].remove(sequence)
+
     def cancel(self, request_id: int, model: int) -> bool:
         """Let a request end with its next token; False where it is not here (any more). Steps under way finish, so that
         whoever holds its pages frees them as at any other end."""

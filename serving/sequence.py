@@ -21,6 +21,7 @@ class Sequence:
     cached: int = 0
     in_flight: int = 0  # steps under way that compute it
     rows_in_flight: int = 0  # tokens that those steps compute
+    since_ns: int = 0  # when it was submitted, where that is known
     cancelled: bool = False  # nobody waits for it: it ends with its next token
 
     @property

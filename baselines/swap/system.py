@@ -132,6 +132,7 @@ class Swap(HostedSystem):
                 primed=popularity[place :: len(placement.devices)],
                 loader_cores=self._loader_cores(plan.device),
                 link_gbps=self.options.link_gbps,
+                queue_deadline_s=self.options.queue_deadline_s,
             )
             worker = self._start_worker(plan.device, role, self._store.ref.fds if self._store else ())
             self._register_pools(worker, role, self.options, rule="open")  # they wait for seats on the device

@@ -43,7 +43,13 @@ class Restore(NamedTuple):
     sequence: LiveSequence
 
 
-Action = Evict | Load | Save | Restore
+class Expire(NamedTuple):
+    """Let go of the sequence, of which nothing was computed: it waited for too long."""
+
+    sequence: LiveSequence
+
+
+Action = Evict | Load | Save | Restore | Expire
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,9 @@ class SwapController:
         host_kv_bytes: int,
         pages_of: Callable[[int, int], int],
         policy: SwapPolicy,
+        deadline_ns: int = 0,
     ) -> None:
+        """Sequences of which nothing was computed `deadline_ns` after they were submitted are let go; 0: never."""
         self._facts, self._policy, self._pages_of = facts, policy, pages_of
         self.free_pages, self.free_kv_pages, self.free_host_bytes = arena_pages, kv_pages, host_kv_bytes
         self.models = [_State(load_ns=fact.load_ns) for fact in facts]
@@ -99,10 +107,12 @@ class SwapController:
         self._saved: dict[LiveSequence, int] = {}  # host bytes of those that gave way
         self._decision = Decision((), ())
         self._dirty = True
+        self._deadline_ns = deadline_ns
+        self._expires_ns: int | None = None  # the first of those that wait
 
     # -- what happened -------------------------------------------------------------------------------------------------
     def add(self, sequence: LiveSequence, now_ns: int) -> None:
-        self._arrivals[sequence] = now_ns
+        self._arrivals[sequence] = sequence.since_ns or now_ns
         state = self.models[sequence.model]
         if not state.resident and state.wanted_ns is None and self.loading != sequence.model:
             state.wanted_ns = now_ns
@@ -150,17 +160,27 @@ class SwapController:
     # -- what to do ----------------------------------------------------------------------------------------------------
     def actions(self, now_ns: int) -> list[Action]:
         """What is to be carried out now, in order. Empty where nothing has happened since."""
-        again_ns = self._decision.again_ns
+        again_ns = self.again_ns
         if not self._dirty and (again_ns is None or now_ns < again_ns):
             return []
         self._dirty = False
+        expired = self._expire(now_ns)
         self._decision = decision = self._policy.decide(self.view(now_ns))
-        return self._swap(decision, now_ns) + self._seat(decision)
+        actions = expired + self._swap(decision, now_ns) + self._seat(decision)
+        if self._deadline_ns:
+            expiring = (since_ns for one, since_ns in self._arrivals.items() if self._waits(one))
+            self._expires_ns = min(expiring, default=None)
+            if self._expires_ns is not None:
+                self._expires_ns += self._deadline_ns + 1
+        return actions
 
     @property
     def again_ns(self) -> int | None:
         """When to look for actions though nothing happens."""
-        return self._decision.again_ns
+        again_ns = self._decision.again_ns
+        if again_ns is None or self._expires_ns is None:
+            return self._expires_ns if again_ns is None else again_ns
+        return min(again_ns, self._expires_ns)
 
     def may_step(self) -> Callable[[LiveSequence], bool]:
         """Who may take part in the next step: seated, of a model that may step and is in none. Of resident models one steps at
@@ -199,6 +219,23 @@ class SwapController:
             step_ns=state.step_ns,
             load_ns=state.load_ns,
         )
+
+    def _waits(self, sequence: LiveSequence) -> bool:
+        """Whether nothing of it was computed, and it has no seat for that."""
+        return not sequence.cached and sequence not in self._seats
+
+    def _expire(self, now_ns: int) -> list[Action]:
+        if not self._deadline_ns:
+            return []
+        since = self._arrivals
+        late = [one for one in since if self._waits(one) and now_ns - since[one] > self._deadline_ns]
+        for sequence in late:
+            del since[sequence]
+        for sequence in late:
+            if all(one.model != sequence.model for one in since):
+                state = self.models[sequence.model]
+                state.wanted_ns, state.warming = None, False
+        return [Expire(sequence) for sequence in late]
 
     def _swap(self, decision: Decision, now_ns: int) -> list[Action]:
         model = decision.load

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from serving.cost.transfers import LOAD_SHARE, host_copy_s, page_unmap_s
 from serving.interface import ServedModel
 from serving.memory.kv_pool import KVGeometry
-from serving.residency.controller import Evict, Load, Save
+from serving.residency.controller import Evict, Expire, Load, Save
 from serving.residency.image import image_bytes
 from serving.scheduler import StepPlan, StepScheduler
 from serving.sequence import Sequence as LiveSequence
@@ -22,7 +22,7 @@ from serving.sim.costs import StageTimes
 from serving.sim.workers import SIMULATED_TOKEN, SimulatedWorker
 from serving.workers.build_swap import controller_of
 from serving.workers.config import SwapWorkerConfig
-from serving.workers.messages import Cancel, PoolUse, Stop, Submit, Tokens
+from serving.workers.messages import Cancel, Expired, PoolUse, Stop, Submit, Tokens
 
 
 @dataclass
@@ -62,6 +62,7 @@ class SimulatedSwapWorker(SimulatedWorker):
             return
         prompt = list(message.prompt)
         sequence = LiveSequence(message.request_id, message.model, prompt, len(prompt), message.max_new_tokens)
+        sequence.since_ns = message.since_ns
         if not self._prefill:
             sequence.cached = len(prompt) - 1
         self._scheduler.add(sequence)
@@ -85,9 +86,10 @@ class SimulatedSwapWorker(SimulatedWorker):
             pass
         self._go_on()
         again_ns = self._controller.again_ns
-        if again_ns is not None and again_ns > max(self._clock.now_ns(), self._timer_ns):
+        now_ns = self._clock.now_ns()
+        if again_ns is not None and again_ns > now_ns and not now_ns < self._timer_ns <= again_ns:
             self._timer_ns = again_ns
-            self._clock.after((again_ns - self._clock.now_ns()) / 1e9, self._wake)
+            self._clock.after((again_ns - now_ns) / 1e9, self._wake)
 
     def _carry_out(self) -> float:
         """Seconds that evictions and moves of KV take the device."""
@@ -95,6 +97,10 @@ class SimulatedSwapWorker(SimulatedWorker):
         for action in self._controller.actions(self._clock.now_ns()):
             if isinstance(action, Load):
                 self._load(action.model, total_s)
+                continue
+            if isinstance(action, Expire):
+                self._scheduler.drop(action.sequence)
+                self._outbox.append(Expired(self._clock.now_ns(), (action.sequence.request_id,)))
                 continue
             if isinstance(action, Evict):
                 part, took_s = "evict", page_unmap_s(self._hardware, self._pages_of(action.model))

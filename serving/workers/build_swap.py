@@ -34,6 +34,7 @@ def controller_of(role: SwapWorkerConfig, load_bytes_per_s: float | None = None)
         role.host_kv_bytes,
         lambda model, tokens: geometries[model].pages(tokens, pool.page_bytes),
         role.policy,
+        round(role.queue_deadline_s * 1e9),
     )
     for model in role.resident:
         controller.start_resident(model, num_units(role.models[model]))

@@ -201,6 +201,7 @@ class SwapWorkerConfig:
     primed: tuple[int, ...]
     loader_cores: tuple[int, ...] = ()
     link_gbps: float | None = None
+    queue_deadline_s: float = 0.0  # who waited so long for a seat is let go; 0: never
     sample_interval_ms: float = 50.0
 
 

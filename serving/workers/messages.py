@@ -14,6 +14,7 @@ class Submit(NamedTuple):
     prompt: tuple[int, ...]
     max_new_tokens: int
     stop_ids: tuple[int, ...]
+    since_ns: int = 0  # when it was submitted
 
 
 class Cancel(NamedTuple):
@@ -50,9 +51,16 @@ class Preempted(NamedTuple):
     request_ids: tuple[int, ...]
 
 
-def encode(message: Submit | Cancel | Stop | Tokens | PoolUse | Preempted) -> bytes:
+class Expired(NamedTuple):
+    """Worker to host: requests that waited on the device past their deadline; nothing of them was computed."""
+
+    time_ns: int
+    request_ids: tuple[int, ...]
+
+
+def encode(message: Submit | Cancel | Stop | Tokens | PoolUse | Preempted | Expired) -> bytes:
     return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def decode(data: bytes) -> Submit | Cancel | Stop | Tokens | PoolUse | Preempted:
+def decode(data: bytes) -> Submit | Cancel | Stop | Tokens | PoolUse | Preempted | Expired:
     return pickle.loads(data)

@@ -26,7 +26,7 @@ from serving.scheduler import Profiles, StepPlan, StepScheduler
 from serving.sequence import Sequence
 from serving.shm.ring import Ring
 from serving.workers.counters import Counters
-from serving.workers.messages import Cancel, PoolUse, Preempted, Stop, Submit, Tokens, decode, encode
+from serving.workers.messages import Cancel, Expired, PoolUse, Preempted, Stop, Submit, Tokens, decode, encode
 from serving.workers.ports import FFNPort
 from serving.workers.timeline import A2F, ATTENTION, FINISH, Recorder
 
@@ -163,6 +163,7 @@ class ModelWorker:
             max_new_tokens=request.max_new_tokens,
             stop_ids=request.stop_ids,
             run=self._models[request.model].kv.open_run(),
+            since_ns=request.since_ns,
         )
         self._scheduler.add(sequence)
         if self._growth:
@@ -302,7 +303,7 @@ class ModelWorker:
         )
         self._report(PoolUse(now_ns, tuple((name, pool.pages_by_model()) for name, pool in self._pools), used))
 
-    def _report(self, message: Tokens | PoolUse | Preempted) -> None:
+    def _report(self, message: Tokens | PoolUse | Preempted | Expired) -> None:
         data = encode(message)
         while not self._tokens.push(data):  # the host is behind; losing a token is no choice
             time.sleep(_IDLE_SLEEP_S)

@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 from serving.memory.offload import HostKV
 from serving.residency.arena import DeviceArena
-from serving.residency.controller import Action, Evict, Load, Save, SwapController
+from serving.residency.controller import Action, Evict, Expire, Load, Save, SwapController
 from serving.residency.loader import Loader
 from serving.scheduler import StepPlan
 from serving.sequence import Sequence
+from serving.workers.messages import Expired
 from serving.workers.model_worker import InFlight, ModelWorker
 from serving.workers.ports import LocalFFN
 
@@ -113,6 +114,9 @@ class SwapWorker(ModelWorker):
         if isinstance(action, Load):
             self._loader.start(action.model)
             return
+        if isinstance(action, Expire):
+            self._let_go(action.sequence)
+            return
         if isinstance(action, Evict):
             self._arena.evict(action.model)
             part = "evict"
@@ -122,6 +126,11 @@ class SwapWorker(ModelWorker):
         took_ns = time.monotonic_ns() - started_ns
         self._controller.spent(part, took_ns)
         self._counters.add("busy_ns", took_ns)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self._scheduler.drop(sequence)
+        self._models[sequence.model].kv.close_run(sequence.run)
+        self._report(Expired(time.monotonic_ns(), (sequence.request_id,)))
 
     def _move_kv(self, sequence: Sequence, out: bool) -> None:
         kv = self._models[sequence.model].kv

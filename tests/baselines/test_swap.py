@@ -1,6 +1,7 @@
 """The swap baseline as a system: tokens through swaps and moves of KV, times by part, and what cannot be run."""
 
 import random
+import time
 
 import pytest
 from test_token_equality import assert_equal_to_judge, open_descriptors, ragged_requests, served, with_kv_pages
@@ -100,6 +101,34 @@ def test_a_model_larger_than_a_device_and_a_cache_smaller_than_a_model_are_refus
         registry.create("swap", OPTIONS).plan(cpu_cluster(1, 1 << 20), models, Demand())
     with pytest.raises(CapacityError, match=r"host cache of .* cannot hold mixtral"):
         registry.create("swap", {**OPTIONS, "host_cache_bytes": 1 << 20}).plan(room_for_one(models), models, Demand())
+
+
+@pytest.mark.parametrize("backend", ["real", "sim"])
+def test_who_waits_past_the_deadline_for_a_seat_is_rejected_and_nobody_else(backend, tiny_checkpoints):
+    """The first model stays however long it idles, so the other one's requests wait on the device."""
+    models = served(tiny_checkpoints, ["mixtral", "qwen3_moe"])
+    options = {"keep_alive_s": 1000, "prefetch": False, "queue_deadline_s": 0.3, "weights_share": 0.01}
+    system = registry.create("swap", {**OPTIONS, **options})
+    simulated = simulate_card("h200") if backend == "sim" else None
+    stays, waits = (ragged_requests(model, 2, random.Random(3), first_id=10 * n) for n, model in enumerate(models))
+    try:
+        demand = Demand(rate_rps={"mixtral": 2.0, "qwen3_moe": 1.0})
+        system.start(system.plan(room_for_one(models), models, demand), simulated)
+        started, ends = time.monotonic(), {}
+        for requests in (stays, waits):
+            for request in requests:
+                system.submit(request)
+            while not all(request.request_id in ends for request in requests):
+                assert time.monotonic() - started < 30
+                simulated.clock.sleep(0.01) if simulated else time.sleep(0.01)
+                ends |= {event.request_id: event for event in system.poll() if event.kind.terminal}
+        assert all(ends[request.request_id].kind is EventKind.COMPLETED for request in stays)
+        for request in waits:
+            assert ends[request.request_id].kind is EventKind.REJECTED
+            assert ends[request.request_id].reason == "waited longer than 0.3 s for its device"
+        assert system.stats()[0].swaps == 0
+    finally:
+        system.stop()
 
 
 @pytest.mark.parametrize(

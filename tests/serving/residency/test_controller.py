@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from baselines.swap.request_level import RequestLevel
 from baselines.swap.token_level import TokenLevel
 from serving.batching import StepLimits
-from serving.residency.controller import Evict, Facts, Load, Restore, Save, SwapController
+from serving.residency.controller import Evict, Expire, Facts, Load, Restore, Save, SwapController
 from serving.scheduler import StepScheduler
 from serving.sequence import Sequence
 
@@ -30,10 +30,13 @@ requests = st.lists(
 class Device:
     """A device that carries out what its controller says, a tick a turn; a token is a KV page and a byte of KV."""
 
-    def __init__(self, policy, images, arena_pages, kv_pages, host_bytes, rng):
+    def __init__(self, policy, images, arena_pages, kv_pages, host_bytes, deadline_ns, rng):
         facts = [Facts(pages, 1, 5 * TICK_NS) for pages in images]
         self.images, self.arena_pages, self.kv_pages, self.host_bytes = images, arena_pages, kv_pages, host_bytes
-        self.control = SwapController(facts, arena_pages, kv_pages, host_bytes, lambda model, tokens: tokens, policy)
+        self.control = SwapController(
+            facts, arena_pages, kv_pages, host_bytes, lambda model, tokens: tokens, policy, deadline_ns
+        )
+        self.since_ns, self.deadline_ns = {}, deadline_ns
         self.scheduler = StepScheduler(MODELS, StepLimits(2, 4))
         self.rng, self.now_ns, self.lanes = rng, 0, []
         self.loading, self.away, self.ended = None, {}, set()
@@ -72,6 +75,12 @@ class Device:
         elif isinstance(action, Save):
             assert action.sequence.model not in running
             self.away[action.sequence] = action.sequence.cached
+        elif isinstance(action, Expire):
+            sequence = action.sequence
+            assert not sequence.cached and not sequence.in_flight
+            assert self.now_ns - self.since_ns[sequence] > self.deadline_ns > 0
+            self.scheduler.drop(sequence)
+            self.ended.add(sequence.request_id)
         elif isinstance(action, Restore):
             assert self.away.pop(action.sequence) == action.sequence.cached
 
@@ -80,6 +89,10 @@ class Device:
         assert self.control.free_pages == self.arena_pages - sum(self.images[m] for m in there) >= 0
         assert 0 <= self.control.free_kv_pages <= self.kv_pages
         assert self.control.free_host_bytes == self.host_bytes - sum(self.away.values()) >= 0
+        for number, model in enumerate(self.control.view(self.now_ns).models):
+            untouched = not any(one.cached for one in self.scheduler.sequences(number))
+            if self.deadline_ns and model.live and not model.seated and untouched:
+                assert self.now_ns - model.oldest_ns <= self.deadline_ns, "forgotten"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -90,11 +103,14 @@ class Device:
     st.integers(0, 4),
     st.integers(12, 24),
     st.sampled_from([0, 6, 1000]),
+    st.sampled_from([0, 7 * TICK_NS]),
     st.randoms(use_true_random=False),
 )
-def test_whatever_comes_all_end_and_everything_is_given_back(policy, asked, images, spare, kv_pages, host_bytes, rng):
+def test_whatever_comes_all_end_and_everything_is_given_back(
+    policy, asked, images, spare, kv_pages, host_bytes, deadline_ns, rng
+):
     """Requests are (model, prompt, output, when it comes, whether it is cancelled on the way)."""
-    device = Device(POLICIES[policy](), images, max(images) + spare, kv_pages, host_bytes, rng)
+    device = Device(POLICIES[policy](), images, max(images) + spare, kv_pages, host_bytes, deadline_ns, rng)
     coming = sorted(enumerate(asked), key=lambda one: one[1][3])
     ticks = 0
     while len(device.ended) < len(asked):
@@ -102,6 +118,7 @@ def test_whatever_comes_all_end_and_everything_is_given_back(policy, asked, imag
             number, (model, prompt, output, _, _) = coming.pop(0)
             sequence = Sequence(number, model, [0] * prompt, prompt, output)
             device.scheduler.add(sequence)
+            device.since_ns[sequence] = device.now_ns
             device.control.add(sequence, device.now_ns)
         for number, (model, _, _, when, cancelled) in enumerate(asked):
             if cancelled and ticks == when + 5:
