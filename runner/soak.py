@@ -3,6 +3,7 @@
     python -m runner.soak                                        every system, 10,000 requests each
     python -m runner.soak --systems crosspool static --requests 2000
     python -m runner.soak --ship                                 what was judged, without its series, into results/soak.json
+    python -m runner.soak --show                                 the table of those that are shipped
 
 Tiny models (conf=soak) whose KV is scarce; so many requests in flight that the engines never idle; every 50th asks for more
 than its model's context, every 20th is cancelled, half of those at once and half after a token. While it runs, memory,
@@ -12,7 +13,6 @@ descriptors, threads and KV pages are sampled; at its end it is judged: flat, al
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
@@ -33,7 +33,8 @@ from runner.provenance import provenance
 from runner.records import require_writable
 from runner.run import cluster_of, demand_of, served_models
 from runner.short import is_short
-from runner.soak_judges import Judgement, Left, judge
+from runner.soak_judges import Judgement, Left, judge, second_half
+from runner.soak_records import SCHEMA_VERSION, ship, shipped, table, write
 from serving import registry
 from serving.backend import RealBackend
 from serving.errors import UserError, WorkerDied, command, one_line
@@ -45,7 +46,6 @@ from workloads.trace import TraceRequest
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _CONFIGURATION = _REPOSITORY / "conf"
 OUT, SHIPPED = _REPOSITORY / "results" / "local" / "soak", _REPOSITORY / "results" / "soak.json"
-SCHEMA_VERSION = 1
 _TOO_LONG_EVERY, _CANCELLED_EVERY = 50, 20
 _CANCELLED_OUTPUT = 24  # tokens that a request asks for which is cancelled after one
 _MOST_SAMPLES = 400
@@ -203,6 +203,7 @@ def soak(system_name: str, total: int, in_flight: int) -> dict[str, Any]:
         "config": asdict(config),
         "provenance": provenance(),
         "counts": dict(seen.counts),
+        "memory_bytes": second_half(memory)[1] if (memory := seen.series.get("memory_bytes")) else None,
         "judgements": [asdict(judgement) for judgement in judgements],
         "passed": all(judgement.passed for judgement in judgements),
         "series": seen.series,
@@ -224,47 +225,6 @@ def systems() -> list[str]:
     return [name for name in names if not name.startswith("paper-")]
 
 
-def write(record: dict[str, Any], out: Path) -> Path:
-    path = out / f"{record['system']}.json"
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(record) + "\n")
-    partial.replace(path)
-    return path
-
-
-def ship(out: Path, target: Path) -> int:
-    """Put what `out` holds, without series, into one file, and say how many systems that is. Raises UserError for none."""
-    records = [json.loads(path.read_text()) for path in sorted(out.glob("[!.]*.json"))]
-    if not records:
-        raise UserError(f"{out}: holds no record of a soak; make some with: python -m runner.soak")
-    kept = [{key: value for key, value in record.items() if key not in ("series", "config")} for record in records]
-    target.write_text(json.dumps({"schema_version": SCHEMA_VERSION, "systems": kept}, indent=1) + "\n")
-    return len(records)
-
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """One line a system, for reading; what did not pass stands in capitals and is told below."""
-    rows = [
-        ["system", "sent", "completed", "rejected", "cancelled", "preempted", "minutes", "memory MiB", "growth", ""]
-    ]
-    for record in records:
-        counts, memory = record["counts"], record["series"].get("memory_bytes", [])
-        grown = next((j["value"] for j in record["judgements"] if j["name"] == "memory"), None)
-        rows.append(
-            [
-                record["system"],
-                *(str(counts.get(name, 0)) for name in ("sent", "completed", "rejected", "cancelled", "preempted")),
-                f"{record['took_s'] / 60:.1f}",
-                f"{memory[-1] / 2**20:.0f}" if memory else "-",
-                f"{grown:+.2%}" if grown is not None else "-",
-                "PASS" if record["passed"] else "FAILED",
-            ]
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m runner.soak", description=__doc__.splitlines()[0])
@@ -277,7 +237,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ship", action="store_true", help="only put the records that are there into results/soak.json"
     )
+    parser.add_argument("--show", action="store_true", help="only print the table of results/soak.json")
     arguments = parser.parse_args(argv)
+    if arguments.show:
+        print(table(shipped(SHIPPED)))
+        return 0
     if arguments.ship:
         print(f"{ship(arguments.out, SHIPPED)} systems in {SHIPPED}")
         return 0

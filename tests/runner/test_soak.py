@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,22 @@ def test_a_short_soak_of_two_systems_passes_and_leaves_records(tmp_path):
     assert soak.ship(tmp_path, tmp_path / "shipped.json") == 2
     shipped = json.loads((tmp_path / "shipped.json").read_text())["systems"]
     assert [one["system"] for one in shipped] == ["crosspool", "swap"] and "series" not in shipped[0]
+    assert soak.table(soak.shipped(tmp_path / "shipped.json")) == done.stdout.partition("\nrecords:")[0]
+
+
+def test_a_failed_judgement_is_told_and_the_command_fails(tmp_path, monkeypatch, capsys):
+    judgements = [asdict(one) for one in judge(COUNTS, STEADY, {"cpu:0 a": 3}, NOTHING)]
+
+    def leaking(name, total, in_flight):
+        return {
+            "system": name, "counts": COUNTS, "judgements": judgements, "passed": False, "took_s": 1.0, "memory_bytes": 1e9
+        }  # fmt: skip
+
+    monkeypatch.setattr(soak, "soak", leaking)
+    assert soak.main(["--systems", "static", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED: static: KV pages: cpu:0 a: 3" in printed and "+0.00%  FAILED" in printed
+    assert json.loads((tmp_path / "static.json").read_text())["passed"] is False
 
 
 def test_a_wrong_system_or_number_is_one_line(tmp_path):
