@@ -33,7 +33,7 @@ from runner.provenance import provenance
 from runner.records import require_writable
 from runner.run import cluster_of, demand_of, served_models
 from runner.short import is_short
-from runner.soak_judges import Judgement, Left, judge, second_half
+from runner.soak_judges import Judgement, Left, judge
 from runner.soak_records import SCHEMA_VERSION, ship, shipped, table, write
 from serving import registry
 from serving.backend import RealBackend
@@ -203,7 +203,6 @@ def soak(system_name: str, total: int, in_flight: int) -> dict[str, Any]:
         "config": asdict(config),
         "provenance": provenance(),
         "counts": dict(seen.counts),
-        "memory_bytes": second_half(memory)[1] if (memory := seen.series.get("memory_bytes")) else None,
         "judgements": [asdict(judgement) for judgement in judgements],
         "passed": all(judgement.passed for judgement in judgements),
         "series": seen.series,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runner.soak_judges import second_half
 from serving.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -25,7 +26,13 @@ def ship(out: Path, target: Path) -> int:
     records = [json.loads(path.read_text()) for path in sorted(out.glob("[!.]*.json"))]
     if not records:
         raise UserError(f"{out}: holds no record of a soak; make some with: python -m runner.soak")
-    kept = [{key: value for key, value in record.items() if key not in ("series", "config")} for record in records]
+    kept = [
+        {
+            **{key: value for key, value in record.items() if key not in ("series", "config")},
+            "memory_bytes": _end(record),
+        }
+        for record in records
+    ]
     target.write_text(json.dumps({"schema_version": SCHEMA_VERSION, "systems": kept}, indent=1) + "\n")
     return len(records)
 
@@ -48,7 +55,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     ]
     for record in records:
         counts, memory = record["counts"], next(j for j in record["judgements"] if j["name"] == "memory")
-        grown, end_bytes = memory["value"], record["memory_bytes"]
+        grown, end_bytes = memory["value"], _end(record)
         rows.append(
             [
                 record["system"],
@@ -62,3 +69,11 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
+def _end(record: dict[str, Any]) -> float | None:
+    """Bytes of memory at the end, as they were judged; None where none were sampled."""
+    if "memory_bytes" in record:  # shipped
+        return record["memory_bytes"]
+    values = record["series"].get("memory_bytes")
+    return second_half(values)[1] if values else None

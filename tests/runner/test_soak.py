@@ -121,7 +121,7 @@ def test_a_failed_judgement_is_told_and_the_command_fails(tmp_path, monkeypatch,
 
     def leaking(name, total, in_flight):
         return {
-            "system": name, "counts": COUNTS, "judgements": judgements, "passed": False, "took_s": 1.0, "memory_bytes": 1e9
+            "system": name, "counts": COUNTS, "judgements": judgements, "passed": False, "took_s": 1.0, "series": STEADY
         }  # fmt: skip
 
     monkeypatch.setattr(soak, "soak", leaking)

@@ -163,7 +163,9 @@ def test_calibrate_writes_a_file(tmp_path, capsys, monkeypatch):
 
     from serving.cost import calibrate, machine_rates
 
-    monkeypatch.setattr(machine_rates, "stream_rates", lambda: {"memory_bandwidth": 1e9, "shared_memory_bandwidth": 2e9})
+    monkeypatch.setattr(
+        machine_rates, "stream_rates", lambda: {"memory_bandwidth": 1e9, "shared_memory_bandwidth": 2e9}
+    )
     monkeypatch.setattr(machine_rates, "crossing_rates", lambda: {"crossing_lowered_s": 2e-6})
     monkeypatch.setattr(calibrate, "measure_beside_stream", lambda *_: {"stage_decode": 1.2})
     monkeypatch.setattr(machine_rates, "product_rates", lambda: {"fp32_flops": 1e9, "bf16_flops": 2e9})
