@@ -20,7 +20,7 @@ from serving.errors import CapacityError, UserError
 from serving.host import HostedSystem, core_of, pool_config
 from serving.interface import Cluster, Demand, Device, DevicePlan, Event, Placement, Request, ServedModel
 from serving.memory.budget import format_bytes
-from serving.residency.image import PAGE_BYTES, image_bytes
+from serving.residency.image import CARD_FRAME_BYTES, PAGE_BYTES, image_bytes, placed_bytes
 from serving.residency.store import HostStore
 from serving.workers.config import SwapWorkerConfig
 
@@ -41,7 +41,8 @@ class Swap(HostedSystem):
     # -- plan ----------------------------------------------------------------------------------------------------------
     def plan(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Placement:
         """An arena for weights, a KV pool and a workspace on every device, who is resident at first, and the host cache."""
-        images = {model.name: image_bytes(model) for model in models}
+        kind = cluster.devices[0].kind
+        images = {model.name: placed_bytes(model, kind) for model in models}
         cache_bytes = self.options.host_cache_bytes or sum(images.values())
         largest = max(models, key=lambda model: images[model.name])
         if images[largest.name] > cache_bytes // PAGE_BYTES * PAGE_BYTES:
@@ -71,7 +72,8 @@ class Swap(HostedSystem):
                 f"{format_bytes(max(free_bytes, 0))} of {format_bytes(device.memory_bytes)} are left beside workspaces; {missing} bytes are missing"
             )
         wanted = max(images[largest.name], int(self.options.weights_share * free_bytes))
-        arena_bytes = min(sum(images.values()), wanted) // PAGE_BYTES * PAGE_BYTES
+        unit_bytes = CARD_FRAME_BYTES if device.kind == "cuda" else PAGE_BYTES
+        arena_bytes = min(sum(images.values()), wanted) // unit_bytes * unit_bytes
         kv_bytes = (free_bytes - arena_bytes) // page_bytes * page_bytes
         require_kv(device, "of all its models", kv_bytes, page_bytes, models)
         return DevicePlan(device, "swap", {"arena": arena_bytes}, kv_bytes)
@@ -96,17 +98,20 @@ class Swap(HostedSystem):
         simulated = backend is not None and backend.name == "sim"
         cards = [plan.device.name for plan in placement.devices if plan.device.kind == "cuda"]
         if cards and not simulated:
-            raise UserError(f"{cards[0]}: swap runs on CPU devices, or simulated (backend=sim)")
+            if self.options.link_gbps is not None:
+                raise UserError(f"{cards[0]}: link_gbps throttles the copies of CPU devices; a card has a link (null)")
+            if placement.options["host_cache_bytes"] < sum(placed_bytes(m, "cuda") for m in placement.models):
+                raise UserError(f"{cards[0]}: host memory of a card holds all models: leave host_cache_bytes at 0")
         if simulated and placement.options["host_cache_bytes"] < sum(map(image_bytes, placement.models)):
             raise UserError("a simulated host cache holds all models: leave host_cache_bytes at 0")
         super().start(placement, backend)
 
     def _launch(self, placement: Placement) -> None:
         models, options = placement.models, placement.options
-        images = {model.name: image_bytes(model) for model in models}
+        images = {model.name: placed_bytes(model, placement.devices[0].device.kind) for model in models}
         numbers = {model.name: number for number, model in enumerate(models)}
         popularity = tuple(numbers[name] for name in options["popularity"])
-        if self._backend.name != "sim":
+        if self._backend.name != "sim" and placement.devices[0].device.kind == "cpu":
             self._store = HostStore(options["host_cache_bytes"], self.options.eviction)
         for place, plan in enumerate(placement.devices):
             arena_bytes = plan.weights_bytes["arena"]

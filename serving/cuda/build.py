@@ -44,7 +44,7 @@ def card(device: Device) -> torch.device:
     return torch.device("cuda", device.index)
 
 
-def _weights(model: ServedModel, device: torch.device) -> Weights:
+def weights_of(model: ServedModel, device: torch.device) -> Weights:
     if model.dummy:
         return CardDummyWeights(model.spec, device=device, dtype=getattr(torch, model.dtype))
     return open_weights(model)
@@ -52,13 +52,13 @@ def _weights(model: ServedModel, device: torch.device) -> Weights:
 
 def load_attention(model: ServedModel, device: Device, budget: MemoryBudget | SharedBudget) -> CardAttentionHalf:
     budget.charge(f"attention weights of {model.name}", weight_bytes_attention(model.spec, model.dtype))
-    with _weights(model, card(device)) as weights:
+    with weights_of(model, card(device)) as weights:
         return CardAttentionHalf(model.spec, weights, getattr(torch, model.dtype), card(device))
 
 
 def load_ffn(model: ServedModel, device: Device, budget: MemoryBudget | SharedBudget) -> CardFFNHalf:
     budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(model.spec, model.dtype))
-    with _weights(model, card(device)) as weights:
+    with weights_of(model, card(device)) as weights:
         return CardFFNHalf(model.spec, weights, getattr(torch, model.dtype), card(device))
 
 

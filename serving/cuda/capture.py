@@ -74,6 +74,29 @@ class Capture:
         served = captured(self._lane, stream, lambda: mailboxes.serve_step(slot, ffn, self._shape.rows))
         return Launches((self._whole(mailboxes.attention_side(slot)), (served, stream)))
 
+    def layers(self) -> Launches:
+        """A graph a layer, both halves in each, and one of the head: for a model whose weights come unit by unit."""
+        lane, model = self._lane, self._model
+        half = model.attention
+        hidden = torch.zeros(self._shape.rows, half.spec.hidden_size, dtype=half.dtype, device=half.device)
+        ffn_out = torch.zeros_like(hidden)
+
+        def run(layer: int) -> None:
+            layout = self._layout()
+            if layer == half.spec.num_layers:
+                lane.tokens_of(self._shape).copy_(greedy(half.logits(hidden, ffn_out, layout)))
+                return
+            before, added = (half.embed(layout.token_ids), None) if layer == 0 else (hidden, ffn_out)
+            after, ffn_in = half.attend(layer, before, added, model.kv.layers[layer], layout)
+            out = model.ffn.forward(layer, ffn_in)
+            hidden.copy_(after)
+            ffn_out.copy_(out)
+
+        graphs = [
+            captured(lane, lane.stream, lambda layer=layer: run(layer)) for layer in range(half.spec.num_layers + 1)
+        ]
+        return Launches(tuple((graph, lane.stream) for graph in graphs), (hidden, ffn_out))
+
     def stages(self) -> Launches:
         """A graph a stage; rows are handed on in buffers that outlive the capture."""
         lane, model = self._lane, self._model

@@ -6,7 +6,7 @@ channels too), positions and lengths come from the card's memory, and nothing as
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch.nn.functional import linear
@@ -36,16 +36,27 @@ def rope_table(spec: ModelSpec, device: torch.device) -> RopeTable:
     return RopeTable((angles.cos() * temperature).to(device), (angles.sin() * temperature).to(device))
 
 
-class _Loader:
-    """Copies stored tensors to a card in one dtype."""
+Keep = Callable[[int, torch.Tensor], torch.Tensor]
+"""Gives a tensor on the card its place as part of a unit (see :mod:`serving.residency.image`): the same values, there."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
+
+class _Loader:
+    """Copies stored tensors to a card in one dtype, each to its place in `unit` where `keep` gives one."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, keep: Keep | None = None) -> None:
+        self.dtype, self.device, self._keep = dtype, device, keep
+        self.unit = 0
 
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
         """The tensors joined along their first dimension; a copy, so that nothing of the checkpoint is held."""
         parts = [tensor.to(self.device, self.dtype) for tensor in tensors]
+        if self._keep is not None:
+            return self._keep(self.unit, torch.cat(parts))
         return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+
+    def kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, which is on the card already, at its place."""
+        return tensor if self._keep is None else self._keep(self.unit, tensor)
 
 
 class GQALayer:
@@ -89,9 +100,9 @@ class MLALayer:
         if attention.q_rank is not None:
             self._q_a_norm, self._q_b = load(tensors["q_a_norm"]), load(tensors["q_b"])
         self._kv_norm = load(tensors["kv_a_norm"])
-        expand = load(tensors["kv_b"]).view(attention.num_heads, -1, attention.kv_rank)
-        self._w_uk = expand[:, : attention.nope_dim].contiguous()  # [H, nope, rank]
-        self._w_uv = expand[:, attention.nope_dim :].transpose(1, 2).contiguous()  # [H, rank, value]
+        expand = tensors["kv_b"].to(load.device, load.dtype).view(attention.num_heads, -1, attention.kv_rank)
+        self._w_uk = load.kept(expand[:, : attention.nope_dim].contiguous())  # [H, nope, rank]
+        self._w_uv = load.kept(expand[:, attention.nope_dim :].transpose(1, 2).contiguous())  # [H, rank, value]
         self._o = load(tensors["o"])
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor, layout: CardLayout, table: RopeTable) -> torch.Tensor:
@@ -121,18 +132,22 @@ class MLALayer:
 class CardAttentionHalf:
     """The attention half of `spec` on a card; see :class:`serving.layers.attention_half.AttentionHalf`."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, dtype: torch.dtype, device: torch.device, keep: Keep | None = None
+    ) -> None:
         self.spec, self.dtype, self.device = spec, dtype, device
         self.weight_bytes = weight_bytes_attention(spec, str(dtype).removeprefix("torch."))
-        load = _Loader(dtype, device)
+        load = _Loader(dtype, device, keep)
         layer_class = MLALayer if isinstance(spec.attention, MLASpec) else GQALayer
         self._table = rope_table(spec, device)
         self._layers, self._norms = [], []
-        for index in range(spec.num_layers):
-            tensors = weights.attention(index)
+        self._embedding = load(weights.embedding())
+        for load.unit in range(spec.num_layers):
+            tensors = weights.attention(load.unit)
             self._norms.append((load(tensors["input_norm"]), load(tensors["post_norm"])))
             self._layers.append(layer_class(spec, tensors, load))
-        self._final_norm, self._embedding = load(weights.final_norm()), load(weights.embedding())
+        load.unit = spec.num_layers
+        self._final_norm = load(weights.final_norm())
         self._head = self._embedding if spec.tied_head else load(weights.head())
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -171,24 +186,26 @@ class CardFFNHalf:
         dtype: torch.dtype,
         device: torch.device,
         layers: Collection[int] | None = None,
+        keep: Keep | None = None,
     ) -> None:
         self.spec, self.dtype, self.device = spec, dtype, device
         self.weight_bytes = weight_bytes_ffn(spec, str(dtype).removeprefix("torch."), layers)
         held = range(spec.num_layers) if layers is None else layers
-        load = _Loader(dtype, device)
+        load = _Loader(dtype, device, keep)
         self._gates: dict[int, torch.Tensor] = {}  # float32, as published code chooses experts
         self._layers = {layer: self._load_layer(layer, weights, load) for layer in held}
 
     def _load_layer(self, layer: int, weights: Weights, load: _Loader) -> FFNLayer:
+        load.unit = layer
         if self.spec.is_dense(layer):
             gate, up, down = weights.dense(layer)
             return FFNLayer(shared_gate_up=load(gate, up), shared_down=load(down))
         moe, hidden = self.spec.moe, self.spec.hidden_size
         router = weights.router(layer)
-        self._gates[layer] = router["gate"].to(self.device, torch.float32, copy=True)
+        self._gates[layer] = load.kept(router["gate"].to(self.device, torch.float32, copy=True))
         experts = ExpertWeights(
-            torch.empty(moe.num_experts, 2 * moe.expert_width, hidden, dtype=self.dtype, device=self.device),
-            torch.empty(moe.num_experts, hidden, moe.expert_width, dtype=self.dtype, device=self.device),
+            load.kept(torch.empty(moe.num_experts, 2 * moe.expert_width, hidden, dtype=self.dtype, device=self.device)),
+            load.kept(torch.empty(moe.num_experts, hidden, moe.expert_width, dtype=self.dtype, device=self.device)),
         )
         for index in range(moe.num_experts):
             gate, up, down = weights.expert(layer, index)
@@ -200,11 +217,11 @@ class CardFFNHalf:
             gate, up, down = weights.shared(layer)
             shared_gate_up, shared_down = load(gate, up), load(down)
         return FFNLayer(
-            router=self._gates[layer].to(self.dtype),
+            router=load.kept(self._gates[layer].to(self.dtype)),
             experts=experts,
             shared_gate_up=shared_gate_up,
             shared_down=shared_down,
-            bias=router["bias"].to(self.device, torch.float32, copy=True) if "bias" in router else None,
+            bias=load.kept(router["bias"].to(self.device, torch.float32, copy=True)) if "bias" in router else None,
             top_k=moe.top_k,
             rule=moe.routing,
             routed_scale=moe.routed_scale,

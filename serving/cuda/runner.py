@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import product
+from typing import Protocol
 
 import torch
 
@@ -36,11 +39,32 @@ class _UnderWay:
     stage: int = 0
 
 
-class StepRunner:
-    """Steps of `models` in `lanes` lanes. `control` is one of :data:`serving.cuda.config.CONTROLS`."""
+class Residency(Protocol):
+    """Whose weights are on the card, where models come and go (see :mod:`serving.cuda.residency`)."""
 
-    def __init__(self, models: Seq[CardModel], lanes: int, limits: StepLimits, control: str) -> None:
+    def present(self, model: int) -> AbstractContextManager[None]:
+        """Within it the model's weights are there."""
+        ...
+
+    def arriving(self, model: int) -> Seq[torch.cuda.Event] | None:
+        """What each layer, and then the head, must wait for; None where all is there."""
+        ...
+
+
+class StepRunner:
+    """Steps of `models` in `lanes` lanes. `control` is one of :data:`serving.cuda.config.CONTROLS`; with `residency`, under
+    which it is `fused`, a model may step while its weights still come."""
+
+    def __init__(
+        self,
+        models: Seq[CardModel],
+        lanes: int,
+        limits: StepLimits,
+        control: str,
+        residency: Residency | None = None,
+    ) -> None:
         self._models, self._control, self._limits = list(models), control, limits
+        self._residency = residency
         self.device = models[0].attention.device
         ffn_devices = {model.ffn.device for model in models}
         self._shapes = [shapes_of(limits, model.kv.geometry.max_context_tokens) for model in models]
@@ -50,6 +74,7 @@ class StepRunner:
         self._mailboxes: dict[tuple[torch.device, torch.dtype, bool], Mailboxes] = {}
         self._residents: Residents | None = None
         self._launches: dict[tuple[int, int, Shape], Launches] = {}
+        self._by_layer: dict[tuple[int, int, Shape], Launches] = {}  # of models that may step while they come
         self._under_way = [_UnderWay() for _ in range(lanes)]
         if control in ("lowered", "resident"):
             self._open_mailboxes(ffn_devices)
@@ -86,14 +111,20 @@ class StepRunner:
             self._under_way[lane_index] = _UnderWay(parts)
             self._next_stage(lane_index)
             return
+        arrivals = self._arriving(model_index)
         for part in parts:
             with torch.cuda.stream(lane.stream):
                 part.numbers[1].copy_(part.numbers[0], non_blocking=True)
-            for graph, stream in part.launches.stages:
+            for place, (graph, stream) in enumerate(part.launches.stages):
                 with torch.cuda.stream(stream):
+                    if arrivals is not None:
+                        stream.wait_event(arrivals[place])
                     graph.replay()
             self._bring_tokens(lane, part)
         lane.mark(lane.stream)
+
+    def _arriving(self, model_index: int) -> Seq[torch.cuda.Event] | None:
+        return None if self._residency is None else self._residency.arriving(model_index)
 
     def done(self, lane_index: int) -> bool:
         """Whether the lane's step is done. Under host control this is where its next stage is launched."""
@@ -131,7 +162,8 @@ class StepRunner:
         lane = self.lanes[lane_index]
         numbers = lane.numbers_host[number, : shape.numbers], lane.numbers[: shape.numbers]
         tokens = (lane.tokens_of(shape), lane.tokens_host[places.start : places.stop]) if places else None
-        return _Part(self._launches[lane_index, model_index, shape], numbers, tokens)
+        launches = self._launches if self._arriving(model_index) is None else self._by_layer
+        return _Part(launches[lane_index, model_index, shape], numbers, tokens)
 
     def _next_stage(self, lane_index: int) -> None:
         lane, under_way = self.lanes[lane_index], self._under_way[lane_index]
@@ -155,19 +187,30 @@ class StepRunner:
 
     # -- warm-up -------------------------------------------------------------------------------------------------------
     def _warm_up(self) -> None:
-        """Compile what steps launch, several kernels at a time, run each once, then capture every shape in every lane."""
-        with recording() as calls:
-            self._run_every_shape(self.lanes[:1])
-        compile_ahead(_distinct(calls))
-        self._run_every_shape(self.lanes)
-        for lane_index in range(len(self.lanes)):
-            for model_index, shapes in enumerate(self._shapes):
-                for shape in reversed(shapes):
-                    self._launches[lane_index, model_index, shape] = self._capture(lane_index, model_index, shape)
-        torch.cuda.synchronize(self.device)
+        """Compile what steps launch, several kernels at a time, run each once, then capture every shape in every lane: of all
+        models together where their weights are there to stay, else of one after the other."""
+        if self._residency is None:
+            self._prepare(range(len(self._models)))
+        else:
+            for model_index in range(len(self._models)):
+                with self._residency.present(model_index):
+                    self._prepare([model_index])
         if self._residents is not None:
             self._upload()
             self._residents.start()
+
+    def _prepare(self, models: Seq[int]) -> None:
+        with recording() as calls:
+            self._run_every_shape(self.lanes[:1], models)
+        compile_ahead(_distinct(calls))
+        self._run_every_shape(self.lanes, models)
+        for lane_index, model_index in product(range(len(self.lanes)), models):
+            for shape in reversed(self._shapes[model_index]):
+                key = lane_index, model_index, shape
+                self._launches[key] = self._capture(*key)
+                if self._residency is not None:
+                    self._by_layer[key] = Capture(self.lanes[lane_index], self._models[model_index], shape).layers()
+        torch.cuda.synchronize(self.device)
 
     def _upload(self) -> None:
         """A graph's first launch allocates on its card, which must not happen beside a kernel that never returns."""
@@ -176,10 +219,10 @@ class StepRunner:
                 driver.upload_graph(graph.raw_cuda_graph_exec(), stream.cuda_stream)
         torch.cuda.synchronize(self.device)
 
-    def _run_every_shape(self, lanes: Seq[Lane]) -> None:
+    def _run_every_shape(self, lanes: Seq[Lane], models: Seq[int]) -> None:
         """Each model's parts of each shape, all rows idle, kernel by kernel."""
         for lane in lanes:
-            for model, shapes in zip(self._models, self._shapes, strict=True):
+            for model, shapes in ((self._models[index], self._shapes[index]) for index in models):
                 for shape in shapes:
                     self._idle_numbers(lane, shape)
                     with torch.cuda.stream(lane.stream):

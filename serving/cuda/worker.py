@@ -10,6 +10,7 @@ from serving.cuda.runner import StepRunner
 from serving.memory.kv_pool import KVPool
 from serving.scheduler import StepPlan
 from serving.workers.model_worker import HostedModel, ModelWorker
+from serving.workers.swap_worker import Swapping
 from serving.workers.timeline import ATTENTION
 
 
@@ -72,3 +73,7 @@ class CardWorker(ModelWorker):
             rows = sum(step.plan.query_lens)
             self._recorder.add(step.started_ns, ended_ns, ATTENTION, lane, step.model.index, 0, rows)
         self._conclude(step, self._runner.result(lane) if step.plan.logit_rows else [])
+
+
+class CardSwapWorker(Swapping, CardWorker):
+    """A card's worker whose models come and go."""

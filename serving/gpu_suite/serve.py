@@ -34,7 +34,10 @@ _SYSTEMS = {
     "static": ("static", {}),
     "elastic": ("elastic", {}),
     "elastic cap": ("elastic", {"admission": "cap"}),
+    "swap": ("swap", {}),
+    "swap token": ("swap", {"mode": "token"}),
 }
+_DEFAULT = tuple(name for name in _SYSTEMS if not name.startswith("swap"))  # where all models fit, nothing is swapped
 _NEW_TOKENS = (32, 128)
 
 
@@ -48,19 +51,26 @@ def pool_bytes(models: Sequence[ServedModel], kv_bytes: int) -> tuple[int, int]:
 def cluster_for(name: str, kv_bytes: int, weights_bytes: int) -> Cluster:
     """The card as the system's devices; all systems get the same bytes in all."""
     total = kv_bytes + weights_bytes
-    if name in ("static", "elastic"):
+    if name != "crosspool":
         return cuda_cluster(1, total)
     return Cluster((Device("kv", "cuda", 0, kv_bytes), Device("weights", "cuda", 0, weights_bytes)))
 
 
 def requests_of(
-    models: Sequence[ServedModel], rate_rps: float, count: int, seed: int, prompts: tuple[int, int] = (64, 512)
+    models: Sequence[ServedModel],
+    rate_rps: float,
+    count: int,
+    seed: int,
+    prompts: tuple[int, int] = (64, 512),
+    skew: float = 0.0,
 ) -> list[tuple[float, Request]]:
-    """`count` Poisson arrivals (seconds, request) at `rate_rps`, uniform over models and lengths; prompts of `prompts` tokens."""
+    """`count` Poisson arrivals (seconds, request) at `rate_rps`, uniform over lengths; prompts of `prompts` tokens. The i-th
+    model is asked i^-`skew` times as often as the first."""
+    shares = [(place + 1) ** -skew for place in range(len(models))]
     rng, now, arrivals = random.Random(seed), 0.0, []
     for number in range(count):
         now += rng.expovariate(rate_rps)
-        model = models[rng.randrange(len(models))]
+        model = rng.choices(models, shares)[0]
         prompt = tuple(rng.randrange(model.spec.vocab_size) for _ in range(rng.randint(*prompts)))
         arrivals.append((now, Request(number, model.name, prompt, rng.randint(*_NEW_TOKENS))))
     return arrivals
@@ -119,11 +129,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m serving.gpu_suite.serve", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", default="deepseek-v2-lite,qwen3-30b-a3b")
-    parser.add_argument("--systems", default=",".join(_SYSTEMS))
+    parser.add_argument("--systems", default=",".join(_DEFAULT), help=f"of {', '.join(_SYSTEMS)}")
     parser.add_argument("--rates", default="1,3", help="requests a second of each model")
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=1, help="loads of each rate, one after the other")
     parser.add_argument("--prompts", default="64,512", help="least and most tokens of a prompt")
+    parser.add_argument("--skew", type=float, default=0.0, help="the i-th model is asked i^-SKEW times as often")
+    parser.add_argument(
+        "--card-gb", type=float, default=0, help="of memory for everything, to stand for a smaller card"
+    )
     parser.add_argument("--kv-gib", default="16", help="for KV and workspaces; each of several is a run of its own")
     parser.add_argument("--label", default="", help="added to the names of systems, for what is set outside (MPS)")
     parser.add_argument("--against", default="crosspool lowered", help="the system that others are compared with")
@@ -141,19 +155,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             "kv_gib": kv_gib,
             "prompts": list(prompts),
             "requests": args.requests,
+            "skew": args.skew,
+            "models": names,
+            **({"card_gb": args.card_gb} if args.card_gb else {}),
         }
         try:
             begun = time.monotonic()
-            cluster = cluster_for(label.split()[0], *pool_bytes(models, int(kv_gib * 2**30)))
+            cluster = cluster_for(name, *_pools(models, int(kv_gib * 2**30), int(args.card_gb * 1e9)))
             system.start(system.plan(cluster, models, Demand()))
             row["start_s"] = time.monotonic() - begun
             replay(system, requests_of(models, 20.0, 12, 99, prompts), 90)
             for rate, seed in product(rates, range(args.seeds)):
-                before = sum(device.preemptions for device in system.stats())
-                arrivals = requests_of(models, rate * len(models), args.requests, 1000 * seed + int(10 * rate), prompts)
+                before = _happened(system)
+                arrivals = requests_of(
+                    models, rate * len(models), args.requests, 1000 * seed + int(10 * rate), prompts, args.skew
+                )
                 times = replay(system, arrivals, 120)
                 found = {"p99_by_model": p99_by_model(times, arrivals), **summary(times)}
-                found["preemptions"] = sum(device.preemptions for device in system.stats()) - before
+                found |= {what: count - before[what] for what, count in _happened(system).items()}
                 rows.append({**row, "rate_rps": rate * len(models), "seed": seed, **found})
                 _compare(rows, args.against)
                 print("row: " + _described(rows[-1]), flush=True)
@@ -165,6 +184,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             system.stop()
         save(args.out, rows)
     return int(any("error" in row for row in rows))
+
+
+def _pools(models: Sequence[ServedModel], kv_bytes: int, card_bytes: int) -> tuple[int, int]:
+    """As `pool_bytes`, of a card of `card_bytes` where that is not 0: what weights leave of it is KV."""
+    kv, weights = pool_bytes(models, kv_bytes)
+    return (max(card_bytes - weights, 0), min(weights, card_bytes)) if card_bytes else (kv, weights)
+
+
+def _happened(system: System) -> dict[str, int]:
+    """What devices had to do so far beside computing."""
+    stats = system.stats()
+    return {"preemptions": sum(device.preemptions for device in stats), "swaps": sum(device.swaps for device in stats)}
 
 
 def _compare(rows: Sequence[dict], against: str) -> None:
@@ -187,7 +218,7 @@ def _described(row: dict) -> str:
         f"{row['system']:<25} {row['rate_rps']:4.1f} req/s  TBT {row['tbt_mean_s'] * 1e3:7.2f} ms, P99 "
         f"{row['tbt_p99_s'] * 1e3:7.2f}; TTFT {row['ttft_mean_s'] * 1e3:8.1f}, P99 {row['ttft_p99_s'] * 1e3:8.1f}; "
         f"{row['tokens_per_s']:6.0f} tok/s; start {row['start_s']:.0f} s; "
-        f"KV {row['kv_gib']:g} GiB, {row['preemptions']} preemptions; P99 over: {over}"
+        f"KV {row['kv_gib']:g} GiB, {row['preemptions']} preemptions, {row['swaps']} swaps; P99 over: {over}"
     )
 
 

@@ -31,6 +31,22 @@ def image_bytes(model: ServedModel) -> int:
     return -(-count_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
+CARD_FRAME_BYTES = 32 << 20  # of a card's arena: mapping costs by the page, so pages are large
+_CARD_ALIGN_BYTES = 256
+_CARD_TENSORS_PER_LAYER = 32  # at most
+
+
+def placed_bytes(model: ServedModel, kind: str) -> int:
+    """Bytes of an arena that the model's image takes on a device of `kind`. A card keeps routers in its own dtype too."""
+    if kind != "cuda":
+        return image_bytes(model)
+    spec = model.spec
+    routers = spec.num_layers * spec.moe.num_experts * spec.hidden_size * getattr(torch, model.dtype).itemsize
+    aligned = (spec.num_layers + 1) * _CARD_TENSORS_PER_LAYER * _CARD_ALIGN_BYTES
+    needed = attention_bytes(model) + ffn_bytes(model) + routers + aligned
+    return -(-needed // CARD_FRAME_BYTES) * CARD_FRAME_BYTES
+
+
 def num_units(model: ServedModel) -> int:
     return model.spec.num_layers + 1
 

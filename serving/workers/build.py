@@ -84,6 +84,10 @@ def build_worker(
     if isinstance(role, GroupWorkerConfig):
         return _build_group_worker(role, wires)
     if isinstance(role, SwapWorkerConfig):
+        if role.device.kind == "cuda":
+            from serving.cuda.build_swap import build_card_swap_worker
+
+            return build_card_swap_worker(role, wires)
         from serving.workers.build_swap import build_swap_worker
 
         return build_swap_worker(role, wires)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from serving.interface import ServedModel
 from serving.memory.budget import MemoryBudget
 from serving.memory.kv_pool import KVGeometry
 from serving.memory.offload import HostKV
@@ -18,13 +21,18 @@ from serving.workers.swap_worker import LANES, GatedFFN, SwapWorker
 _GUESSED_GBPS = 5.0  # of a load before the first was measured
 
 
-def controller_of(role: SwapWorkerConfig, load_bytes_per_s: float | None = None) -> SwapController:
-    """The controller of a device, real or simulated, its first models resident; loads are expected at `load_bytes_per_s`."""
+def controller_of(
+    role: SwapWorkerConfig,
+    load_bytes_per_s: float | None = None,
+    pages_of: Callable[[ServedModel], int] = pages_of_image,
+) -> SwapController:
+    """The controller of a device, real or simulated, its first models resident; loads are expected at `load_bytes_per_s`.
+    `pages_of` counts the pages of PAGE_BYTES that a model's image takes."""
     rate = load_bytes_per_s or (role.link_gbps or _GUESSED_GBPS) * 1e9
     geometries = [KVGeometry.of(model.spec, model.dtype) for model in role.models]
     facts = [
         Facts(pages, geometry.token_bytes * geometry.num_layers, round(pages * PAGE_BYTES / rate * 1e9))
-        for pages, geometry in zip(map(pages_of_image, role.models), geometries, strict=True)
+        for pages, geometry in zip(map(pages_of, role.models), geometries, strict=True)
     ]
     (pool,) = role.pools
     controller = SwapController(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from serving.memory.offload import HostKV
-from serving.residency.arena import DeviceArena
 from serving.residency.controller import Action, Evict, Expire, Load, Save, SwapController
-from serving.residency.loader import Loader
+from serving.residency.loader import Loaded
 from serving.scheduler import StepPlan
 from serving.sequence import Sequence
 from serving.workers.messages import Expired
@@ -69,10 +69,30 @@ class GatedFFN(LocalFFN):
         return self._units[model] > unit
 
 
-class SwapWorker(ModelWorker):
-    """Serves until it is told to stop, as every model worker does."""
+class Arena(Protocol):
+    """Where weights lie: a CPU device's or a card's."""
 
-    def __init__(self, controller: SwapController, arena: DeviceArena, loader: Loader, host_kv: HostKV, **base) -> None:
+    def evict(self, model: int) -> None: ...
+
+
+class WeightsLoader(Protocol):
+    """What brings weights, and counts units as they come: see :class:`serving.residency.loader.Loader`."""
+
+    busy: bool
+
+    def start(self, model: int) -> None: ...
+
+    def poll(self) -> Loaded | None: ...
+
+    def wait(self, longest_s: float) -> None: ...
+
+
+class Swapping:
+    """What a worker of either kind does beside its steps where models come and go."""
+
+    def __init__(
+        self, controller: SwapController, arena: Arena, loader: WeightsLoader, host_kv: HostKV, **base
+    ) -> None:
         self._seated = SeatedGrowth(controller)
         super().__init__(lanes=LANES, growth=self._seated, **base)
         self._controller, self._arena, self._loader, self._host_kv = controller, arena, loader, host_kv
@@ -145,3 +165,7 @@ class SwapWorker(ModelWorker):
         self._counters.set("swaps", times.swaps)
         for part, took_ns in times.by_part.items():
             self._counters.set(f"switch_{part}_ns", took_ns)
+
+
+class SwapWorker(Swapping, ModelWorker):
+    """Serves until it is told to stop, as every model worker does."""

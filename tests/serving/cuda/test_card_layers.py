@@ -1,12 +1,15 @@
 """What the card's halves compute, judged on the CPU: the same layers over the operators' CPU forms, KV read through block
 tables. A card runs the same code over the CUDA forms (tests/serving/cuda/test_card_systems.py)."""
 
+from pathlib import Path
+
 import judges
 import pytest
 import torch
 
 from serving.batching import StepLimits
 from serving.checkpoints import open_checkpoint
+from serving.cost.table1 import published_spec
 from serving.cuda.capture import CardModel
 from serving.cuda.exchange import InPlace
 from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
@@ -20,7 +23,9 @@ from serving.cuda.layout import (
     shapes_of,
     smallest,
 )
+from serving.interface import ServedModel
 from serving.memory.kv_pool import KVPool
+from serving.residency.image import ShapesOnly, placed_bytes
 from serving.sequence import Sequence
 from serving.spec import ARCHITECTURES, load_spec
 
@@ -132,3 +137,22 @@ def test_shapes_are_powers_of_two_up_to_the_limits():
     assert [shape.rows for shape in shapes if shape.prefill] == [16, 32, 64, 100]
     assert smallest(shapes, True, 33) == Shape(True, 64)
     assert [shape.rows for shape in shapes_of(StepLimits(1, 100), 8)] == [1, 8]
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "glm-4.7-flash", "deepseek-v2-lite", "mixtral-8x7b"])
+def test_an_image_holds_what_the_halves_keep_unit_by_unit(name):
+    """Shapes alone, as on a card: every tensor has a place in its unit, and all of them fit into what was planned."""
+    spec, used, units = published_spec(name), 0, []
+
+    def keep(unit, tensor):
+        nonlocal used
+        used = -(-used // 256) * 256 + tensor.nbytes
+        units.append(unit)
+        return tensor
+
+    meta = torch.device("meta")
+    for half in (CardAttentionHalf, CardFFNHalf):
+        half(spec, ShapesOnly(spec), torch.bfloat16, meta, keep=keep)
+    planned = placed_bytes(ServedModel(spec, Path(), "bfloat16", dummy=True), "cuda")
+    assert planned - 0.02 * planned < used <= planned
+    assert set(units) == set(range(spec.num_layers + 1))

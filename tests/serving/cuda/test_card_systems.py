@@ -28,6 +28,8 @@ SYSTEMS = {
     "crosspool-lowered": ("crosspool", 2, {"control": "lowered"}),
     "crosspool-1-lane": ("crosspool", 2, {"control": "lowered", "lanes": 1}),
     "crosspool-host": ("crosspool", 2, {"control": "host"}),
+    "swap": ("swap", 1, {"weights_share": 0.001, "hysteresis_s": 0.01}),  # room for the larger model alone
+    "swap-token": ("swap", 1, {"weights_share": 0.001, "mode": "token", "tbt_target_s": 0.02}),
 }
 
 
