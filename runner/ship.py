@@ -49,6 +49,13 @@ LOCAL, SHIPPED = _REPOSITORY / "results" / "local", _REPOSITORY / "results" / "s
 MANIFEST = "manifest.json"
 _MOST_TIMED_REQUESTS, _MOST_SERIES_ROWS, _MOST_TIMELINE_ROWS, _MOST_SYSTEM_SAMPLES = 125, 1_000, 2_000, 60
 _REFERENCES = (".png", ".md", ".caption.txt")  # what is looked at; the rest is redrawn in a minute
+_DRAWN = {  # of scenarios that are no experiment of the artifact
+    "validation": ("validation",),
+    "paper-skew": ("skew",),
+    "paper-bursts": ("tbt_by_model", "kv_pages_over_time", "outcomes", "summary"),
+    "paper-models": ("model_count", "outcomes", "summary"),
+    "paper-context-decode": ("rate_by_context", "outcomes", "summary"),
+}
 _TIMES = "token_times_ns.list.element"
 
 
@@ -95,7 +102,7 @@ def draw_references(target: Path, experiments: Sequence[str]) -> None:
     """Draw what `experiments` show from their shipped records, to compare with, beside them. Raises UserError."""
     known = {experiment.name: experiment for experiment in EXPERIMENTS}
     for name in experiments:
-        shown = known[name].drawn if name in known else ()
+        shown = known[name].drawn if name in known else _DRAWN.get(name, ())
         references = target / "figures" / name
         with tempfile.TemporaryDirectory() as folder:
             roots = ["--records", str(target), "--out", folder, "--experiment", name]

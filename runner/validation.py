@@ -20,17 +20,20 @@ from runner.records import COMPLETE, Record, read_records
 from serving.errors import UserError, command
 
 BOUNDS = {"mean_itl_ms": 0.10, "p99_itl_ms": 0.20, "mean_ttft_ms": 0.20, "output_throughput": 0.08}
+QUIET = 0.02  # of the cores: what more other programs take while a cell is measured is told
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One metric of one cell, means over what was run of it."""
+    """One metric of one cell, means over what was run of it. `other_cpu_share` is the most that other programs took of the
+    devices' cores in any of the measured runs: what they took is in the measurement and not in the simulation."""
 
     system: str
     cell: str
     metric: str
     measured: float
     simulated: float
+    other_cpu_share: float = 0.0
 
     @property
     def error(self) -> float:
@@ -55,8 +58,12 @@ def compare(records: Iterable[Record]) -> list[Compared]:
                     statistics.fmean(record.content["metrics"][metric] for record in by_backend[backend])
                     for backend in ("real", "sim")
                 )
-                found.append(Compared(system, label, metric, measured, simulated))
+                found.append(Compared(system, label, metric, measured, simulated, _taken(by_backend["real"])))
     return found
+
+
+def _taken(records: Iterable[Record]) -> float:
+    return max(record.content["metrics"].get("other_cpu_share") or 0.0 for record in records)
 
 
 def _cell(record: Record) -> tuple[str, str, str]:
@@ -66,8 +73,9 @@ def _cell(record: Record) -> tuple[str, str, str]:
     workload, options = config["workload"], config["system"]["options"]
     lengths = workload["lengths"]
     parts = [f"{workload['arrivals']['rate_rps']:g} req/s"]
-    parts.append(f"prompts {lengths['prompt_min']}-{lengths['prompt_max']}")
-    parts.append(f"outputs {lengths['output_min']}-{lengths['output_max']}")
+    for name in ("prompt", "output"):
+        if f"{name}_min" in lengths:
+            parts.append(f"{name}s {lengths[f'{name}_min']}-{lengths[f'{name}_max']}")
     parts.append(f"batch {options.get('max_batch', '?')}")
     parts.append(f"seed {workload['seeds']['schedule']}")
     return record.content["system"], ", ".join(parts), config_hash(asked)
@@ -82,7 +90,13 @@ def table(compared: Sequence[Compared]) -> str:
             f"{one.error:+7.1%} {BOUNDS[one.metric]:6.0%}{'' if one.within else '  MISS'}"
         )
     kept = sum(one.within for one in compared)
-    return "\n".join([*lines, f"{kept} of {len(compared)} within their bounds"])
+    lines.append(f"{kept} of {len(compared)} within their bounds")
+    disturbed = {(one.system, one.cell): one.other_cpu_share for one in compared if one.other_cpu_share > QUIET}
+    lines += [
+        f"{system} {cell}: other programs took up to {share:.0%} of the cores while it was measured"
+        for (system, cell), share in disturbed.items()
+    ]
+    return "\n".join(lines)
 
 
 @command
@@ -99,10 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["system", "cell", "metric", "measured", "simulated", "error", "bound"])
+            writer.writerow(["system", "cell", "metric", "measured", "simulated", "error", "bound", "other_cpu_share"])
             for one in compared:
                 bound = BOUNDS[one.metric]
-                writer.writerow([one.system, one.cell, one.metric, one.measured, one.simulated, one.error, bound])
+                values = [one.system, one.cell, one.metric, one.measured, one.simulated, one.error, bound]
+                writer.writerow([*values, one.other_cpu_share])
     return 0
 
 

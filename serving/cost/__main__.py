@@ -1,4 +1,4 @@
-"""`python -m serving.cost COMMAND`: table1, figures, hardware, fit, check, calibrate."""
+"""`python -m serving.cost COMMAND`: table1, figures, hardware, fit, check, calibrate, join."""
 
 from __future__ import annotations
 
@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--core", type=int, help="pin to this core (default: the first allowed one)")
     measure.add_argument("--rounds", type=int, default=3, help="interleaved rounds; the median counts")
     measure.add_argument("--point-ms", type=float, default=40.0, help="time for one point in one round")
+    joined = add("join", _join, "the median of several calibrations of the same points, made at different times")
+    joined.add_argument("--out", metavar="FILE", required=True, help="the JSON file to write")
+    joined.add_argument("files", metavar="CALIBRATION", nargs="+")
     stream = add("stream", _stream, "stream rate of one core, in bytes a second (calibrate runs it)")
     stream.add_argument("--core", type=int, required=True)
     stream.add_argument("--seconds", type=float, default=1.0)
@@ -112,7 +115,7 @@ def _stream(options: argparse.Namespace) -> int:
     from serving.cost.machine_rates import stream_rate
 
     _pin(options.core)
-    print(stream_rate(options.seconds))
+    print(stream_rate(options.seconds, started=lambda: print("streaming", flush=True)))
     return 0
 
 
@@ -145,6 +148,14 @@ def _calibrate(options: argparse.Namespace) -> int:
     for name, rate in rates.items():
         print(f"{name:<26} {rate:10.4g}")
     print(f"wrote {options.out}")
+    return 0
+
+
+def _join(options: argparse.Namespace) -> int:
+    from serving.cost.calibrated import join
+
+    join(options.files, options.out)
+    print(f"wrote {options.out}, of {len(options.files)} calibrations")
     return 0
 
 

@@ -31,7 +31,6 @@ DECODE_BATCHES = (1, 2, 4, 8, 16)
 DECODE_CONTEXTS = (16, 64, 256, 1024, 4096)
 CHUNKS = ((16, 0), (64, 0), (256, 0), (16, 256), (64, 256), (256, 256), (64, 1024), (256, 1024))
 _MOST_ROWS_BETWEEN = 64  # of the FFN that runs untimed between two attention layers: they hit nearly all experts
-STREAM_START_S = 4.0  # until a streaming process has started and filled its block
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,14 @@ def measure_beside_stream(points: list[Point], core: int, seconds_per_point: flo
     chosen = [point for point in chosen if point.operator in ("stage_decode", "stage_routed", "stage_head")]
     with torch.inference_mode():
         alone = [_time(point, seconds_per_point) for point in chosen]
-        streamer = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        streamer = subprocess.Popen(command, stdout=subprocess.PIPE)
         try:
-            time.sleep(STREAM_START_S)
-            if streamer.poll() is not None:
-                raise UserError(f"the streaming process on core {core} ended with status {streamer.returncode}")
+            if not streamer.stdout.readline():  # what it says once it streams
+                raise UserError(f"the streaming process on core {core} ended with status {streamer.wait()}")
             beside = [_time(point, seconds_per_point) for point in chosen]
         finally:
             streamer.kill()
-            streamer.wait()
+            streamer.communicate()
     ratios: dict[str, list[float]] = {}
     for point, before, after in zip(chosen, alone, beside, strict=True):
         ratios.setdefault(point.operator, []).append(after / before)

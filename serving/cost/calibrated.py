@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,31 @@ def read_calibration(path: str | Path) -> Calibration:
         raise UserError(f"{path}: no such file; `python -m serving.cost calibrate --out {path}` writes it") from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a calibration ({error!r})") from None
+
+
+def join(paths: Iterable[str | Path], target: str | Path) -> None:
+    """Write to `target` the median of the calibrations in `paths`, of the same points: a machine's speed drifts, so calibrate
+    before and after what is to be compared. Raises UserError where points differ."""
+    contents = [json.loads(Path(path).read_text()) for path in paths if read_calibration(path)]
+    first = contents[0]
+    points = [{name: {**table, "seconds": ()} for name, table in content["rows"].items()} for content in contents]
+    if any(other != points[0] for other in points) or any(c["dtype"] != first["dtype"] for c in contents):
+        raise UserError(f"{', '.join(map(str, paths))}: calibrations of different points cannot be joined")
+
+    def median(values_of: Callable[[dict], float]) -> float:
+        return statistics.median(map(values_of, contents))
+
+    measured = {}
+    for name, table in first["rows"].items():
+        seconds = np.median([content["rows"][name]["seconds"] for content in contents], axis=0)
+        measured[name] = _rows(name, {**table, "seconds": seconds})
+    rates = {key: median(lambda content, key=key: content["machine"][key]) for key in first["machine"]}
+    beside = {
+        model: {key: median(lambda content, at=(model, key): content["beside_stream"][at[0]][at[1]]) for key in found}
+        for model, found in first["beside_stream"].items()
+    }
+    provenance = {**first["provenance"], "joined": len(contents)}
+    write_calibration(Path(target), calibration(rates, first["dtype"], measured, provenance, beside), rates)
 
 
 def _rows(operator: str, table: Mapping[str, Mapping]) -> Rows:

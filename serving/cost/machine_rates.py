@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -19,9 +20,10 @@ STREAM_BYTES = 256 * 2**20
 STREAM_SECONDS = 1.0
 
 
-def stream_rate(seconds: float = STREAM_SECONDS) -> float:
-    """Bytes a second that one core reads: a sum over more than any cache holds."""
+def stream_rate(seconds: float = STREAM_SECONDS, started: Callable[[], None] = lambda: None) -> float:
+    """Bytes a second that one core reads: a sum over more than any cache holds. Calls `started` when it begins to."""
     block = torch.ones(STREAM_BYTES // element_bytes("float32"))
+    started()
     rates, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
         started = time.thread_time()
@@ -45,7 +47,7 @@ def _streamed(cores: list[int]) -> float:
     outputs = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         raise UserError("a stream process failed; are the cores in this process's affinity mask?")
-    return sum(float(output) for output in outputs)
+    return sum(float(output.split()[-1]) for output in outputs)
 
 
 def product_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.5) -> float:

@@ -188,3 +188,29 @@ def test_calibrate_refuses_what_it_cannot_do(tmp_path, capsys):
     assert "config.json: no such file" in capsys.readouterr().err
     assert main(["stream", "--core", "4096"]) == 2
     assert "core 4096 cannot be used" in capsys.readouterr().err
+
+
+def test_calibrations_of_several_times_join_to_their_median(tmp_path):
+    for number, scale in enumerate((1.0, 1.2, 3.0)):
+        rows = rows_by_operator(made_rows("mixtral-8x7b", 4096.0, scale))
+        rates = {name: rate * scale for name, rate in RATES.items()}
+        slowed = {"mixtral-8x7b": {"stage_decode": 1 + scale}}
+        found = calibration(rates, "float32", rows, {"machine": "here", "date": "today"}, slowed)
+        write_calibration(tmp_path / f"{number}.json", found, rates)
+    files = [str(tmp_path / f"{number}.json") for number in range(3)]
+    assert main(["join", "--out", str(tmp_path / "all.json"), *files]) == 0
+    joined, middle = read_calibration(tmp_path / "all.json"), read_calibration(files[1])
+    assert joined.hardware.memory_bandwidth == pytest.approx(1.2 * RATES["memory_bandwidth"])
+    assert joined.beside_stream == {"mixtral-8x7b": {"stage_decode": 2.2}}
+    for name, rows in middle.rows.items():
+        np.testing.assert_allclose(joined.rows[name].seconds, rows.seconds)
+
+
+def test_calibrations_of_different_points_do_not_join(tmp_path, capsys):
+    for name in ("mixtral-8x7b", "other"):
+        found = calibration(RATES, "float32", rows_by_operator(made_rows(name, 4096.0)), {}, SLOWED)
+        write_calibration(tmp_path / f"{name}.json", found, RATES)
+    files = [str(tmp_path / f"{name}.json") for name in ("mixtral-8x7b", "other")]
+    assert main(["join", "--out", str(tmp_path / "all.json"), *files]) == 2
+    assert "different points" in capsys.readouterr().err
+    assert not (tmp_path / "all.json").exists()
