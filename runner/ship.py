@@ -53,6 +53,7 @@ _DRAWN = {  # of scenarios that are no experiment of the artifact
     "validation": ("validation",),
     "paper-skew": ("skew",),
     "paper-bursts": ("tbt_by_model", "kv_pages_over_time", "outcomes", "summary"),
+    "paper-quantile": ("outcomes", "summary"),
     "paper-models": ("model_count", "outcomes", "summary"),
     "paper-context-decode": ("rate_by_context", "outcomes", "summary"),
 }
