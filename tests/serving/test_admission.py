@@ -48,11 +48,13 @@ def test_promises_stay_within_budget_and_admission_is_first_come_first_served(ac
 
 events = st.lists(
     st.one_of(
+        st.tuples(st.just("offer"), st.sampled_from("ab"), st.integers(1, 25), st.integers(1, 15)),
         st.tuples(st.just("offer"), st.sampled_from("ab"), st.integers(1, 600), st.integers(1, 60)),
         st.tuples(st.sampled_from(["withdraw", "finish"]), st.integers(0, 40)),
         st.tuples(st.just("wait"), st.floats(0, 4)),
     ),
-    max_size=60,
+    min_size=15,
+    max_size=50,
 )
 
 

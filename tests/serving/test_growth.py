@@ -17,6 +17,8 @@ def test_pages_are_conserved_and_each_claim_has_one_answer(free, claims):
     granted, preempted = grow_or_preempt(free, claims)
     assert not set(granted) & set(preempted)
     assert all(claims[index].held for index in preempted)
+    kept = [index for index in granted if claims[index].held]
+    assert not kept or not preempted or max(kept) < min(preempted), "the youngest give way"
     left = free + sum(claims[i].held for i in preempted) - sum(claims[i].needed - claims[i].held for i in granted)
     assert left >= 0
     running = [index for index, claim in enumerate(claims) if claim.held]

@@ -22,7 +22,7 @@ POLICIES = {
     "token, long turns": lambda: TokenLevel(max_quota_s=4.0, eviction="cost", prefetch=False),
 }
 requests = st.lists(
-    st.tuples(st.integers(0, MODELS - 1), st.integers(1, 6), st.integers(1, 6), st.integers(0, 30), st.booleans()),
+    st.tuples(st.integers(0, MODELS - 1), st.integers(1, 7), st.integers(1, 6), st.integers(0, 30), st.booleans()),
     max_size=14,
 )
 
@@ -101,7 +101,7 @@ class Device:
     requests,
     st.lists(st.integers(1, 4), min_size=MODELS, max_size=MODELS),
     st.integers(0, 4),
-    st.integers(12, 24),
+    st.integers(12, 16),
     st.sampled_from([0, 6, 1000]),
     st.sampled_from([0, 7 * TICK_NS]),
     st.randoms(use_true_random=False),
