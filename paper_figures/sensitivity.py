@@ -56,7 +56,7 @@ class Sensitivity(FigureExhibit):
             )  # fmt: skip
         axis.axvline(1, color="black", linewidth=0.8, linestyle="--", label="equal")
         axis.set_yticks(range(len(settings)), settings)
-        axis.invert_yaxis()
+        axis.set_ylim(len(settings) - 0.5, -0.5)  # first setting on top, whole markers
         axis.set_xscale("log")
         style.plain_log_ticks(axis.xaxis)
         axis.set_xlabel("P99 TBT, elastic over CrossPool")
