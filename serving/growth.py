@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
+from serving.idle import IdleWeights
 from serving.memory.kv_pool import KVGeometry
 from serving.quota import Quotas
 from serving.scheduler import StepPlan
@@ -105,7 +106,8 @@ class CountedPages:
 
 class PreemptingGrowth:
     """The live sequences of a worker, by model and oldest first, and what each holds of `source`. `pages_of(model, tokens)`
-    counts a sequence's pages; with `quotas` a model has its quota of the pool and no more. One step at a time: no sequence
+    counts a sequence's pages; with `quotas` a model has its quota of the pool and no more; with `weights`, which may be absent,
+    nobody steps without them. One step at a time: no sequence
     is in flight while it is decided who may step."""
 
     def __init__(
@@ -115,7 +117,9 @@ class PreemptingGrowth:
         pages_of: Callable[[int, int], int],
         most_running: int,
         quotas: Quotas | None = None,
+        weights: IdleWeights | None = None,
     ) -> None:
+        self._weights = weights
         self._source, self._pages_of, self._most_running, self._quotas = source, pages_of, most_running, quotas
         self._live: list[dict[LiveSequence, int]] = [{} for _ in range(num_models)]
         self._preempted: list[int] = []
@@ -143,7 +147,10 @@ class PreemptingGrowth:
 
     def may_step(self, now_s: float) -> Callable[[LiveSequence], bool]:
         """Who may take part in the next step, all of them together: they hold the pages of their tokens so far."""
-        if not any(self._live):
+        at_work = any(self._live)
+        if self._weights is not None and not self._weights.there(now_s, at_work):
+            return frozenset().__contains__
+        if not at_work:
             return frozenset().__contains__
         if self._quotas is not None and self._quotas.due(now_s):
             self._quotas.adapt(self.held_pages, self._backlogs())
@@ -191,8 +198,10 @@ class PreemptingGrowth:
         return [next((self._needed(sequence) for sequence, held in live.items() if not held), 0) for live in self._live]
 
 
-def preempting_growth(role: ModelWorkerConfig, source: PageSource) -> PreemptingGrowth:
-    """The growth of a worker with one pool, over `source`, which has its pages."""
+def preempting_growth(
+    role: ModelWorkerConfig, source: PageSource, weights: IdleWeights | None = None
+) -> PreemptingGrowth:
+    """The growth of a worker with one pool, over `source`, which has its pages, and with `weights` that may be absent."""
     (pool,) = role.pools
     geometries = [KVGeometry.of(model.spec, model.dtype) for model in role.models]
     quotas = Quotas(role.quotas, pool.num_pages) if role.quotas else None
@@ -202,4 +211,5 @@ def preempting_growth(role: ModelWorkerConfig, source: PageSource) -> Preempting
         lambda model, tokens: geometries[model].pages(tokens, pool.page_bytes),
         role.limits.max_batch,
         quotas,
+        weights,
     )

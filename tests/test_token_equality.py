@@ -159,6 +159,30 @@ def test_preemption_and_recomputation_change_no_token(system_name, pair, tiny_ch
     assert not judges.worker_processes()
 
 
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_weights_that_left_and_came_back_in_mid_trace_change_no_token(pair, tiny_checkpoints):
+    """Every model idles long enough to lose its weights while the other is busy, is asked again, and finds room for them
+    where the other's KV has grown."""
+    models = served(tiny_checkpoints, pair)
+    system = registry.create("elastic-placement", {**OPTIONS, "idle_evict_s": 0.2, "prompts_at_once": 8})
+    placement = with_kv_pages(system.plan(cpu_cluster(1, MEMORY_BYTES), models, Demand()), SCARCE_PAGES)
+    rng = random.Random(13)
+    bursts = [ragged_requests(models[turn % 2], 6, rng, first_id=10 * turn) for turn in range(4)]
+    both = ragged_requests(models[0], 4, rng, first_id=100) + ragged_requests(models[1], 4, rng, first_id=200)
+    try:
+        system.start(placement)
+        for requests in bursts:
+            assert_equal_to_judge(requests, generate(system, requests), tiny_checkpoints)
+            time.sleep(0.3)
+        assert_equal_to_judge(both, generate(system, both), tiny_checkpoints)
+        (device,) = system.stats()
+        assert device.swaps >= 4 and device.switch_ns["weights"] > 0
+        assert pages_are_returned(system)
+    finally:
+        system.stop()
+    assert not judges.worker_processes()
+
+
 def test_tokens_flow_while_another_request_waits(tiny_checkpoints):
     """Continuous batching: a request that comes later joins at the next step, and a short one leaves early."""
     models = served(tiny_checkpoints, ["deepseek_v2"])

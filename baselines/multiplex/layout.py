@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from serving.batching import StepLimits
 from serving.capacity import require_kv, require_weights
@@ -30,14 +30,19 @@ def whole_bytes(model: ServedModel) -> int:
 
 
 def plan_devices(
-    cluster: Cluster, seated: Seated, limits: StepLimits, page_bytes: int, together: bool = True
+    cluster: Cluster,
+    seated: Seated,
+    limits: StepLimits,
+    page_bytes: int,
+    together: bool = True,
+    weights_bytes: Callable[[ServedModel, GroupPlan, int], int] = share_weights_bytes,
 ) -> tuple[DevicePlan, ...]:
-    """Raises CapacityError where weights do not fit, or leave too little KV. Workspaces of engines that run `together` add
-    up; of models that take turns the largest counts."""
+    """Raises CapacityError where weights, which take `weights_bytes` of a share, do not fit, or leave too little KV. Workspaces
+    of engines that run `together` add up; of models that take turns the largest counts."""
     plans = []
     for device in cluster.devices:
         seats = [(m, g, g.devices.index(device.name)) for m, g in seated if device.name in g.devices]
-        held = {model.name: share_weights_bytes(model, group, rank) for model, group, rank in seats}
+        held = {model.name: weights_bytes(model, group, rank) for model, group, rank in seats}
         workspaces = [
             share_workspace_bytes(m, g, r, limits) + exchange_shape(m, g, limits).region_bytes // g.ranks
             for m, g, r in seats

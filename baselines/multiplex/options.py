@@ -48,13 +48,14 @@ class ElasticOptions(EngineOptions):
 class PlacementOptions(ElasticOptions):
     """Beside what elastic engines have: the targets that placement and queue work towards, `ttft_slo_ms` and `tpot_slo_ms`, for a
     model in `slo_scales` times that; and how many prompts of a device may be computed at once (`prompts_at_once`; the others wait
-    in its queue). `groups` is not to be given: placement is this system's own. `admission` is `optimistic` or `cap`."""
+    in its queue). Weights of a model without a request for `idle_evict_s` seconds leave their device (0: they stay). `groups` is not to be given: placement is this system's own. `admission` is `optimistic` or `cap`."""
 
     admission: str = "optimistic"
     ttft_slo_ms: float = 2000.0
     tpot_slo_ms: float = 200.0
     slo_scales: Mapping[str, float] = field(default_factory=dict)
     prompts_at_once: int = 2
+    idle_evict_s: float = 45.0
 
     def __post_init__(self) -> None:
         _require(("optimistic", "cap"), "admission", self.admission)
@@ -70,6 +71,8 @@ class PlacementOptions(ElasticOptions):
         }.items():
             if not value > 0:
                 raise UserError(f"option {name} is {value!r}; it must be above 0")
+        if not self.idle_evict_s >= 0:
+            raise UserError(f"option idle_evict_s is {self.idle_evict_s!r}; it must be 0 or more")
         if not isinstance(self.prompts_at_once, int) or self.prompts_at_once < 1:
             raise UserError(
                 f"option prompts_at_once is {self.prompts_at_once!r}; it must be a whole number of at least 1"

@@ -1,8 +1,10 @@
 """Elastic multiplexing with placement (Prism, arXiv 2505.04021): engines side by side as in `elastic`, on the devices where KV
-is least scarce, behind one queue a device that is ordered by deadline.
+is least scarce, behind one queue a device that is ordered by deadline, with weights that leave when nobody asks for them.
 
 Placement (pressure.py) is decided once, from the rates and lengths that the planner is told. The queue (deadlines.py) holds
-requests of all models of a device and lets a few prompts through at once; once in, engines are as uncoordinated as ever.
+requests of all models of a device and lets a few prompts through at once; once in, engines are as uncoordinated as ever. Weights of a model that had no request for
+`idle_evict_s` give their bytes to KV of the others, and are copied back from host memory when a request comes (serving/idle.py):
+all models of a device fit it together, so that nothing waits for room for ever.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from baselines.multiplex.deadlines import DeadlineQueue
-from baselines.multiplex.layout import Seated, whole_bytes
+from baselines.multiplex.layout import Seated
 from baselines.multiplex.options import PlacementOptions
 from baselines.multiplex.pressure import Pressing, place
 from baselines.multiplex.system import Elastic, geometries_of
@@ -20,6 +22,7 @@ from serving.interface import Cluster, Demand, Placement, ServedModel
 from serving.memory.kv_pool import KVGeometry
 from serving.parallel.capacity import share_workspace_bytes
 from serving.parallel.group import GroupPlan
+from serving.residency.image import image_bytes
 from serving.workers.messages import Tokens
 
 __all__ = ["ElasticPlacement", "PlacementOptions"]
@@ -54,10 +57,20 @@ class ElasticPlacement(Elastic):
         slo_s = self.options.tpot_slo_ms / 1e3 * self._slo_scale(model.name)
         return Pressing(
             model.name,
-            whole_bytes(model) + share_workspace_bytes(model, GroupPlan(("any",)), 0, self.options.limits),
+            self._weights_bytes(model, GroupPlan(("any",)), 0)
+            + share_workspace_bytes(model, GroupPlan(("any",)), 0, self.options.limits),
             geometry.pages(1, page_bytes) * page_bytes,
             rate_rps * tokens * geometry.num_layers * geometry.token_bytes / slo_s,
         )
+
+    def _weights_bytes(self, model: ServedModel, group: GroupPlan, rank: int) -> int:
+        if self._evict_idle_s:
+            return image_bytes(model, self.options.page_bytes)
+        return super()._weights_bytes(model, group, rank)
+
+    @property
+    def _evict_idle_s(self) -> float:
+        return self.options.idle_evict_s
 
     def _slo_scale(self, model: str) -> float:
         return self.options.slo_scales.get(model, 1.0)

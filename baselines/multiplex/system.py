@@ -20,6 +20,7 @@ from serving.interface import Cluster, Demand, Device, DevicePlan, Placement, Se
 from serving.memory.kv_pool import KVGeometry
 from serving.memory.lent import LentShape
 from serving.memory.virtual import PhysicalPages
+from serving.parallel.capacity import share_weights_bytes
 from serving.parallel.given import given_groups
 from serving.parallel.group import GroupPlan
 from serving.parallel.host import GroupedSystem, Instance
@@ -33,6 +34,7 @@ class Elastic(GroupedSystem):
     """Engines side by side on every device, KV shared first come first served."""
 
     name = "elastic"
+    _evict_idle_s = 0.0  # weights stay
 
     def __init__(self, options: ElasticOptions | None = None) -> None:
         self.options = options or ElasticOptions()
@@ -46,7 +48,9 @@ class Elastic(GroupedSystem):
         seated = given_groups(groups, cluster, models) if groups else self._place(cluster, models, demand)
         if self.options.admission == "cap" and any(group.ranks > 1 for _, group in seated):
             raise UserError("option admission is 'cap'; it wants every model on one device")
-        plans = plan_devices(cluster, seated, self.options.limits, self.options.page_bytes)
+        plans = plan_devices(
+            cluster, seated, self.options.limits, self.options.page_bytes, weights_bytes=self._weights_bytes
+        )
         instances = [{"model": m.name, "devices": list(g.devices), "tp": g.tp, "dp": g.dp} for m, g in seated]
         return Placement(self.name, tuple(models), plans, {**asdict(self.options), "instances": instances})
 
@@ -54,17 +58,32 @@ class Elastic(GroupedSystem):
         """Each whole on the emptiest device."""
         return emptiest(cluster, models)
 
+    def _weights_bytes(self, model: ServedModel, group: GroupPlan, rank: int) -> int:
+        """What the weights of a share take of its device."""
+        return share_weights_bytes(model, group, rank)
+
     def _launch(self, placement: Placement) -> None:
         instances = _instances(placement)
         if self._backend.name == "sim":
             devices = [plan.device for plan in placement.devices]
-            self._start_groups(instances, devices, self.options, self.options.model(), self._admission(placement))
+            self._start_groups(
+                instances, devices, self.options, self.options.model(), self._admission(placement), self._evict_idle_s
+            )
             return
         for plan in placement.devices:
             seated = [instance for instance in instances if plan.device.name in instance.group.devices]
             if seated:
                 _require_real(plan.device, seated)
                 self._start_engines(plan, seated, self._admission(placement)[plan.device.name])
+
+    def notes(self) -> dict[str, object]:
+        """What mapping pages cost where it was computed: as much as mapping them ahead of need could save at most."""
+        counted = [worker.read_counters() for worker, _ in self._workers]
+        mapping_ns, busy_ns = (sum(one.get(name, 0) for one in counted) for name in ("mapping_ns", "busy_ns"))
+        if self._backend.name == "sim" or not busy_ns:
+            return {}
+        pages = sum(one["pages_mapped"] for one in counted)
+        return {"pages": {"mapped": pages, "mapping_ns": mapping_ns, "share_of_busy": mapping_ns / busy_ns}}
 
     def stop(self) -> None:
         super().stop()
@@ -95,6 +114,12 @@ class Elastic(GroupedSystem):
         """A process for each model on the device: one ledger and one set of pages for all of them."""
         device, page_bytes = plan.device, self.options.page_bytes
         num_pages = plan.kv_bytes // page_bytes
+        if self._evict_idle_s:  # weights lie in pages too
+            if device.kind != "cpu":
+                raise UserError(
+                    f"{device.name}: idle weights leave CPU devices only, or simulated ones; set idle_evict_s to 0"
+                )
+            num_pages += sum(plan.weights_bytes.values()) // page_bytes
         # Pages are charged here, once: what engines charge is theirs to hold beside them.
         shape = LentShape(num_pages, len(instances), device.memory_bytes - num_pages * page_bytes)
         ledger = self._new_mailbox_region(shape.region_bytes)
@@ -114,6 +139,7 @@ class Elastic(GroupedSystem):
                 (-1,),
                 growth="preempt",
                 lent=LentRef(ref(ledger), fds[-1], shape, engine),
+                evict_idle_s=self._evict_idle_s,
             )
             worker = self._start_worker(device, role, fds, instance.model.name)
             rule, queue = (admission, None) if isinstance(admission, str) else ("", admission)

@@ -32,16 +32,17 @@ class LentShape:
 
     @property
     def _table_at(self) -> int:
-        return -(-8 * self.engines // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
+        return -(-16 * self.engines // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
 
     @property
     def region_bytes(self) -> int:
         return self._table_at + self.num_pages * _OWNER.itemsize
 
-    def views(self, region: SharedRegion) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes charged by engine [engines] int64, and the owner of each page plus one [num_pages] int16 (0: free)."""
-        charged = np.frombuffer(region.bytes, np.int64, self.engines)
-        return charged, np.frombuffer(region.bytes, _OWNER, self.num_pages, self._table_at)
+    def views(self, region: SharedRegion) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """By engine [engines] int64 the bytes charged and the pages claimed, and the owner of each page plus one [num_pages]
+        int16 (0: free)."""
+        charged, claimed = (np.frombuffer(region.bytes, np.int64, self.engines, 8 * self.engines * at) for at in (0, 1))
+        return charged, claimed, np.frombuffer(region.bytes, _OWNER, self.num_pages, self._table_at)
 
 
 class _Shared:
@@ -49,7 +50,7 @@ class _Shared:
 
     def __init__(self, region: SharedRegion, shape: LentShape, engine: int) -> None:
         self._region, self._shape, self._engine = region, shape, engine
-        self._charged, self._owners = shape.views(region)
+        self._charged, self._claimed, self._owners = shape.views(region)
         self._depth = 0
 
     @contextmanager
@@ -93,6 +94,17 @@ class SharedPageLender(_Shared):
     def free_pages(self) -> int:
         """Of everyone; may change at once unless it is read within `deciding`."""
         return self.num_pages - int(np.count_nonzero(self._owners))
+
+    @property
+    def unclaimed_pages(self) -> int:
+        """Free pages that no other engine waits for."""
+        others = int(self._claimed.sum() - self._claimed[self._engine])
+        return max(self.free_pages - others, 0)
+
+    def claim(self, count: int) -> None:
+        """Wait for `count` pages at once (0: no longer): what comes free meanwhile is not `unclaimed` to others."""
+        with self.deciding():
+            self._claimed[self._engine] = count
 
     @property
     def lent_pages(self) -> int:

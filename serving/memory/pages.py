@@ -25,6 +25,11 @@ class PageLender:
     def lent_pages(self) -> int:
         return self.num_pages - len(self._free)
 
+    @property
+    def unclaimed_pages(self) -> int:
+        """Free pages that nobody waits for: all, where there is one borrower."""
+        return self.free_pages
+
     def deciding(self) -> AbstractContextManager[object]:
         """While it lasts nobody else borrows: nobody ever does, where pages are lent within one process."""
         return nullcontext()

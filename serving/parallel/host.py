@@ -46,10 +46,12 @@ class GroupedSystem(HostedSystem):
         options: EngineOptions,
         uncoordinated: Contention | None = None,
         admission: Mapping[str, AdmissionQueue | str] | None = None,
+        evict_idle_s: float = 0.0,
     ) -> None:
         """Start a worker on each of `devices` for its seats in `instances`, and let requests in at every replica. Where they
         are `uncoordinated`, what an instance has of KV is what it finds, up to its bytes. `admission` has the rule of each
-        device's queues, or the one queue that they share; else promises are kept to each pool's size."""
+        device's queues, or the one queue that they share; else promises are kept to each pool's size. Weights leave after
+        `evict_idle_s` without a request (0: they stay; uncoordinated instances of one device only)."""
         refs, made = [], []
         for instance in instances:
             group_ref, regions = self._group_ref(instance, options)
@@ -81,6 +83,7 @@ class GroupedSystem(HostedSystem):
                 targets,
                 uncoordinated=uncoordinated,
                 optimistic="open" in (rule, queue and queue.limits.rule),
+                evict_idle_s=evict_idle_s,
                 tells_first_tokens=queue is not None and queue.minds_first_tokens,
             )
             worker = self._start_worker(device, role, [fd for number in seated for fd in made[number]])

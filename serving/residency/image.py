@@ -23,12 +23,12 @@ PAGE_BYTES = 65536  # of an arena
 Extent = tuple[int, int]  # offset and length in bytes
 
 
-def image_bytes(model: ServedModel) -> int:
+def image_bytes(model: ServedModel, page_bytes: int = PAGE_BYTES) -> int:
     """At most so many bytes are a model's weights as an image, whole pages: packed weights and what alignment adds."""
     spec = model.spec
     tensors = 8 + spec.num_layers * (16 + 2 * spec.moe.num_experts)
     count_bytes = attention_bytes(model) + ffn_bytes(model) + tensors * ALIGN_BYTES
-    return -(-count_bytes // PAGE_BYTES) * PAGE_BYTES
+    return -(-count_bytes // page_bytes) * page_bytes
 
 
 CARD_FRAME_BYTES = 32 << 20  # of a card's arena: mapping costs by the page, so pages are large

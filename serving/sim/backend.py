@@ -95,7 +95,15 @@ class SimulatedBackend:
                 self._groups[key] = SimulatedGroup(seat, costs, role.limits, self.clock, self._prefill)
             else:
                 self._groups[key] = UncoordinatedGroup(
-                    seat, costs, role.limits, self.clock, self._crowd, self._prefill, role.optimistic
+                    seat,
+                    costs,
+                    role.limits,
+                    self.clock,
+                    self._crowd,
+                    self._prefill,
+                    role.optimistic,
+                    role.evict_idle_s,
+                    role.pools[0].page_bytes,
                 )
         return self._groups[key]
 

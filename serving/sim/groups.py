@@ -176,6 +176,10 @@ class SimulatedGroupWorker(SimulatedWorker):
     def count_bytes(self, posted: int) -> None:
         self._counters["bytes_crossed"] += posted
 
+    def count(self, name: str, amount: int) -> None:
+        """Add to one of the device's counters."""
+        self._counters[name] = self._counters.get(name, 0) + amount
+
     def preempted(self, request_ids: tuple[int, ...]) -> None:
         self._counters["preemptions"] += len(request_ids)
         self._outbox.append(Preempted(self._clock.now_ns(), request_ids))

@@ -25,6 +25,17 @@ class SharedDevice:
     free_pages: int
     busy_s: float = 0.0
     waiting: dict[int, Callable[[], None]] = field(default_factory=dict)
+    claims: dict[int, int] = field(default_factory=dict)  # pages that weights wait for, by who does
+
+    def unclaimed(self) -> int:
+        """Free pages that no weights wait for."""
+        return max(self.free_pages - sum(self.claims.values()), 0) if self.claims else self.free_pages
+
+    def wake(self) -> None:
+        """Pages came free: whoever waits looks again."""
+        waiting, self.waiting = self.waiting, {}
+        for again in waiting.values():
+            again()
 
 
 @dataclass(eq=False, slots=True)

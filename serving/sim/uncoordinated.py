@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 from serving.batching import StepLimits
 from serving.growth import Claim, grow_or_preempt
+from serving.idle import IdleWeights
 from serving.parallel.costs import GroupCosts, StepShape
 from serving.sim.clock import VirtualClock
 from serving.sim.groups import SimulatedGroup
+from serving.sim.idle_weights import SimulatedWeights
 from serving.sim.shared import Crowd, SharedDevice
 from serving.workers.config import GroupSeat
+
+_LATER_S = 1e-6  # than weights are due to leave, so that rounding does not make it too soon
 
 
 class UncoordinatedGroup(SimulatedGroup):
@@ -25,12 +29,24 @@ class UncoordinatedGroup(SimulatedGroup):
         crowd: Crowd,
         prefill: bool = True,
         optimistic: bool = False,
+        evict_idle_s: float = 0.0,
+        page_bytes: int = 0,
     ) -> None:
+        """Weights leave after `evict_idle_s` without work (0: they stay); then KV comes in pages of `page_bytes`."""
         super().__init__(seat, costs, limits, clock, prefill)
         self._crowd = crowd
+        self._idle: IdleWeights | None = None
+        self._looks_again = False
+        if evict_idle_s:
+            device = crowd.devices[self._plan.devices[0]]
+            weights = SimulatedWeights(seat.model, device, page_bytes, clock, self._again, self._count)
+            self._idle = IdleWeights(evict_idle_s, weights)
+            clock.after(0.0, self._again)
         self._most_running = limits.max_batch if optimistic else None
 
     def _begin(self) -> None:
+        if self._idle is not None and not self._weights_there():
+            return
         may_step = [self._reserve(replica) for replica in range(self._plan.dp)]
         plans = [
             scheduler.next_step(lambda sequence, granted=granted: sequence.request_id in granted)
@@ -56,9 +72,7 @@ class UncoordinatedGroup(SimulatedGroup):
         pages = self._held[replica].pop(request_id)
         for device in self._devices(self._plan.ranks_of(replica)):
             device.free_pages += pages
-            waiting, device.waiting = device.waiting, {}
-            for again in waiting.values():
-                again()
+            device.wake()
 
     def _reserve(self, replica: int) -> set[int]:
         """Map what the replica's sequences need next, and preempt where there is nothing left. Returns who may step."""
@@ -68,13 +82,16 @@ class UncoordinatedGroup(SimulatedGroup):
         claims = [
             Claim(held.get(one.request_id, 0), geometry.pages(len(one.tokens), self._page_bytes)) for one in sequences
         ]
-        granted, preempted = grow_or_preempt(min(device.free_pages for device in devices), claims, self._most_running)
+        granted, preempted = grow_or_preempt(min(device.unclaimed() for device in devices), claims, self._most_running)
         for index in preempted:
             sequences[index].cached = 0
             self._take(held, sequences[index].request_id, -claims[index].held, devices)
         for index in granted:
             self._take(held, sequences[index].request_id, claims[index].needed - claims[index].held, devices)
         if preempted:
+            for device in devices:
+                if device.claims:  # weights wait for what this gave back
+                    self._clock.after(0.0, device.wake)
             self._ranks[0].preempted(tuple(sequences[index].request_id for index in preempted))
         return {sequences[index].request_id for index in granted}
 
@@ -86,6 +103,21 @@ class UncoordinatedGroup(SimulatedGroup):
 
     def _devices(self, ranks: Sequence[int]) -> list[SharedDevice]:
         return [self._crowd.devices[self._plan.devices[rank]] for rank in ranks]
+
+    def _weights_there(self) -> bool:
+        at_work = any(scheduler.live for scheduler in self._schedulers)
+        there = self._idle.there(self._clock.now_ns() / 1e9, at_work)
+        if self._idle.due_s is not None and not self._looks_again:
+            self._looks_again = True
+            self._clock.after(max(self._idle.due_s - self._clock.now_ns() / 1e9, 0.0) + _LATER_S, self._look_again)
+        return there
+
+    def _look_again(self) -> None:
+        self._looks_again = False
+        self._again()
+
+    def _count(self, name: str, amount: int) -> None:
+        self._ranks[0].count(name, amount)
 
     def _again(self) -> None:
         if self._plans is None:

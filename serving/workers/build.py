@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from serving.checkpoints import open_weights
+from serving.idle import IdleWeights
 from serving.interface import Device, ServedModel
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
@@ -19,6 +20,7 @@ from serving.memory.lent import LentMemory, SharedBudget, SharedPageLender
 from serving.parallel.exchange import Exchange
 from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
 from serving.parallel.share import Share, ShareOfWeights, share_spec
+from serving.residency.lent_weights import LentWeights
 from serving.shm.mailbox import Mailbox
 from serving.shm.region import SharedRegion
 from serving.shm.ring import Ring
@@ -144,22 +146,21 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
         ledger = attach(lent.ledger)
         budget = SharedBudget(ledger, lent.shape, lent.engine)
         lender = SharedPageLender(ledger, lent.shape, lent.engine)
-    halves = [_load_attention(model, budget) for model in role.models]
-    local = {
-        i: _load_ffn(m, budget) for i, m in enumerate(role.models) if role.ffn_ports[i] < 0 and i not in role.ffn_legs
-    }
+    borrowed = [(config.name, _borrow_pool(config, role.models, lender, lent)) for config in role.pools if lent]
+    idle = None
+    if role.evict_idle_s:
+        weights = LentWeights(role.models[0], borrowed[0][1], lender, wires.counters)
+        weights.start()
+        halves, local = [weights.attention], {0: weights.ffn}
+        idle = IdleWeights(role.evict_idle_s, weights)
+    else:
+        halves = [_load_attention(model, budget) for model in role.models]
+        in_place = (i for i, port in enumerate(role.ffn_ports) if port < 0 and i not in role.ffn_legs)
+        local = {i: _load_ffn(role.models[i], budget) for i in in_place}
     remote = [_remote(ref) for ref in role.mailboxes]
     spread = SpreadFFN(remote, role.ffn_legs, role.lanes)
     in_place = LocalFFN(local, role.lanes)
-    pools = [
-        (
-            config.name,
-            open_pool(config, role.models, role.device, budget)
-            if lender is None
-            else _borrow_pool(config, role.models, lender, lent),
-        )
-        for config in role.pools
-    ]
+    pools = borrowed or [(config.name, open_pool(config, role.models, role.device, budget)) for config in role.pools]
     kv_of = {name: kv for _, pool in pools for name, kv in pool.models.items()}
     hosted = [
         HostedModel(
@@ -177,7 +178,7 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
             warm_up_attention(model.half, model.kv)
     for i, half in local.items():
         warm_up_ffn(half, role.models[i])
-    growth = growth_over(role, pools[0][1], [model.kv for model in hosted], wires.counters)
+    growth = growth_over(role, pools[0][1], [model.kv for model in hosted], wires.counters, idle)
     return ModelWorker(
         hosted,
         pools,

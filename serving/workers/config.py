@@ -119,6 +119,7 @@ class ModelWorkerConfig:
     lent: LentRef | None = None
     prefill_first: bool = False
     chunks_in_flight: int = 1
+    evict_idle_s: float = 0.0  # weights lie in lent pages, and go after so long without a request; 0: they stay
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ class GroupWorkerConfig:
     sample_interval_ms: float = 50.0
     uncoordinated: Contention | None = None  # each seat an engine of its own that takes device and KV as it finds them
     optimistic: bool = False  # more may be admitted than can run; who cannot step in the next batch then holds no KV
+    evict_idle_s: float = 0.0  # as in ModelWorkerConfig
     tells_first_tokens: bool = False  # the host reacts to them (simulated: it looks at once)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
 
 from serving.growth import PreemptingGrowth, preempting_growth
+from serving.idle import IdleWeights
 from serving.memory.kv_pool import KVPool, ModelKV
 from serving.pausing import PausedGrowth, growth_of
 from serving.sequence import Sequence
@@ -23,7 +24,7 @@ class MappedPages:
 
     @property
     def free_pages(self) -> int:
-        return self._lender.free_pages
+        return self._lender.unclaimed_pages
 
     def grow(self, sequence: Sequence, pages: int) -> None:
         started_ns, before = time.monotonic_ns(), len(sequence.run.pages)
@@ -39,9 +40,14 @@ class MappedPages:
 
 
 def growth_over(
-    role: ModelWorkerConfig, pool: KVPool, models: Seq[ModelKV], counters: Counters
+    role: ModelWorkerConfig,
+    pool: KVPool,
+    models: Seq[ModelKV],
+    counters: Counters,
+    weights: IdleWeights | None = None,
 ) -> PausedGrowth | PreemptingGrowth | None:
-    """What decides over the growth of a worker's sequences, as its `role` says; None where admission has promised all."""
+    """What decides over the growth of a worker's sequences, as its `role` says; None where admission has promised all.
+    Without its `weights`, where those come and go, nobody grows."""
     if role.growth == "preempt":
-        return preempting_growth(role, MappedPages(pool, models, counters))
+        return preempting_growth(role, MappedPages(pool, models, counters), weights)
     return growth_of(role)

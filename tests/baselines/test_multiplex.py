@@ -89,3 +89,29 @@ def test_bad_quotas_are_one_line(options, message, tiny_checkpoints):
 def test_models_larger_than_a_device_name_the_missing_bytes(system_name, tiny_checkpoints):
     with pytest.raises(CapacityError, match=r"cpu:0: .* bytes .* are missing"):
         registry.create(system_name).plan(cpu_cluster(1, 1 << 16), served(tiny_checkpoints), Demand())
+
+
+@pytest.mark.parametrize("pages", [24, 400])
+def test_idle_weights_leave_and_come_back_and_their_bytes_are_kv_meanwhile(pages, tiny_checkpoints):
+    """One model is asked for once, goes, and is asked for again while the other has all that it left."""
+    trace = [TraceRequest(0, "m1", 0.0, 9, 5, (1,) * 9)]
+    trace += [TraceRequest(1 + i, "m0", 1.0 + i * 1e-5, 9, 50 + i % 11, (1,) * 9) for i in range(200)]
+    trace += [TraceRequest(201, "m1", 1.1, 9, 5, (1,) * 9)]
+    system = registry.create(
+        "elastic-placement", {"page_bytes": PAGE_BYTES, "idle_evict_s": 0.5, "prompts_at_once": 99}
+    )
+    models = served(tiny_checkpoints)
+    needed = system.plan(cpu_cluster(1, 64 << 20), models, Demand()).devices[0]
+    memory_bytes = (64 << 20) - needed.kv_bytes + pages * PAGE_BYTES
+    backend = simulate_card("h200")
+    system.start(system.plan(cpu_cluster(1, memory_bytes), models, Demand()), backend)
+    try:
+        found = Replay(system, trace, 60.0, 0.0005, backend.clock).run(len(trace), "sim")
+        (device,) = system.stats()
+    finally:
+        system.stop()
+    assert [row.outcome for row in found.requests] == [COMPLETED] * len(trace)
+    assert device.swaps == 2, "both were idle before their second burst"
+    assert device.switch_ns["weights"] > 0
+    most = max(row.pages_in_use for row in found.pools if row.model == "m0")
+    assert (most > pages) == (pages == 24), "where KV is scarce it grows into what the idle weights left"

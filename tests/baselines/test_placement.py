@@ -178,6 +178,7 @@ def test_models_that_are_asked_for_much_lie_apart(tiny_checkpoints):
         ({"ttft_slo_ms": 0}, "ttft_slo_ms is 0; it must be above 0"),
         ({"slo_scales": {"m0": -1}}, "slo_scales of m0 is -1"),
         ({"slo_scales": {"other": 2}}, "slo_scales names other; served: m0, m1"),
+        ({"idle_evict_s": -1}, "idle_evict_s is -1; it must be 0 or more"),
         ({"prompts_at_once": 0}, "a whole number of at least 1"),
     ],
 )

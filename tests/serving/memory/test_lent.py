@@ -57,6 +57,17 @@ def test_an_engine_returns_only_what_it_has(region):
     assert first.lent_pages == 2
 
 
+def test_what_one_engine_waits_for_is_not_unclaimed_to_others(region):
+    first, second = (SharedPageLender(region, SHAPE, engine) for engine in range(2))
+    first.claim(PAGES - 4)
+    assert second.unclaimed_pages == 4 and first.unclaimed_pages == second.free_pages == PAGES
+    pages = second.lend(10)
+    assert second.unclaimed_pages == 0
+    second.give_back(pages)
+    first.claim(0)
+    assert second.unclaimed_pages == PAGES
+
+
 def test_weights_of_all_engines_are_charged_to_one_device(region):
     budgets = [SharedBudget(region, SHAPE, engine) for engine in range(2)]
     budgets[0].charge("weights", 600)
@@ -93,7 +104,7 @@ def test_killed_at_any_moment_a_holder_leaves_a_whole_table_and_no_lock(region):
         lender = SharedPageLender(region, SHAPE, 0)
         mine = lender.lend(lender.free_pages)
         assert time.monotonic() - started < 1
-        _, owners = SHAPE.views(region)
+        *_, owners = SHAPE.views(region)
         assert set(np.unique(owners)) <= {1, 2, 3} and np.count_nonzero(owners == 1) == len(mine)
         lender.give_back(mine)
         owners[:] = 0  # what the dead held
