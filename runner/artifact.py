@@ -141,7 +141,7 @@ def run_experiment(experiment: Experiment, mode: str) -> Line:
         if ended in (130, -2):
             raise KeyboardInterrupt
         status = status or ended
-    drawn = draw(LOCAL, LOCAL / "figures", experiment.drawn, [experiment.name])
+    drawn = draw(LOCAL, LOCAL / "figures", experiment.drawn, [experiment.name]) if experiment.drawn else 0
     _publish(experiment.name)
     seconds = time.monotonic() - begun
     if status:

@@ -291,6 +291,17 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         studies=(("kernels",),),
     ),
     Experiment(
+        name="card",
+        question="What do lowered control and pools cost a decode step on this machine's GPU?",
+        base=(),
+        sweeps={"full": {}},
+        figures=(),
+        cell_s=60,
+        memory_gib=16,
+        needs_gpu=True,
+        studies=(("card", "--models", "deepseek-v2-lite", "--controls", "fused,lowered,host", "--memory-gib", "36"),),
+    ),
+    Experiment(
         name="baselines-100m",
         question="The same comparison with four models of 100M parameters, where weights outweigh the interpreter.",
         base=("conf=baselines-100m",),

@@ -1,6 +1,7 @@
 """`python -m runner.study KIND`: measurements that are no run of a system, kept beside the records as studies.
 
     python -m runner.study kernels                              this machine's kernels (kernels.bench)
+    python -m runner.study card                                 decode steps on a GPU (serving.gpu_suite.engine)
     python -m runner.study planner-overflow conf/planner/cpu2.yaml
     python -m runner.study rate-estimate                        Fig. 6 as the paper estimates it (runner.estimate)
 
@@ -37,6 +38,16 @@ def _kernels(arguments: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, A
     rows = content.pop("rows")
     own = provenance()["hardware"]["cpu"] if content["device"] == platform.machine() else None
     return {"backend": "real", "hardware": own or content["device"], "measured_with": content}, rows
+
+
+def _card(arguments: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Rows of `python -m serving.gpu_suite.engine`, and what they were measured on."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "engine.json"
+        _call(["serving.gpu_suite.engine", *arguments, "--out", str(path)])
+        content = json.loads(path.read_text())
+    rows = content.pop("rows")
+    return {"backend": "real", "hardware": ", ".join(content["hardware"]), "measured_with": content}, rows
 
 
 def _planner_overflow(arguments: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -78,6 +89,7 @@ def _call(arguments: Sequence[str], fine: Sequence[int] = (0,)) -> None:
 
 KINDS: dict[str, Callable[[Sequence[str]], tuple[dict[str, Any], list[dict[str, Any]]]]] = {
     "kernels": _kernels,
+    "card": _card,
     "planner-overflow": _planner_overflow,
     "rate-estimate": _rate_estimate,
 }
