@@ -4,7 +4,8 @@
 
 For each bin of context, requests of its longest length are put into the KV that a system's placement leaves, one of each model
 in turn, each where most is free, until a model finds no room. That many are live at once; with a request living as long as its
-output takes at `--token-ms`, it is a rate. A request uses the KV of one replica only, which is what makes long bins zero.
+output takes at `--token-ms`, it is a rate. A request uses the KV of one replica only, which is what makes long bins zero; how
+soon they are rests on what engines keep of each device for themselves (`--reserve-gib`), which the paper does not say.
 """
 
 from __future__ import annotations
@@ -83,12 +84,14 @@ def _token_bytes(model: ServedModel) -> int:
     return geometry.num_layers * geometry.token_bytes
 
 
-def estimate(config: BenchConfig, output_tokens: float, token_ms: float) -> dict[str, float]:
-    """Highest aggregate rate (req/s) by bin; models whose context ends before a bin are left out of it."""
+def estimate(config: BenchConfig, output_tokens: float, token_ms: float, reserve_bytes: float = 0) -> dict[str, float]:
+    """Highest aggregate rate (req/s) by bin, where `reserve_bytes` of each device's KV memory serve something else (graphs,
+    activations, fragments); models whose context ends before a bin are left out of it."""
     models = served_models(config)
     system = registry.create(config.system.name, config.system.options)
     placement = system.plan(cluster_of(config), models, Demand())
     free, rooms = rooms_of(placement)
+    free = {partition: max(0, size - reserve_bytes) for partition, size in free.items()}
     rates = {}
     for label, tokens in BINS.items():
         able = {model.name: rooms[model.name] for model in models if model.spec.max_context_tokens >= tokens}
@@ -106,21 +109,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--token-ms", type=float, default=40.0, help="time between tokens that a request's life rests on"
     )
+    parser.add_argument(
+        "--reserve-gib", type=float, nargs="+", default=[0.0, 2.0, 4.0, 6.0], help="KV memory not to be had"
+    )
     parser.add_argument("--csv", type=Path, help="also write one row a system and bin to this file")
     arguments = parser.parse_args(argv)
-    rows = ["system,bin,context_tokens,rate_rps"]
-    print(f"{'req/s, estimated':<18}" + "".join(f"{label:>10}" for label in BINS))
+    rows = ["system,bin,context_tokens,reserve_gib,rate_rps"]
+    print(f"{'req/s, estimated':<18}{'GiB kept':>9}" + "".join(f"{label:>10}" for label in BINS))
     for name in arguments.system:
         with hydra.initialize_config_dir(str(_CONF), version_base="1.3"):
             composed = hydra.compose("bench", [f"conf={arguments.conf}", f"system={name}"])
         config = bench_from_dict(OmegaConf.to_container(composed, resolve=True))
-        try:
-            rates = estimate(config, arguments.output_tokens, arguments.token_ms)
-        except CapacityError as error:
-            print(f"{name:<18} does not fit: {error}")
-            continue
-        print(f"{name:<18}" + "".join(f"{rate:10.2f}" for rate in rates.values()))
-        rows += [f"{config.system.name},{label},{BINS[label]},{rate!r}" for label, rate in rates.items()]
+        for reserve_gib in arguments.reserve_gib:
+            try:
+                rates = estimate(config, arguments.output_tokens, arguments.token_ms, reserve_gib * 2**30)
+            except CapacityError as error:
+                print(f"{name:<18} does not fit: {error}")
+                break
+            print(f"{name:<18}{reserve_gib:9g}" + "".join(f"{rate:10.2f}" for rate in rates.values()))
+            rows += [
+                f"{config.system.name},{label},{BINS[label]},{reserve_gib!r},{rate!r}" for label, rate in rates.items()
+            ]
     if arguments.csv:
         arguments.csv.write_text("\n".join(rows) + "\n")
     return 0

@@ -63,8 +63,9 @@ KERNELS = [
     for n, op in enumerate(("rope", "router", "moe_ffn"), 1)
 ]
 ESTIMATE = [
-    {"system": system, "bin": f"{tokens // 1024}K", "context_tokens": tokens, "rate_rps": float(system == "crosspool")}
-    for system in ("crosspool", "static")
+    {"system": system, "bin": f"{tokens // 1024}K", "context_tokens": tokens, "reserve_gib": reserve, "rate_rps": rate}
+    for system, rate in (("crosspool", 1.0), ("static", 0.0))
+    for reserve in (0.0, 4.0)
     for tokens in (8192, 16384)
 ]
 OVERFLOW = [

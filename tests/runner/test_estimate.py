@@ -26,8 +26,13 @@ def test_never_more_than_there_is(free, tokens):
 def test_the_papers_shape(capsys):
     """Baselines fall to zero in the longer bins, CrossPool stays positive throughout (paper, Fig. 6)."""
     assert main([]) == 0
-    rows = {line.split()[0]: list(map(float, line.split()[1:])) for line in capsys.readouterr().out.splitlines()[1:]}
-    assert all(len(rates) == len(BINS) for rates in rows.values())
-    for rates in rows.values():
-        assert rates == sorted(rates, reverse=True)
-    assert min(rows["paper-crosspool"]) > 0
+    rows = {}
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        name, reserve_gib, *rates = line.split()
+        rows.setdefault(name, {})[float(reserve_gib)] = list(map(float, rates))
+    for by_reserve in rows.values():
+        assert all(len(rates) == len(BINS) and rates == sorted(rates, reverse=True) for rates in by_reserve.values())
+        for rates in zip(*(by_reserve[reserve] for reserve in sorted(by_reserve)), strict=True):
+            assert list(rates) == sorted(rates, reverse=True), "the less memory, the lower the rate"
+    assert all(min(rates) > 0 for rates in rows["paper-crosspool"].values())
+    assert rows["paper-static"][4][-1] == rows["paper-elastic"][4][-1] == 0
