@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from crosspool.expectation import Expectation, PoolUse, compare, expect
+from crosspool.expectation import Expectation, RecentUse, compare, expect
 from crosspool.planner.from_trace import ServiceModel
 from crosspool.weights_pool import Held, Legs, from_plain, legs_of, require_known, share_out, to_plain
 from serving.admission import RULES as ADMISSIONS
@@ -113,7 +113,7 @@ class CrossPool(HostedSystem):
         self.options = options or CrossPoolOptions()
         super().__init__(self.options.timeline_dir)
         self._expected: Expectation | None = None
-        self._use: list[PoolUse] = []
+        self._use = RecentUse()
         self._latest_use: dict[str, int] = {}  # pages in use by pool
         self._held_bytes = self._filled_bytes = 0
 
@@ -161,7 +161,7 @@ class CrossPool(HostedSystem):
             self._held_bytes += sum(sum(pages.values()) for _, pages in message.pages) * self.options.page_bytes
             self._filled_bytes += message.used_bytes
         waiting = sum(pool.queue.waiting_pages for pool in self._pools)
-        self._use.append(PoolUse(message.time_ns / 1e9, sum(latest.values()), waiting))
+        self._use.add(message.time_ns / 1e9, sum(latest.values()), waiting)
 
     def _profiles(self, models: Sequence[ServedModel], demand: Demand) -> tuple[StageProfile, ...]:
         if self.options.pairing == "fair":
@@ -194,7 +194,7 @@ class CrossPool(HostedSystem):
         return DevicePlan(device, "weights-pool", weights, 0)
 
     def _launch(self, placement: Placement) -> None:
-        self._expected, self._use, self._latest_use = placement.options["expected"], [], {}
+        self._expected, self._use, self._latest_use = placement.options["expected"], RecentUse(), {}
         if self.options.admission == "quantile":
             self._promised_output_tokens = self._expected.promised if self._expected else {}
         if placement.devices[0].device.kind == "cuda" and self._backend.name == "real":

@@ -7,6 +7,7 @@ and what waiting ones ask for, since a pool that never preempts cannot hold more
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,31 @@ class PoolUse:
     time_s: float
     in_use: int
     waiting: int
+
+
+class RecentUse(Sequence[PoolUse]):
+    """The latest samples of a pool's use: up to `most` of them and no less than half as many once there were more. A system
+    that serves for days so keeps as much as it needs to be watched, in 24 bytes a sample."""
+
+    def __init__(self, most: int = 200_000) -> None:
+        self._most = max(most, 2)
+        self._times_s = array("d")
+        self._in_use, self._waiting = array("q"), array("q")
+
+    def add(self, time_s: float, in_use: int, waiting: int) -> None:
+        """Take one more sample."""
+        if len(self._times_s) == self._most:
+            for values in (self._times_s, self._in_use, self._waiting):
+                del values[: self._most - self._most // 2]
+        self._times_s.append(time_s)
+        self._in_use.append(in_use)
+        self._waiting.append(waiting)
+
+    def __len__(self) -> int:
+        return len(self._times_s)
+
+    def __getitem__(self, index: int) -> PoolUse:
+        return PoolUse(self._times_s[index], self._in_use[index], self._waiting[index])
 
 
 def compare(expected: Expectation, seen: Sequence[PoolUse]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crosspool.expectation import PoolUse, compare, expect
+from crosspool.expectation import PoolUse, RecentUse, compare, expect
 from crosspool.planner.from_trace import ServiceModel
 from serving import registry
 from serving.errors import UserError
@@ -97,3 +97,14 @@ def test_a_run_says_what_was_expected_and_what_was_seen(ranks, models):
 def test_a_quantile_outside_the_open_unit_interval_is_refused():
     with pytest.raises(UserError, match="option quantile is 1"):
         registry.create("crosspool", {"quantile": 1.0})
+
+
+@given(st.integers(2, 9), st.lists(st.integers(0, 99), max_size=40))
+def test_only_the_latest_use_is_kept(most, pages):
+    seen = RecentUse(most)
+    for time_s, count in enumerate(pages):
+        seen.add(time_s, count, 2 * count)
+        assert len(seen) <= most
+    assert len(seen) >= min(len(pages), most // 2)
+    kept = len(seen)
+    assert list(seen) == [PoolUse(t, pages[t], 2 * pages[t]) for t in range(len(pages) - kept, len(pages))]

@@ -131,6 +131,14 @@ def test_a_failed_judgement_is_told_and_the_command_fails(tmp_path, monkeypatch,
     assert json.loads((tmp_path / "static.json").read_text())["passed"] is False
 
 
+def test_what_is_shipped_is_readable_and_passed():
+    records = soak.shipped(soak.SHIPPED)
+    assert {record["system"] for record in records} <= set(soak.systems())
+    for record in records:
+        assert record["passed"] and record["counts"]["sent"] >= 10_000
+        assert record["provenance"]["git"]["revision"] and not record["provenance"]["git"]["dirty"]
+
+
 def test_a_wrong_system_or_number_is_one_line(tmp_path):
     for arguments, said in ((("--systems", "nosuch"), "unknown system 'nosuch'"), (("--requests", "0"), "at least 1")):
         done = run(*arguments, "--out", str(tmp_path))
