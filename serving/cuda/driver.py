@@ -58,7 +58,6 @@ def _library() -> ctypes.CDLL:
     library.cuMemUnmap.argtypes = [wide, ctypes.c_size_t]
     library.cuMemSetAccess.argtypes = [wide, ctypes.c_size_t, pointer, ctypes.c_size_t]
     library.cuMemGetAllocationGranularity.argtypes = [pointer, pointer, ctypes.c_int]
-    library.cuGraphUpload.argtypes = [pointer, pointer]
     library.cuGetErrorName.argtypes = [ctypes.c_int, pointer]
     return library
 
@@ -123,8 +122,3 @@ def allow(device: int, address: int, length_bytes: int) -> None:
     """Let `device` read and write what is mapped in [address, address + length)."""
     access = _AccessDescriptor(_Location(_LOCATION_DEVICE, device), _READ_WRITE)
     _call("cuMemSetAccess", address, length_bytes, ctypes.byref(access), 1)
-
-
-def upload_graph(graph: int, stream: int) -> None:
-    """Have the executable `graph` lie on its card before its first launch, which else allocates memory there."""
-    _call("cuGraphUpload", graph, stream)

@@ -13,7 +13,6 @@ import torch
 
 from kernels.launch import Launch, compile_ahead, recording
 from serving.batching import StepLimits
-from serving.cuda import driver
 from serving.cuda.capture import Capture, CardModel, Launches
 from serving.cuda.exchange import ByEvents, Mailboxes, Residents, bytes_crossed
 from serving.cuda.lane import Lane
@@ -196,7 +195,6 @@ class StepRunner:
                 with self._residency.present(model_index):
                     self._prepare([model_index])
         if self._residents is not None:
-            self._upload()
             self._residents.start()
 
     def _prepare(self, models: Seq[int]) -> None:
@@ -210,13 +208,6 @@ class StepRunner:
                 self._launches[key] = self._capture(*key)
                 if self._residency is not None:
                     self._by_layer[key] = Capture(self.lanes[lane_index], self._models[model_index], shape).layers()
-        torch.cuda.synchronize(self.device)
-
-    def _upload(self) -> None:
-        """A graph's first launch allocates on its card, which must not happen beside a kernel that never returns."""
-        for launches in self._launches.values():
-            for graph, stream in launches.stages:
-                driver.upload_graph(graph.raw_cuda_graph_exec(), stream.cuda_stream)
         torch.cuda.synchronize(self.device)
 
     def _run_every_shape(self, lanes: Seq[Lane], models: Seq[int]) -> None:

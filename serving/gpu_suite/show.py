@@ -90,25 +90,61 @@ def elastic_table(rows: Sequence[dict]) -> str:
     and least to most where there are several."""
     cells: dict[tuple[str, float, float], list[dict]] = {}
     for row in rows:
-        cells.setdefault((row["system"], row["kv_gib"], row["rate_rps"]), []).append(row)
-    models = sorted({model for row in rows for model in row["p99_over"]})
-    head = ["system", "KV GiB", "req/s", "TBT mean ms", "TBT P99 ms", "TTFT mean ms", "TTFT P99 ms", "preempted"]
+        cells.setdefault((row["system"], row["kv_gib"], row.get("rate_rps", 0.0)), []).append(row)
+    models = sorted({model for row in rows for model in row.get("p99_over", {})})
+    head = [
+        "system",
+        "KV GiB",
+        "req/s",
+        "TBT mean ms",
+        "TBT P99 ms",
+        "TTFT mean ms",
+        "TTFT P99 ms",
+        "preempted",
+        "swaps",
+    ]
     head += [f"P99 over {rows[0]['system']}, {model}" for model in models]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for (system, kv_gib, rate_rps), same in cells.items():
+        if refused := [row["error"] for row in same if "error" in row]:
+            lines.append(f"| {system} | {kv_gib:g} | {refused[0].replace('|', '/')} |" + " |" * (len(head) - 3))
+            continue
         times = [
             f"{statistics.fmean(row[name] for row in same) * 1e3:.1f}"
             for name in ("tbt_mean_s", "tbt_p99_s", "ttft_mean_s", "ttft_p99_s")
         ]
-        preempted = f"{statistics.fmean(row['preemptions'] for row in same):g}"
-        over = [_range([row["p99_over"][model] for row in same]) for model in models]
-        lines.append(f"| {' | '.join([system, f'{kv_gib:g}', f'{rate_rps:g}', *times, preempted, *over])} |")
+        happened = [f"{statistics.fmean(row.get(what, 0) for row in same):g}" for what in ("preemptions", "swaps")]
+        over = [
+            _range([row["p99_over"][model] for row in same if model in row.get("p99_over", {})]) for model in models
+        ]
+        lines.append(f"| {' | '.join([system, f'{kv_gib:g}', f'{rate_rps:g}', *times, *happened, *over])} |")
     return "\n".join(lines)
 
 
 def _range(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     least, most = f"{min(values):.2f}", f"{max(values):.2f}"
     return least if least == most else f"{least} to {most}"
+
+
+def swap_table(rows: Sequence[dict]) -> str:
+    """Loads of a model beside one that stays: medians over rounds, and least to most of the shares."""
+    lines = [
+        "| stays | comes | GiB | load GB/s | plain copy GB/s | of the copy | hidden | mapping ms | evict ms |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for pair in dict.fromkeys((row["stays"], row["comes"]) for row in rows):
+        same = [row for row in rows if (row["stays"], row["comes"]) == pair]
+        middle = {
+            name: statistics.median(row[name] for row in same) for name, value in same[0].items() if value not in pair
+        }
+        lines.append(
+            f"| {pair[0]} | {pair[1]} | {middle['image_bytes'] / 2**30:.1f} | {middle['load_gbps']:.1f} | {middle['plain_gbps']:.1f} | "
+            f"{_range([row['of_plain'] for row in same])} | {_range([row['hidden'] for row in same])} | "
+            f"{middle['mapping_s'] * 1e3:.0f} | {middle['evict_s'] * 1e3:.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def memory_table(rows: dict[str, dict[str, float]]) -> str:
@@ -123,8 +159,11 @@ def render(folder: Path) -> str:
     memory = _measured(folder / "memory.json") if (folder / "memory.json").exists() else {}
     engine = _rows(folder / "engine.json")
     tables = [engine_table(engine), predicted_table(engine), serve_table(_rows(folder / "serve.json"))]
-    if (folder / "elastic.json").exists():
-        tables.append(elastic_table(_rows(folder / "elastic.json")))
+    if (folder / "swap.json").exists():
+        tables.append(swap_table(_rows(folder / "swap.json")))
+    for name in ("elastic.json", "mixtral.json", "capped.json"):
+        if (folder / name).exists():
+            tables.append(elastic_table(_measured(folder / name)))
     return "\n\n".join([*tables, *([memory_table(memory)] if memory else [])])
 
 
