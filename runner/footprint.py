@@ -5,6 +5,7 @@ Linux only, as the workers are: everything is read from /proc and counted the mo
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -67,26 +68,23 @@ def shared_memory_names() -> frozenset[str]:
     return frozenset(os.listdir(_SHARED_MEMORY))
 
 
-def left_in_shared_memory(before: Iterable[str]) -> list[str]:
-    """Names in /dev/shm that were not there `before` and that no process but ours holds: either we do, or somebody made them
-    and is gone."""
-    new = shared_memory_names() - set(before)
-    if not new:
-        return []
-    return sorted(new - _held_by_others(new))
-
-
-def _held_by_others(names: Iterable[str]) -> set[str]:
-    ours, held = set(family()), set()
-    wanted = {str(_SHARED_MEMORY / name): name for name in names}
-    for process in psutil.process_iter():
-        if process.pid in ours:
-            continue
-        folder = Path("/proc") / str(process.pid)
+def held_shared_memory() -> set[str]:
+    """Names in /dev/shm that this process or a descendant has mapped or open."""
+    held: set[str] = set()
+    for pid in family():
+        folder = Path("/proc") / str(pid)
         try:
             targets = {line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines()}
-            targets |= {os.readlink(link) for link in (folder / "fd").iterdir()}
+            for number in os.listdir(folder / "fd"):
+                with contextlib.suppress(OSError):  # closed since: the listing's own, if nothing else
+                    targets.add(os.readlink(folder / "fd" / number))
         except OSError:
             continue
-        held |= {name for path, name in wanted.items() if path in targets}
+        held |= {path.removeprefix(f"{_SHARED_MEMORY}/") for path in targets if path.startswith(f"{_SHARED_MEMORY}/")}
     return held
+
+
+def left_in_shared_memory(before: Iterable[str], held: Iterable[str]) -> list[str]:
+    """Of the names that our processes `held` at any time, or hold now: those that are still in /dev/shm and were not there
+    `before`. What is new there without us having held it is others'; they use the same folder."""
+    return sorted((set(held) | held_shared_memory()) & shared_memory_names() - set(before))

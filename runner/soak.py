@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from runner import locks, machine
 from runner.config import BenchConfig, bench_from_dict
-from runner.footprint import Footprint, left_in_shared_memory, shared_memory_names
+from runner.footprint import Footprint, held_shared_memory, left_in_shared_memory, shared_memory_names
 from runner.provenance import provenance
 from runner.records import require_writable
 from runner.run import cluster_of, demand_of, served_models
@@ -61,11 +61,13 @@ class Seen:
     counts: Counter[str] = field(default_factory=Counter)
     series: dict[str, list[float]] = field(default_factory=dict)
     pages: dict[str, int] = field(default_factory=dict)  # in use as last reported, by pool and models
+    shared_memory: set[str] = field(default_factory=set)  # names in /dev/shm that were held
     wrong: str = ""  # why it ended early, or what no system may do
 
     def sample(self, ended: int, elapsed_s: float) -> None:
         values = {"time_s": round(elapsed_s, 3), "ended": ended, **asdict(Footprint.now())}
         values["kv_pages"] = sum(self.pages.values())
+        self.shared_memory |= held_shared_memory()
         for name, value in values.items():
             self.series.setdefault(name, []).append(value)
 
@@ -191,7 +193,9 @@ def soak(system_name: str, total: int, in_flight: int) -> dict[str, Any]:
         took_s = time.monotonic() - begun_s
     after = Footprint.now()
     left = Left(
-        left_in_shared_memory(shm_before), after.processes - before.processes, after.descriptors - before.descriptors
+        left_in_shared_memory(shm_before, seen.shared_memory),
+        after.processes - before.processes,
+        after.descriptors - before.descriptors,
     )
     judgements = judge(seen.counts, seen.series, seen.pages, left, seen.wrong)
     return {

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner import soak
-from runner.footprint import Footprint, left_in_shared_memory, shared_memory_names
+from runner.footprint import Footprint, held_shared_memory, left_in_shared_memory, shared_memory_names
 from runner.soak_judges import FLAT, Left, judge, second_half
 
 pytestmark = pytest.mark.cpu
@@ -85,10 +85,13 @@ def test_a_footprint_sees_memory_descriptors_and_shared_memory_that_come_and_go(
             now = Footprint.now()
             assert now.memory_bytes - before.memory_bytes > len(held) // 2
             assert now.descriptors == before.descriptors + 1 and now.processes >= 1
-            assert left_in_shared_memory(names) == [path.name]
+            assert path.name in held_shared_memory()
+            assert left_in_shared_memory(names, ()) == [path.name] and not left_in_shared_memory(
+                [*names, path.name], ()
+            )
         finally:
             path.unlink()
-    assert left_in_shared_memory(names) == [] and Footprint.now().descriptors == before.descriptors
+    assert left_in_shared_memory(names, [path.name]) == [] and Footprint.now().descriptors == before.descriptors
 
 
 def run(*arguments, **environment):
