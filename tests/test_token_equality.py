@@ -177,6 +177,8 @@ def test_weights_that_left_and_came_back_in_mid_trace_change_no_token(pair, tiny
         assert_equal_to_judge(both, generate(system, both), tiny_checkpoints)
         (device,) = system.stats()
         assert device.swaps >= 4 and device.switch_ns["weights"] > 0
+        pages = system.notes()["pages"]
+        assert pages["mapped"] > 0 and 0 < pages["share_of_busy"] < 1
         assert pages_are_returned(system)
     finally:
         system.stop()
