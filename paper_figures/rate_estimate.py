@@ -50,5 +50,5 @@ def _bars(axis: Axes, rows: pd.DataFrame) -> None:
         for place, value in zip(places, shown["rate_rps"], strict=True):
             if not value:
                 axis.text(place, 0, "0", ha="center", va="bottom", fontsize=5)
-    axis.set_xticks(range(len(bins)), bins, fontsize=5)
+    axis.set_xticks(range(len(bins)), bins, fontsize=5, rotation=30)
     axis.grid(axis="x", visible=False)
