@@ -102,8 +102,6 @@ class Swap(HostedSystem):
                 raise UserError(f"{cards[0]}: link_gbps throttles the copies of CPU devices; a card has a link (null)")
             if placement.options["host_cache_bytes"] < sum(placed_bytes(m, "cuda") for m in placement.models):
                 raise UserError(f"{cards[0]}: host memory of a card holds all models: leave host_cache_bytes at 0")
-        if simulated and placement.options["host_cache_bytes"] < sum(map(image_bytes, placement.models)):
-            raise UserError("a simulated host cache holds all models: leave host_cache_bytes at 0")
         super().start(placement, backend)
 
     def _launch(self, placement: Placement) -> None:
@@ -137,6 +135,8 @@ class Swap(HostedSystem):
                 primed=popularity[place :: len(placement.devices)],
                 loader_cores=self._loader_cores(plan.device),
                 link_gbps=self.options.link_gbps,
+                host_cache_bytes=options["host_cache_bytes"],
+                cache_eviction=self.options.eviction,
                 queue_deadline_s=self.options.queue_deadline_s,
             )
             worker = self._start_worker(plan.device, role, self._store.ref.fds if self._store else ())

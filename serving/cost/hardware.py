@@ -46,6 +46,7 @@ class Hardware:
     peer_latency_s: float
     host_bandwidth: float
     host_latency_s: float
+    disk_bandwidth: float  # of reading checkpoints into host memory, all devices of a host together
     network_bandwidth: float
     network_latency_s: float
     launch_eager_s: float  # host time to launch one kernel

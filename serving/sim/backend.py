@@ -17,6 +17,7 @@ from serving.parallel.costs import GroupCosts
 from serving.sim.clock import VirtualClock
 from serving.sim.costs import StageTimes
 from serving.sim.groups import SimulatedGroup, SimulatedGroupWorker
+from serving.sim.host_cache import SimulatedHostCache
 from serving.sim.pipeline import Pipeline
 from serving.sim.shared import Crowd, SharedDevice
 from serving.sim.swapping import SimulatedSwapWorker
@@ -58,6 +59,7 @@ class SimulatedBackend:
         self._ffn_workers: dict[int, SimulatedFFNWorker] = {}  # by the mailbox both ends share
         self._groups: dict[int, SimulatedGroup] = {}  # by the exchange that all ranks share
         self._crowd: Crowd | None = None  # steps of engines that nobody arbitrates
+        self._host_caches: dict[int, SimulatedHostCache] = {}  # by node
         self._nodes: dict[int, int] = {}  # of the first rank of each group
 
     def start_worker(
@@ -74,11 +76,21 @@ class SimulatedBackend:
             behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
             return SimulatedModelWorker(name, self.clock, role, times, behind, self._pipeline, self._prefill)
         if isinstance(role, SwapWorkerConfig):
-            return SimulatedSwapWorker(name, self.clock, role, times, self._prefill)
+            return SimulatedSwapWorker(name, self.clock, role, times, self._host_cache(role, times[0]), self._prefill)
         worker = SimulatedFFNWorker(name, self.clock, role, times, self._pipeline.add_ffn())
         for mailbox in role.mailboxes:
             self._ffn_workers[mailbox.region.fd] = worker
         return worker
+
+    def _host_cache(self, role: SwapWorkerConfig, times: StageTimes) -> SimulatedHostCache:
+        """The cache of the device's host: devices of a node share one."""
+        node = role.device.node
+        if node not in self._host_caches:
+            disk_bandwidth = times.stages.hardware.disk_bandwidth
+            self._host_caches[node] = SimulatedHostCache(
+                self.clock, role.models, role.host_cache_bytes, role.cache_eviction, disk_bandwidth
+            )
+        return self._host_caches[node]
 
     def _group(self, seat: GroupSeat, role: GroupWorkerConfig) -> SimulatedGroup:
         key, plan = seat.group.exchange.fd, seat.group.plan

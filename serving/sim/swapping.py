@@ -1,6 +1,6 @@
 """A simulated device whose models come and go: the controller of the real one, with loads and moves that take time.
 
-Weights come over the host link unit by unit while the device computes, as by a DMA engine; a step of a loading model waits for
+What the host cache lacks is read from its checkpoint first. Weights come over the host link unit by unit while the device computes, as by a DMA engine; a step of a loading model waits for
 each layer's weights, and whoever has its weights computes meanwhile. Evictions and moves of KV occupy the device.
 """
 
@@ -19,6 +19,7 @@ from serving.scheduler import StepPlan, StepScheduler
 from serving.sequence import Sequence as LiveSequence
 from serving.sim.clock import VirtualClock
 from serving.sim.costs import StageTimes
+from serving.sim.host_cache import SimulatedHostCache
 from serving.sim.workers import SIMULATED_TOKEN, SimulatedWorker
 from serving.workers.build_swap import controller_of
 from serving.workers.config import SwapWorkerConfig
@@ -39,10 +40,18 @@ class SimulatedSwapWorker(SimulatedWorker):
     """Two lanes, as the real worker has: one of resident models, one of the model that loads."""
 
     def __init__(
-        self, name: str, clock: VirtualClock, role: SwapWorkerConfig, times: list[StageTimes], prefill: bool = True
+        self,
+        name: str,
+        clock: VirtualClock,
+        role: SwapWorkerConfig,
+        times: list[StageTimes],
+        host_cache: SimulatedHostCache,
+        prefill: bool = True,
     ) -> None:
         super().__init__(name, clock)
         self._role, self._times, self._prefill = role, times, prefill
+        self._host_cache = host_cache
+        host_cache.prime(role.primed, role.resident)
         self._hardware = times[0].stages.hardware
         rate = role.link_gbps * 1e9 if role.link_gbps else LOAD_SHARE * self._hardware.host_bandwidth
         self._bytes_per_s = rate
@@ -53,7 +62,7 @@ class SimulatedSwapWorker(SimulatedWorker):
         self._lanes: list[_Lane] = []
         self._held: dict[LiveSequence, int] = {}  # pages of those whose KV is here
         self._next_sample_ns = self._timer_ns = 0
-        self._counters |= {"loaded_bytes": 0, "kv_moved_bytes": 0}
+        self._counters |= {"loaded_bytes": 0, "kv_moved_bytes": 0, "cache_misses": 0}
 
     def send(self, message: Submit | Cancel | Stop) -> None:
         if isinstance(message, Cancel):
@@ -124,18 +133,30 @@ class SimulatedSwapWorker(SimulatedWorker):
         return host_copy_s(self._hardware, moved_bytes)
 
     def _load(self, model: int, after_s: float) -> None:
+        """Copy the image once the host cache has it, and in `after_s` at the earliest."""
+        asked_ns = self._clock.now_ns()
+
+        def copy(read_ns: int) -> None:
+            waited_s = (self._clock.now_ns() - asked_ns) / 1e9
+            self._counters["cache_misses"] += read_ns > 0
+            self._copy(model, max(after_s - waited_s, 0.0), read_ns)
+
+        self._host_cache.acquire(model, copy)
+
+    def _copy(self, model: int, after_s: float, read_ns: int) -> None:
         sizes, copied = self._units[model], 0
         started_s = after_s + len(sizes) * self._hardware.host_latency_s
         for number, size in enumerate(sizes, start=1):
             copied += size
-            self._clock.after(started_s + copied / self._bytes_per_s, self._unit_came(model, number, copied))
+            self._clock.after(started_s + copied / self._bytes_per_s, self._unit_came(model, number, copied, read_ns))
 
-    def _unit_came(self, model: int, count: int, copied: int) -> Callable[[], None]:
+    def _unit_came(self, model: int, count: int, copied: int, read_ns: int) -> Callable[[], None]:
         def came() -> None:
             self._controller.units[model] = count
             if count == len(self._units[model]):
                 took_s = copied / self._bytes_per_s + count * self._hardware.host_latency_s
-                self._controller.loaded(model, self._clock.now_ns(), round(took_s * 1e9))
+                self._controller.loaded(model, self._clock.now_ns(), round(took_s * 1e9), read_ns)
+                self._host_cache.release(model)
                 self._counters["loaded_bytes"] += copied
             self._wake()
 

@@ -203,6 +203,8 @@ class SwapWorkerConfig:
     primed: tuple[int, ...]
     loader_cores: tuple[int, ...] = ()
     link_gbps: float | None = None
+    host_cache_bytes: int = 0  # of the store; what a simulated one may hold
+    cache_eviction: str = "lru"
     queue_deadline_s: float = 0.0  # who waited so long for a seat is let go; 0: never
     sample_interval_ms: float = 50.0
 

@@ -7,6 +7,7 @@ import pytest
 from test_token_equality import assert_equal_to_judge, open_descriptors, ragged_requests, served, with_kv_pages
 
 from serving import registry
+from serving.cost.hardware import load_hardware
 from serving.errors import CapacityError, UserError
 from serving.generate import cpu_cluster, generate
 from serving.interface import Demand, EventKind
@@ -168,6 +169,39 @@ def test_simulated_runs_swap_complete_and_repeat_bit_for_bit(options, tiny_check
     assert sum(event.kind is EventKind.COMPLETED for event in events) == 4 * len(ARCHITECTURES)
     assert (stats[0].swaps > 0) == ("zero_cost" not in options)
     assert run() == (events, stats)
+
+
+def test_a_simulated_host_cache_of_one_model_reads_checkpoints_again_and_two_devices_share_its_disk(tiny_checkpoints):
+    models = served(tiny_checkpoints, ["mixtral", "qwen3_moe"])
+
+    def run(cache_bytes, devices=1):
+        backend = simulate_card("h200")
+        options = {"hysteresis_s": 0.002, "host_cache_bytes": cache_bytes, "prefetch": False, "weights_share": 0.01}
+        system = registry.create("swap", {**OPTIONS, **options})
+        cluster = cpu_cluster(devices, room_for_one(models, 1 << 20).memory_bytes)
+        system.start(system.plan(cluster, models, Demand()), backend)
+        for request in many(models, random.Random(6), each=4):
+            system.submit(request)
+        backend.clock.sleep(60)
+        ends = [event for event in system.poll() if event.kind.terminal]
+        assert [event.kind for event in ends] == [EventKind.COMPLETED] * 8
+        stats, misses = system.stats(), system.notes()["swap"]["host_cache_misses"]
+        system.stop()
+        return (
+            max(event.time_ns for event in ends),
+            sum(one.switch_ns["checkpoint"] for one in stats if one.swaps),
+            sum(misses.values()),
+        )
+
+    largest = max(map(image_bytes, models))
+    all_ns, all_read_ns, all_misses = run(0)
+    assert (all_read_ns, all_misses) == (0, 0)
+    one_ns, one_read_ns, one_misses = run(largest)
+    least = min(map(image_bytes, models)) / load_hardware("h200").disk_bandwidth * 1e9
+    assert one_misses >= 1
+    assert one_read_ns >= 0.999 * one_misses * least
+    assert one_ns > all_ns
+    assert run(largest, devices=2) == run(largest, devices=2)
 
 
 def test_a_simulated_load_takes_what_the_link_takes_and_layers_come_one_by_one(tiny_checkpoints):
