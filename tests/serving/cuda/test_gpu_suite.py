@@ -103,3 +103,15 @@ def test_both_pools_and_shared_devices_plan_within_the_same_bytes(monkeypatch):
         cluster = serve.cluster_for(name, *serve.pool_bytes(models, 2 << 30))
         plans = registry.create(name, {**serve._OPTIONS, **options}).plan(cluster, models, Demand()).devices
         assert 1 << 30 < sum(plan.kv_bytes for plan in plans) < 2 << 30
+
+
+def test_a_system_that_was_refused_stays_in_the_table_with_its_reason():
+    times = {"tbt_mean_s": 0.01, "tbt_p99_s": 0.02, "ttft_mean_s": 1.0, "ttft_p99_s": 2.0, "preemptions": 0, "swaps": 3}
+    rows = [
+        {"system": "static", "kv_gib": 1.0, "error": "CapacityError: a|b are missing"},
+        *({"system": "swap", "kv_gib": 1.0, "rate_rps": 2.0, **times, "swaps": swaps} for swaps in (3, 4)),
+    ]
+    table = show.elastic_table(rows).splitlines()
+    assert "a/b are missing" in table[2]
+    assert len({line.count("|") for line in table}) == 1
+    assert "| 2 | 10.0 | 20.0 | 1000.0 | 2000.0 | 0 | 3.5 |" in table[3]
