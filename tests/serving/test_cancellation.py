@@ -22,6 +22,7 @@ SYSTEMS = {
     "static, cut": ("static", {"placement": "given", "groups": {name: {"devices": ["cpu:0", "cpu:1"]} for name in MODELS}}),
     "elastic": ("elastic", {}),
     "elastic-cap": ("elastic", {"admission": "cap"}),
+    "elastic-placement": ("elastic-placement", {}),
     "quota": ("quota", {}),
     "swap": ("swap", {}),
     "swap-token": ("swap", {"mode": "token"}),
