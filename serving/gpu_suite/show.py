@@ -86,11 +86,12 @@ def predicted_table(rows: Sequence[dict]) -> str:
 
 
 def elastic_table(rows: Sequence[dict]) -> str:
-    """As above, with the KV that all systems had, and by model the P99 TBT over that of the first system: means over loads,
+    """As above, with the KV that all systems had (or the card that it is what weights leave of), and by model the P99 TBT over that of the first system: means over loads,
     and least to most where there are several."""
-    cells: dict[tuple[str, float, float], list[dict]] = {}
+    cells: dict[tuple[str, str, float], list[dict]] = {}
     for row in rows:
-        cells.setdefault((row["system"], row["kv_gib"], row.get("rate_rps", 0.0)), []).append(row)
+        kv = f"of {row['card_gb']:g} GB" if "card_gb" in row else f"{row['kv_gib']:g}"
+        cells.setdefault((row["system"], kv, row.get("rate_rps", 0.0)), []).append(row)
     models = sorted({model for row in rows for model in row.get("p99_over", {})})
     head = [
         "system",
@@ -105,9 +106,9 @@ def elastic_table(rows: Sequence[dict]) -> str:
     ]
     head += [f"P99 over {rows[0]['system']}, {model}" for model in models]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for (system, kv_gib, rate_rps), same in cells.items():
+    for (system, kv, rate_rps), same in cells.items():
         if refused := [row["error"] for row in same if "error" in row]:
-            lines.append(f"| {system} | {kv_gib:g} | {refused[0].replace('|', '/')} |" + " |" * (len(head) - 3))
+            lines.append(f"| {system} | {kv} | {refused[0].replace('|', '/')} |" + " |" * (len(head) - 3))
             continue
         times = [
             f"{statistics.fmean(row[name] for row in same) * 1e3:.1f}"
@@ -117,7 +118,7 @@ def elastic_table(rows: Sequence[dict]) -> str:
         over = [
             _range([row["p99_over"][model] for row in same if model in row.get("p99_over", {})]) for model in models
         ]
-        lines.append(f"| {' | '.join([system, f'{kv_gib:g}', f'{rate_rps:g}', *times, *happened, *over])} |")
+        lines.append(f"| {' | '.join([system, kv, f'{rate_rps:g}', *times, *happened, *over])} |")
     return "\n".join(lines)
 
 
