@@ -240,6 +240,15 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         systems=_PAPER_THREE,
     ),
     Experiment(
+        name="paper-models",
+        question="What does one more model cost at the size of real checkpoints, on 64 H200, simulated?",
+        base=(),
+        sweeps={"full": {"conf": tuple(f"paper-models-{count}" for count in (2, 4, 8, 16, 32, 64))}},
+        figures=("model_count", "outcomes", "summary"),
+        cell_s=20,
+        systems=("crosspool", "static", "elastic", "quota", "swap"),
+    ),
+    Experiment(
         name="paper-sensitivity",
         question="What Fig. 7's ratio rests on that the paper does not say: here the batch cap, simulated.",
         base=("conf=paper-sensitivity",),
