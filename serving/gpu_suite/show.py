@@ -162,7 +162,7 @@ def render(folder: Path) -> str:
     tables = [engine_table(engine), predicted_table(engine), serve_table(_rows(folder / "serve.json"))]
     if (folder / "swap.json").exists():
         tables.append(swap_table(_rows(folder / "swap.json")))
-    for name in ("elastic.json", "mixtral.json", "capped.json"):
+    for name in ("elastic.json", "elastic_seeds.json", "mixtral.json", "capped.json"):
         if (folder / name).exists():
             tables.append(elastic_table(_measured(folder / name)))
     return "\n\n".join([*tables, *([memory_table(memory)] if memory else [])])
