@@ -46,7 +46,8 @@ def header_commands() -> list[str]:
         line
         for path in files
         for line in path.read_text().splitlines()
-        if line.startswith("#   ") and "paper_figures" not in line  # which draws what the command before it has run
+        if line.startswith("#   ")
+        and not re.search("paper_figures|runner.soak", line)  # what draws, and what has its own tests
     ]
     return sorted({line.removeprefix("#   ").removeprefix("WORKLOAD_TRACES=DIR ") for line in lines})
 
