@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
-from paper_figures import export, style
-from paper_figures.caption import caption, stamp
-from paper_figures.exhibit import Exhibit, FigureExhibit, NothingToDraw
-from paper_figures.records import BadRecord, Records, Run, read_records
+from paper_figures import export
+from paper_figures.drawing import Drawn, draw_folders
+from paper_figures.exhibit import Exhibit, NothingToDraw
+from paper_figures.records import Records, Run, read_records
 from paper_figures.registry import EXHIBITS
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
@@ -40,23 +38,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def draw(exhibit: Exhibit, runs: Sequence[Run], stem: Path) -> tuple[list[Path], str]:
-    """Write all files of `exhibit` at `stem`; returns them and the table as text ("" for a figure)."""
-    runs = exhibit.select(runs)
-    rows = exhibit.rows(runs)
-    words = caption(exhibit, runs)
-    paths = [export.write_csv(rows, stem), export.write_text(stem.with_name(f"{stem.name}.caption.txt"), words + "\n")]
-    if not isinstance(exhibit, FigureExhibit):
-        paths += export.write_table(rows, stem, words)
-        return paths, export.plain(rows)
-    with matplotlib.rc_context(style.RC):
-        figure = Figure(figsize=exhibit.figure_size_in(rows))
-        exhibit.draw(rows, figure)
-        figure.supxlabel(stamp(runs), fontsize=4.5, color="#666666", x=0.99, ha="right")
-        paths += export.write_figure(figure, stem)
-    return paths, ""
-
-
 def unknown(names: Sequence[str]) -> str | None:
     """One line about names that are no exhibit, or None."""
     wrong = [name for name in names if name not in EXHIBITS]
@@ -68,29 +49,31 @@ def unknown(names: Sequence[str]) -> str | None:
 
 
 def draw_all(records: Records, arguments: argparse.Namespace, out: Path) -> int:
-    """Draw what was asked for; returns the number of exhibits drawn, and raises NothingToDraw where a named one cannot be."""
+    """Draw what was asked for; returns the number of exhibits drawn, and raises NothingToDraw where a named one cannot be.
+    Folders are drawn side by side, a process a core, where everything is drawn: nearly all time goes into writing figures."""
     names = arguments.names or list(EXHIBITS)
     groups = records.experiments()
     if arguments.experiment:
         groups = {name: runs for name, runs in groups.items() if name in arguments.experiment}
-    drawn = 0
+    tasks: dict[str, list[tuple[str, Sequence[Run]]]] = {}
     for name in names:
-        exhibit = EXHIBITS[name]
-        reasons, done = [], 0
-        for folder, runs in _sources(exhibit, groups, records):
-            try:
-                paths, text = draw(exhibit, runs, out / folder / name)
-            except (NothingToDraw, BadRecord) as reason:
-                reasons.append(f"{folder}: {reason}")
-                continue
-            done += 1
-            print(f"{folder}/{name}: {', '.join(sorted(path.suffix[1:] for path in paths if path.suffix != '.txt'))}")
-            if arguments.print and text:
-                print(text)
-        if arguments.names and not done:
-            raise NothingToDraw("; ".join(reasons) or f"{name}: no records were found")
-        drawn += done
-    return drawn
+        for folder, runs in _sources(EXHIBITS[name], groups, records):
+            tasks.setdefault(folder, []).append((name, runs))
+    processes = 1 if arguments.names else min(len(tasks), len(os.sched_getaffinity(0)))
+    told: list[Drawn] = []
+    for drawn in draw_folders(tasks, out, processes):
+        for one in drawn:
+            told.append(one)
+            if one.kinds:
+                print(f"{one.folder}/{one.name}: {', '.join(one.kinds)}")
+                if arguments.print and one.text:
+                    print(one.text)
+    for name in arguments.names:
+        mine = [one for one in told if one.name == name]
+        if not any(one.kinds for one in mine):
+            reasons = "; ".join(f"{one.folder}: {one.reason}" for one in mine)
+            raise NothingToDraw(reasons or f"{name}: no records were found")
+    return sum(bool(one.kinds) for one in told)
 
 
 def _sources(exhibit: Exhibit, groups: dict[str, list[Run]], records: Records) -> list[tuple[str, Sequence[Run]]]:
