@@ -19,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 SCHEMA_VERSION = 1
+_MOST_DEVICES_NAMED = 8
 _REQUIRED = ("run_id", "status", "config", "system", "backend", "metrics", "provenance")
 
 
@@ -106,9 +107,8 @@ class Run:
         kinds = {device.get("kind", "cpu") for device in self.config.get("devices") or [{}]}
         devices = self.content.get("hardware", "")
         if self.backend != "real":
-            backend = self.config.get("backend")
-            card = (backend.get("card") or backend.get("calibration")) if isinstance(backend, dict) else ""
-            return f"modelled {card} [{devices}]" if card else f"modelled hardware [{devices}]"
+            _, _, card = devices.partition("; simulated ")  # of the devices, which may state their own
+            return f"modelled {card or 'hardware'} [{_told_together(devices)}]"
         if "cuda" in kinds:
             names = sorted({gpu.split(",")[0].strip() for gpu in machine.get("gpus") or []})
             return f"{', '.join(names) or 'GPU'} [{devices}]"
@@ -271,3 +271,12 @@ def read_records(roots: Sequence[Path]) -> Records:
                 print(f"warning: skipped {error}", file=sys.stderr)
                 skipped += 1
     return Records(tuple(runs), tuple(studies), skipped)
+
+
+def _told_together(devices: str) -> str:
+    """Many devices of one size as their number; others as they are."""
+    listed, mark, rest = devices.partition("; ")
+    sizes = [device.partition(" (")[2].rstrip(")") for device in listed.split(", ")]
+    if len(sizes) <= _MOST_DEVICES_NAMED or len(set(sizes)) > 1:
+        return devices
+    return f"{len(sizes)} devices of {sizes[0]}{mark}{rest}"

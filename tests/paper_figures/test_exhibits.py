@@ -227,6 +227,18 @@ def test_an_exhibit_asked_for_that_has_nothing_to_show_says_what_it_needs(write_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_caption_names_the_card_of_the_devices_and_counts_many(write_run, tmp_path):
+    """The card that a backend would take for devices without one is not what was simulated."""
+    directory = write_run("static", backend="sim")
+    content = json.loads((directory / "record.json").read_text())
+    content["config"]["backend"] = {"name": "sim", "card": "a100-40gb"}
+    content["hardware"] = ", ".join(f"gpu:{i} (10 MiB)" for i in range(9)) + "; simulated h200"
+    (directory / "record.json").write_text(json.dumps(content))
+    assert draw(tmp_path, "kv_capacity") == 0
+    told = (tmp_path / "out" / "made-up" / "kv_capacity.caption.txt").read_text()
+    assert "on modelled h200 [9 devices of 10 MiB; simulated h200]" in told and "a100" not in told
+
+
 def test_beside_an_arena_any_model_can_use_all_kv(write_run, tmp_path):
     directory = write_run("swap")
     content = json.loads((directory / "record.json").read_text())
