@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _GRACE_S = 15.0  # a run stops its workers and writes its record in about one
@@ -26,7 +26,7 @@ def run_child(arguments: Sequence[str], directory: Path) -> int:
         _end(child)
         raise
     finally:
-        if child.poll() is None:  # interrupted again while it ended
+        if child.poll() is None:  # it heeded nobody, or we were interrupted again while it ended
             child.kill()
             child.wait()
 
@@ -37,11 +37,8 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait(_GRACE_S)
     except subprocess.TimeoutExpired:
         child.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             child.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
 
 
 @contextmanager
