@@ -28,6 +28,7 @@ from serving.host import HostedSystem, pool_config
 from serving.interface import Cluster, Demand, Device, DevicePlan, Placement, ServedModel
 from serving.options import EngineOptions
 from serving.pairing import PAIRINGS, StageProfile, stage_profile
+from serving.parallel.ffn_part import FFNPart
 from serving.shm.mailbox import MailboxShape
 from serving.spec import element_bytes
 from serving.workers.config import FFNWorkerConfig, MailboxRef, ModelWorkerConfig, RelayConfig
@@ -262,9 +263,16 @@ class CrossPool(HostedSystem):
         models = placement.models
         if self.options.admission != "cap":
             raise UserError("cuda devices run with admission=cap")
-        if self.options.ffn_sharding != "whole" or self.options.kv_devices != 1:
-            raise UserError("cuda devices run with one KV device (kv_devices=1) and whole FFNs (ffn_sharding=whole)")
-        holder = {name: plan.device for plan in weights_plans for name in plan.weights_bytes}
+        if self.options.ffn_sharding == "tensor" or self.options.kv_devices != 1:
+            raise UserError(
+                "cuda devices run with one KV device (kv_devices=1) and FFNs that are whole or dealt out by layer "
+                "(ffn_sharding=whole, layer)"
+            )
+        pool = from_plain(placement.options["ffn"])
+        parts: dict[str, list[tuple[Device, FFNPart]]] = {model.name: [] for model in models}
+        for plan, held in zip(weights_plans, pool, strict=True):
+            for name, part in held.items():
+                parts[name].append((plan.device, part))
         kv_pool = pool_config(
             "kv-pool", kv_plan.kv_bytes, self.options.page_bytes, range(len(models)), self.options.max_running
         )
@@ -277,7 +285,7 @@ class CrossPool(HostedSystem):
             self.options.lanes,
             local,
             local,
-            ffn_devices=tuple(holder[model.name] for model in models),
+            ffn_parts=tuple(tuple(parts[model.name]) for model in models),
             control=self.options.control,
         )
         self._register_pools(self._start_worker(kv_plan.device, role), role, self.options)

@@ -1,7 +1,7 @@
 """What can only be measured with two kernels running at once: a mailbox's crossing and the resident FFN's answer.
 
-CUDA only. Both run on one card here, two streams standing for two devices; spins are bounded, so a failure ends in an
-error code within seconds, never in a hang.
+CUDA only. On one card two streams stand for two devices; spins are bounded, so a failure ends in an error code within
+seconds, never in a hang.
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ MAX_SPINS = 500_000  # some tenths of a second
 ROUNDS = 50
 
 
-def crossing_seconds(num_rows: int, width: int, device: torch.device, dtype: torch.dtype) -> float:
-    """One way of a ping-pong of `num_rows` rows between two streams, put to end of wait, control lowered into graphs.
-    Raises RuntimeError if a wait gave up or the rows that came back are not the rows sent."""
-    there, back = (Mailbox.allocate(1, num_rows, width, dtype, device) for _ in range(2))
+def crossing_seconds(
+    num_rows: int, width: int, device: torch.device, dtype: torch.dtype, other: torch.device | None = None
+) -> float:
+    """One way of a ping-pong of `num_rows` rows between streams of `device` and `other` (the same by default), which can reach
+    each other's memory: put to end of wait, control lowered into graphs. Raises RuntimeError if a wait gave up or the rows
+    that came back are not the rows sent."""
+    other = other or device
+    there = Mailbox.allocate(1, num_rows, width, dtype, reader=other, writer=device)
+    back = Mailbox.allocate(1, num_rows, width, dtype, reader=device, writer=other)
     x = torch.randn(num_rows, width, device=device).to(dtype)
     received = torch.zeros_like(x)
 
@@ -37,19 +42,24 @@ def crossing_seconds(num_rows: int, width: int, device: torch.device, dtype: tor
         put(back, 0, wait(there, 0, num_rows, width, MAX_SPINS))
 
     put(there, 0, x)  # compiles and loads everything before anything spins for long
-    pong()
+    torch.cuda.synchronize(device)
+    with torch.cuda.device(other):
+        pong()
+        torch.cuda.synchronize(other)
     received.copy_(wait(back, 0, num_rows, width, MAX_SPINS))
     torch.cuda.synchronize(device)
-    graphs = [capture([side] * ROUNDS) for side in (ping, pong)]
-    streams = [torch.cuda.Stream(device) for _ in graphs]
+    graphs = [capture([side] * ROUNDS, card) for side, card in ((ping, device), (pong, other))]
+    streams = [torch.cuda.Stream(card) for card in (device, other)]
     times = []
     for _ in range(5):
         torch.cuda.synchronize(device)
+        torch.cuda.synchronize(other)
         start = time.perf_counter()
         for graph, stream in zip(graphs, streams, strict=True):
             with torch.cuda.stream(stream):
                 graph.replay()
         torch.cuda.synchronize(device)
+        torch.cuda.synchronize(other)
         times.append((time.perf_counter() - start) / (2 * ROUNDS))
         if int(there.error) or int(back.error):
             raise RuntimeError("a wait gave up: the two streams did not run at once")

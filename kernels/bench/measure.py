@@ -73,10 +73,10 @@ def _graph_seconds(variants: Sequence[Callable[[], object]], device: torch.devic
     return statistics.median(samples) / (len(variants) * rounds)
 
 
-def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """All calls, one after another, in one graph."""
+def capture(calls: Sequence[Callable[[], object]], device: torch.device | None = None) -> torch.cuda.CUDAGraph:
+    """All calls, one after another, in one graph of `device` (the current one by default)."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
         for call in calls:
             call()
     return graph

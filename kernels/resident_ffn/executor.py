@@ -59,7 +59,8 @@ class ResidentFFN:
         results_device: torch.device | None = None,
     ) -> None:
         """`models[m][l]` is layer l of model m; slots hold `max_rows` rows each; the ring holds `capacity` tasks. Results
-        and their flags lie on `results_device`, where `collect` polls them: the caller's device, if not the worker's."""
+        and all counts that callers read lie on `results_device`, the caller's device if not the worker's: what a caller
+        does towards another card is to write and not to wait for an answer."""
         self.table = LayerTable.build(models, device)
         self.device, self.dtype, self.capacity, self.max_spins = device, dtype, capacity, max_spins
         wide = dtype == torch.float32
@@ -73,8 +74,9 @@ class ResidentFFN:
         self.slots_out = torch.zeros_like(self.slots_in, device=self.results_device)
         self.queue = self._counts(capacity * FIELDS.value)
         self.done, self.expected = torch.zeros(2, num_slots, dtype=torch.int32, device=self.results_device)
-        self.arrivals = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.tickets, self.finished, self.error = self._counts(1), self._counts(1), self._counts(1)
+        self.arrivals = torch.zeros(num_slots, dtype=torch.int64, device=self.results_device)
+        self.tickets, self.finished = torch.zeros(2, 1, dtype=torch.int32, device=self.results_device)
+        self.error = self._counts(1)
         rows = self.blocks.rows
         self.block_e = max(16, next_power_of_2(max(layer.num_experts for layer in layers)))
         self.logits = torch.zeros(rows, self.block_e, dtype=torch.float32, device=device)
@@ -84,7 +86,9 @@ class ResidentFFN:
         shared = max(layer.shared_width for layer in layers)
         self.hidden = torch.zeros(max(1, rows * hidden), dtype=dtype, device=device)
         self.shared_hidden = torch.zeros(max(1, rows * shared), dtype=dtype, device=device)
-        self._stop_row = torch.zeros(1, 1, dtype=dtype, device=device)  # nothing is allocated beside the worker
+        self._stop_row = torch.zeros(
+            1, 1, dtype=dtype, device=self.results_device
+        )  # nothing is allocated beside the worker
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.started_tasks = 0  # descriptors before which the running worker began
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Collection
 
 import torch
 
 from serving.checkpoints import open_weights
 from serving.checkpoints.weights import Weights
+from serving.cuda import driver
 from serving.cuda.capture import CardModel
 from serving.cuda.config import CardWorkerConfig
 from serving.cuda.dummy import CardDummyWeights
+from serving.cuda.ffn_parts import FFNParts
 from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
 from serving.cuda.layout import BLOCK_TOKENS
 from serving.cuda.memory import CardMemory
@@ -22,6 +26,7 @@ from serving.layers.sizes import weight_bytes_attention, weight_bytes_ffn
 from serving.memory.budget import MemoryBudget
 from serving.memory.kv_pool import KVPool
 from serving.memory.lent import SharedBudget, SharedPageLender
+from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
 from serving.shm.region import SharedRegion
 from serving.workers.config import ModelWorkerConfig
 from serving.workers.mapped_pages import growth_over
@@ -44,6 +49,15 @@ def card(device: Device) -> torch.device:
     return torch.device("cuda", device.index)
 
 
+def open_peer_access(cards: Collection[torch.device]) -> None:
+    """Let kernels on each of `cards` reach the memory of all others. Raises UserError where two of them cannot."""
+    for one, other in itertools.permutations(cards, 2):
+        torch.zeros(1, device=other)  # both need a context
+        with torch.cuda.device(one):
+            torch.zeros(1, device=one)
+            driver.allow_peer(one.index, other.index)
+
+
 def weights_of(model: ServedModel, device: torch.device) -> Weights:
     if model.dummy:
         return CardDummyWeights(model.spec, device=device, dtype=getattr(torch, model.dtype))
@@ -56,10 +70,13 @@ def load_attention(model: ServedModel, device: Device, budget: MemoryBudget | Sh
         return CardAttentionHalf(model.spec, weights, getattr(torch, model.dtype), card(device))
 
 
-def load_ffn(model: ServedModel, device: Device, budget: MemoryBudget | SharedBudget) -> CardFFNHalf:
-    budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(model.spec, model.dtype))
+def load_ffn(
+    model: ServedModel, device: Device, budget: MemoryBudget | SharedBudget, part: FFNPart = WHOLE_FFN
+) -> CardFFNHalf:
+    """The layers of `part`, on `device`."""
+    budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(model.spec, model.dtype, part.layers))
     with weights_of(model, card(device)) as weights:
-        return CardFFNHalf(model.spec, weights, getattr(torch, model.dtype), card(device))
+        return CardFFNHalf(model.spec, weights, getattr(torch, model.dtype), card(device), part.layers)
 
 
 def open_pool(
@@ -87,7 +104,10 @@ def build_card_worker(role: ModelWorkerConfig, wires) -> CardWorker:
     prepare_process()
     torch.cuda.set_device(card(role.device))
     crosspool = isinstance(role, CardWorkerConfig)
-    ffn_devices = role.ffn_devices if crosspool else (role.device,) * len(role.models)
+    in_place = ((role.device, WHOLE_FFN),)
+    ffn_parts = role.ffn_parts if crosspool else (in_place,) * len(role.models)
+    ffn_devices = list(dict.fromkeys(device for parts in ffn_parts for device, _ in parts))
+    open_peer_access({card(device) for device in (role.device, *ffn_devices)})
     budgets: dict[str, MemoryBudget | SharedBudget] = {
         device.name: MemoryBudget(device.name, device.memory_bytes) for device in (role.device, *ffn_devices)
     }
@@ -97,7 +117,10 @@ def build_card_worker(role: ModelWorkerConfig, wires) -> CardWorker:
         budgets[role.device.name] = SharedBudget(ledger, role.lent.shape, role.lent.engine)
         lender = SharedPageLender(ledger, role.lent.shape, role.lent.engine)
     attention = [load_attention(model, role.device, budgets[role.device.name]) for model in role.models]
-    ffns = [load_ffn(m, d, budgets[d.name]) for m, d in zip(role.models, ffn_devices, strict=True)]
+    ffns = [
+        FFNParts(*(load_ffn(model, device, budgets[device.name], part) for device, part in parts))
+        for model, parts in zip(role.models, ffn_parts, strict=True)
+    ]
     pools = []
     for config in role.pools:
         if lender is None:  # pages that are lent have been charged by whoever lends them

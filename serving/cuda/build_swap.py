@@ -6,6 +6,7 @@ import torch
 
 from serving.cuda.build import card, open_pool, prepare_process, weights_of
 from serving.cuda.capture import CardModel
+from serving.cuda.ffn_parts import FFNParts
 from serving.cuda.residency import CardArena, CardLoader
 from serving.cuda.runner import StepRunner
 from serving.cuda.worker import CardSwapWorker
@@ -38,7 +39,9 @@ def build_card_swap_worker(role: SwapWorkerConfig, wires) -> CardSwapWorker:
     kvs = [pool.models[model.name] for model in role.models]
     controller = controller_of(role, pages_of=lambda model: placed_bytes(model, "cuda") // PAGE_BYTES)
     loader = CardLoader(arena, controller.units, device)
-    models = [CardModel.of(image.attention, image.ffn, kv) for image, kv in zip(arena.images, kvs, strict=True)]
+    models = [
+        CardModel.of(image.attention, FFNParts(image.ffn), kv) for image, kv in zip(arena.images, kvs, strict=True)
+    ]
     runner = StepRunner(models, LANES, role.limits, "fused", loader)
     for index in role.resident:
         loader.load_now(index)

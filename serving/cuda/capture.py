@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from kernels.lm_head import greedy
-from serving.cuda.exchange import Exchange, InPlace, Mailboxes
+from kernels.mailbox import put
+from serving.cuda.exchange import Exchange, InPlace, Lowered, Mailboxes
+from serving.cuda.ffn_parts import FFNParts
 from serving.cuda.lane import Lane
-from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
+from serving.cuda.layers import CardAttentionHalf
 from serving.cuda.layout import BLOCK_TOKENS, CardLayout, Shape
 from serving.memory.kv_pool import ModelKV
 
@@ -20,12 +22,12 @@ class CardModel:
     """A model as its runner holds it."""
 
     attention: CardAttentionHalf
-    ffn: CardFFNHalf
+    ffn: FFNParts
     kv: ModelKV
     blocks: torch.Tensor  # 0, 1, 2... of one run, on the attention half's card
 
     @classmethod
-    def of(cls, attention: CardAttentionHalf, ffn: CardFFNHalf, kv: ModelKV) -> CardModel:
+    def of(cls, attention: CardAttentionHalf, ffn: FFNParts, kv: ModelKV) -> CardModel:
         count = -(-kv.geometry.max_context_tokens // BLOCK_TOKENS)
         return cls(attention, ffn, kv, torch.arange(count, device=attention.device))
 
@@ -67,12 +69,15 @@ class Capture:
         """One graph: both halves, or the attention half where `exchange` finds the other without the host."""
         return Launches((self._whole(exchange or InPlace(self._model.ffn)),))
 
-    def sides(self, mailboxes: Mailboxes, slot: int) -> Launches:
-        """A graph a side, which meet through `mailboxes`."""
+    def sides(self, mailboxes: Mapping[torch.device, Mailboxes], slot: int) -> Launches:
+        """A graph of the attention side and one of each card with FFN halves, which meet through its `mailboxes`."""
         ffn = self._model.ffn
-        stream = self._lane.ffn_streams[ffn.device]
-        served = captured(self._lane, stream, lambda: mailboxes.serve_step(slot, ffn, self._shape.rows))
-        return Launches((self._whole(mailboxes.attention_side(slot)), (served, stream)))
+        sides = [self._whole(Lowered(mailboxes, slot, ffn))]
+        for card in ffn.cards:
+            stream, boxes = self._lane.ffn_streams[card], mailboxes[card]
+            served = captured(self._lane, stream, lambda boxes=boxes: boxes.serve_step(slot, ffn, self._shape.rows))
+            sides.append((served, stream))
+        return Launches(tuple(sides))
 
     def layers(self) -> Launches:
         """A graph a layer, both halves in each, and one of the head: for a model whose weights come unit by unit."""
@@ -97,33 +102,38 @@ class Capture:
         ]
         return Launches(tuple((graph, lane.stream) for graph in graphs), (hidden, ffn_out))
 
-    def stages(self) -> Launches:
-        """A graph a stage; rows are handed on in buffers that outlive the capture."""
+    def stages(self, mailboxes: Mapping[torch.device, Mailboxes], slot: int) -> Launches:
+        """A graph a stage, whose rows cross as they do where no host is needed, but are not waited for."""
         lane, model = self._lane, self._model
         half, ffn = model.attention, model.ffn
-        rows_in = torch.zeros(self._shape.rows, half.spec.hidden_size, dtype=half.dtype, device=half.device)
-        hidden, rows_there = torch.zeros_like(rows_in), torch.zeros_like(rows_in, device=ffn.device)
-        ffn_stream = lane.ffn_streams[ffn.device]
+        shape = self._shape.rows, half.spec.hidden_size
+        hidden = torch.zeros(shape, dtype=half.dtype, device=half.device)
+        boxes = [mailboxes[ffn.half(layer).device] for layer in range(half.spec.num_layers)]
 
         def attention_stage(layer: int) -> None:
             layout = self._layout()
-            before, ffn_out = (half.embed(layout.token_ids), None) if layer == 0 else (hidden, rows_in)
+            before, ffn_out = hidden, None
+            if layer == 0:
+                before = half.embed(layout.token_ids)
+            else:
+                ffn_out = boxes[layer - 1].outbound.filled(slot, *shape)
             if layer == half.spec.num_layers:
                 lane.tokens_of(self._shape).copy_(greedy(half.logits(before, ffn_out, layout)))
                 return
             after, ffn_in = half.attend(layer, before, ffn_out, model.kv.layers[layer], layout)
             hidden.copy_(after)
-            rows_there.copy_(ffn_in)
+            put(boxes[layer].inbound, slot, ffn_in)
 
         def ffn_stage(layer: int) -> None:
-            rows_in.copy_(ffn.forward(layer, rows_there))
+            put(boxes[layer].outbound, slot, ffn.forward(layer, boxes[layer].inbound.filled(slot, *shape)))
 
         stages = []
         for layer in range(half.spec.num_layers):
+            ffn_stream = lane.ffn_streams[ffn.half(layer).device]
             stages.append((captured(lane, lane.stream, lambda layer=layer: attention_stage(layer)), lane.stream))
             stages.append((captured(lane, ffn_stream, lambda layer=layer: ffn_stage(layer)), ffn_stream))
         stages.append((captured(lane, lane.stream, lambda: attention_stage(half.spec.num_layers)), lane.stream))
-        return Launches(tuple(stages), (rows_in, hidden, rows_there))
+        return Launches(tuple(stages), (hidden,))
 
 
 def captured(lane: Lane, stream: torch.cuda.Stream, run: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -13,7 +13,7 @@ from serving.errors import CapacityError, UserError
 GRANULARITY_BYTES = 2 << 20  # what every card of the last years maps in
 
 _PINNED, _LOCATION_DEVICE, _READ_WRITE = 1, 1, 3
-_OUT_OF_MEMORY = 2
+_OUT_OF_MEMORY, _PEER_ALREADY_ALLOWED = 2, 704
 
 
 class _Location(ctypes.Structure):
@@ -58,15 +58,18 @@ def _library() -> ctypes.CDLL:
     library.cuMemUnmap.argtypes = [wide, ctypes.c_size_t]
     library.cuMemSetAccess.argtypes = [wide, ctypes.c_size_t, pointer, ctypes.c_size_t]
     library.cuMemGetAllocationGranularity.argtypes = [pointer, pointer, ctypes.c_int]
+    library.cuDeviceCanAccessPeer.argtypes = [pointer, ctypes.c_int, ctypes.c_int]
+    library.cuDevicePrimaryCtxRetain.argtypes = [pointer, ctypes.c_int]
+    library.cuCtxEnablePeerAccess.argtypes = [pointer, ctypes.c_uint]
     library.cuGetErrorName.argtypes = [ctypes.c_int, pointer]
     return library
 
 
-def _call(name: str, *arguments: object) -> None:
-    """A driver call by name. Raises CapacityError naming it and what the driver answered."""
+def _call(name: str, *arguments: object, fine: int = 0) -> None:
+    """A driver call by name. Raises CapacityError naming it and what the driver answered, unless that is 0 or `fine`."""
     library = _library()
     code = getattr(library, name)(*arguments)
-    if code:
+    if code not in (0, fine):
         text = ctypes.c_char_p()
         library.cuGetErrorName(code, ctypes.byref(text))
         answer = text.value.decode() if text.value else str(code)
@@ -122,3 +125,18 @@ def allow(device: int, address: int, length_bytes: int) -> None:
     """Let `device` read and write what is mapped in [address, address + length)."""
     access = _AccessDescriptor(_Location(_LOCATION_DEVICE, device), _READ_WRITE)
     _call("cuMemSetAccess", address, length_bytes, ctypes.byref(access), 1)
+
+
+def allow_peer(device: int, peer: int) -> None:
+    """Let kernels of `device`, whose context is current, read and write what is allocated on `peer`. Raises UserError where
+    the two cards have no way to each other."""
+    able = ctypes.c_int()
+    _call("cuDeviceCanAccessPeer", ctypes.byref(able), device, peer)
+    if not able.value:
+        raise UserError(
+            f"card {device} cannot reach the memory of card {peer} (python -m serving.doctor lists peer access); pools on "
+            "cards of their own need that"
+        )
+    context = ctypes.c_void_p()
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), peer)  # for as long as the process lives
+    _call("cuCtxEnablePeerAccess", context, 0, fine=_PEER_ALREADY_ALLOWED)

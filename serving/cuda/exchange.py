@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from kernels.launch import num_sms
 from kernels.mailbox import Mailbox, put, wait
+from serving.cuda.ffn_parts import FFNParts
 from serving.cuda.lane import Lane
-from serving.cuda.layers import CardFFNHalf
 
 if TYPE_CHECKING:
     from kernels.resident_ffn import ResidentFFN
+    from serving.cuda.layers import CardFFNHalf
 
 
 class Exchange(Protocol):
@@ -27,7 +28,7 @@ class Exchange(Protocol):
 class InPlace:
     """Both halves on one stream."""
 
-    def __init__(self, ffn: CardFFNHalf) -> None:
+    def __init__(self, ffn: FFNParts) -> None:
         self._ffn = ffn
 
     def __call__(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
@@ -35,25 +36,28 @@ class InPlace:
 
 
 class ByEvents:
-    """The FFN half on its own stream, ordered by events that the host puts between the two: for warming up."""
+    """FFN halves on streams of their own, ordered by events that the host puts between the two: for warming up."""
 
-    def __init__(self, ffn: CardFFNHalf, lane: Lane) -> None:
-        self._ffn, self._stream, self._ffn_stream = ffn, lane.stream, lane.ffn_streams[ffn.device]
+    def __init__(self, ffn: FFNParts, lane: Lane) -> None:
+        self._ffn, self._stream, self._ffn_streams = ffn, lane.stream, lane.ffn_streams
 
     def __call__(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        self._ffn_stream.wait_stream(self._stream)
-        with torch.cuda.stream(self._ffn_stream):
-            there = rows.to(self._ffn.device, non_blocking=True)
-            out = self._ffn.forward(layer, there)
-        rows.record_stream(self._ffn_stream)
-        self._stream.wait_stream(self._ffn_stream)
+        half = self._ffn.half(layer)
+        ffn_stream = self._ffn_streams[half.device]
+        ffn_stream.wait_stream(self._stream)
+        with torch.cuda.stream(ffn_stream):
+            there = rows.to(half.device, non_blocking=True)
+            out = half.forward(layer, there)
+        rows.record_stream(ffn_stream)
+        self._stream.wait_stream(ffn_stream)
         here = out.to(rows.device, non_blocking=True)
         out.record_stream(self._stream)
         return here
 
 
 class Mailboxes:
-    """A mailbox each way between the attention side and one card of FFN halves, a slot a lane."""
+    """A mailbox each way between the attention side and one card of FFN halves, a slot a lane. Where the host says when a
+    stage begins, nothing waits: rows are put and read where they lie."""
 
     def __init__(
         self,
@@ -71,21 +75,21 @@ class Mailboxes:
     def _compile(self, device: torch.device, ffn_device: torch.device) -> None:
         """One row there and back in one thread: nothing may compile while a capture is under way."""
         for mailbox, writer, reader in ((self.inbound, device, ffn_device), (self.outbound, ffn_device, device)):
-            put(mailbox, 0, torch.zeros(1, 16, dtype=mailbox.rows.dtype, device=writer))
-            torch.cuda.synchronize(writer)
-            wait(mailbox, 0, 1, 16)
-            torch.cuda.synchronize(reader)
+            with torch.cuda.device(writer):
+                put(mailbox, 0, torch.zeros(1, 16, dtype=mailbox.rows.dtype, device=writer))
+                torch.cuda.synchronize(writer)
+            with torch.cuda.device(reader):
+                wait(mailbox, 0, 1, 16)
+                torch.cuda.synchronize(reader)
 
-    def attention_side(self, lane: int) -> Exchange:
-        def exchange(layer: int, rows: torch.Tensor) -> torch.Tensor:
-            put(self.inbound, lane, rows)
-            return wait(self.outbound, lane, *rows.shape)
+    def ask(self, lane: int, rows: torch.Tensor) -> torch.Tensor:
+        """Attention's side of one layer: `rows` [T, D] go, and what the FFN makes of them is waited for, [T, D]."""
+        put(self.inbound, lane, rows)
+        return wait(self.outbound, lane, *rows.shape)
 
-        return exchange
-
-    def serve_step(self, lane: int, ffn: CardFFNHalf, rows: int) -> None:
-        """The FFN side of one whole step of `rows` rows, on its stream."""
-        for layer in range(ffn.spec.num_layers):
+    def serve_step(self, lane: int, ffn: FFNParts, rows: int) -> None:
+        """The FFN side of this card's layers in one step of `rows` rows, on its stream."""
+        for layer in ffn.layers_on(self.inbound.rows.device):
             received = wait(self.inbound, lane, rows, ffn.spec.hidden_size)
             put(self.outbound, lane, ffn.forward(layer, received))
 
@@ -95,44 +99,58 @@ class Mailboxes:
             raise RuntimeError("a mailbox wait between the pools gave up")
 
 
-# Of one card's multiprocessors, where attention shares it: its kernels want nearly all shared memory of one, and would wait
-# forever for one that the executor never leaves.
-_SHARE_OF_SHARED_CARD = 0.7
+class Lowered:
+    """Attention's side, which finds the card of each layer through `mailboxes`, by card."""
+
+    def __init__(self, mailboxes: Mapping[torch.device, Mailboxes], lane: int, ffn: FFNParts) -> None:
+        self._mailboxes, self._lane, self._ffn = mailboxes, lane, ffn
+
+    def __call__(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        return self._mailboxes[self._ffn.half(layer).device].ask(self._lane, rows)
+
+
+# Of a card's multiprocessors: kernels that want nearly all shared memory of one would wait forever for one that the executor
+# never leaves. Where attention shares the card those are all of its kernels, elsewhere the FFN's over a prompt.
+_SHARE_OF_SHARED_CARD, _SHARE_OF_OWN_CARD = 0.7, 0.85
 
 
 class Residents:
     """The resident executors of the weights pool, one a card and dtype, and the number each knows a model by."""
 
-    def __init__(self, ffns: Sequence[CardFFNHalf], lanes: int, max_rows: int, device: torch.device) -> None:
-        self._shared_card = device
+    def __init__(self, ffns: Sequence[FFNParts], lanes: int, max_rows: int, device: torch.device) -> None:
+        self._attention_card = device
         from kernels.resident_ffn import ResidentFFN  # Triton, which the other exchanges import on a card only
 
-        self._place: dict[int, tuple[ResidentFFN, int]] = {}
+        self._place: dict[int, tuple[ResidentFFN, int]] = {}  # of each half
         self.executors: list[ResidentFFN] = []
         held: dict[tuple[torch.device, torch.dtype], list[CardFFNHalf]] = {}
-        for ffn in ffns:
-            held.setdefault((ffn.device, ffn.dtype), []).append(ffn)
+        for half in (half for ffn in ffns for half in ffn.halves):
+            held.setdefault((half.device, half.dtype), []).append(half)
         for (card, dtype), halves in held.items():
             layers = [half.resident_layers for half in halves]
             executor = ResidentFFN(layers, dtype, card, lanes, max_rows, results_device=device)
             self.executors.append(executor)
             self._place |= {id(half): (executor, number) for number, half in enumerate(halves)}
             executor.submit(0, 0, 0, torch.zeros(1, halves[0].spec.hidden_size, dtype=dtype, device=device))
-            executor.run_pending()  # compiles the worker and what feeds it
+            torch.cuda.synchronize(device)
+            with torch.cuda.device(card):
+                executor.run_pending()  # compiles the worker and what feeds it
+                torch.cuda.synchronize(card)
             executor.collect(0, 1, halves[0].spec.hidden_size)
             torch.cuda.synchronize(device)
 
     def start(self) -> None:
-        """Launch the executors, on a share of the multiprocessors where the attention side is on the same card."""
+        """Launch the executors, each on its part of the share of its card that executors may have."""
+        cards = [executor.device for executor in self.executors]
         for executor in self.executors:
-            share = _SHARE_OF_SHARED_CARD / len(self.executors) if executor.device == self._shared_card else 1.0
-            executor.start(max(1, int(num_sms(executor.device) * share)))
+            share = _SHARE_OF_SHARED_CARD if executor.device == self._attention_card else _SHARE_OF_OWN_CARD
+            executor.start(max(1, int(num_sms(executor.device) * share / cards.count(executor.device))))
 
-    def attention_side(self, lane: int, ffn: CardFFNHalf) -> Exchange:
-        executor, number = self._place[id(ffn)]
-
+    def attention_side(self, lane: int, ffn: FFNParts) -> Exchange:
         def exchange(layer: int, rows: torch.Tensor) -> torch.Tensor:
-            executor.submit(number, layer, lane, rows)
+            half = ffn.half(layer)
+            executor, number = self._place[id(half)]
+            executor.submit(number, half.layers.index(layer), lane, rows)
             return executor.collect(lane, *rows.shape)
 
         return exchange

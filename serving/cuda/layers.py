@@ -190,10 +190,10 @@ class CardFFNHalf:
     ) -> None:
         self.spec, self.dtype, self.device = spec, dtype, device
         self.weight_bytes = weight_bytes_ffn(spec, str(dtype).removeprefix("torch."), layers)
-        held = range(spec.num_layers) if layers is None else layers
+        self.layers = tuple(range(spec.num_layers)) if layers is None else tuple(sorted(layers))
         load = _Loader(dtype, device, keep)
         self._gates: dict[int, torch.Tensor] = {}  # float32, as published code chooses experts
-        self._layers = {layer: self._load_layer(layer, weights, load) for layer in held}
+        self._layers = {layer: self._load_layer(layer, weights, load) for layer in self.layers}
 
     def _load_layer(self, layer: int, weights: Weights, load: _Loader) -> FFNLayer:
         load.unit = layer
@@ -231,8 +231,8 @@ class CardFFNHalf:
 
     @property
     def resident_layers(self) -> list[FFNLayer]:
-        """The layers as the resident executor reads them, in order."""
-        return [self._layers[layer] for layer in sorted(self._layers)]
+        """The layers that it holds as the resident executor reads them, in order."""
+        return [self._layers[layer] for layer in self.layers]
 
     def forward(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """FFN of `rows` [T, D] in `layer`: [T, D]."""

@@ -65,7 +65,7 @@ class StepRunner:
         self._models, self._control, self._limits = list(models), control, limits
         self._residency = residency
         self.device = models[0].attention.device
-        ffn_devices = {model.ffn.device for model in models}
+        ffn_devices = {card for model in models for card in model.ffn.cards}
         self._shapes = [shapes_of(limits, model.kv.geometry.max_context_tokens) for model in models]
         every = [shape for shapes in self._shapes for shape in shapes]
         self.lanes = [Lane(self.device, ffn_devices, limits.max_batch, every) for _ in range(lanes)]
@@ -75,7 +75,7 @@ class StepRunner:
         self._launches: dict[tuple[int, int, Shape], Launches] = {}
         self._by_layer: dict[tuple[int, int, Shape], Launches] = {}  # of models that may step while they come
         self._under_way = [_UnderWay() for _ in range(lanes)]
-        if control in ("lowered", "resident"):
+        if control != "fused":
             self._open_mailboxes(ffn_devices)
         if control == "resident":
             if lanes > 1 and self.device in ffn_devices:
@@ -234,13 +234,12 @@ class StepRunner:
         lane, model = self.lanes[lane_index], self._models[model_index]
         self._idle_numbers(lane, shape)
         capture = Capture(lane, model, shape)
-        if self._control == "host":
-            return capture.stages()
         if self._control == "fused":
             return capture.one()
         if self._residents is not None and not shape.prefill:
             return capture.one(self._residents.attention_side(lane_index, model.ffn))
-        return capture.sides(self._mailboxes[model.ffn.device, model.ffn.dtype, shape.prefill], lane_index)
+        mailboxes = {card: self._mailboxes[card, model.ffn.dtype, shape.prefill] for card in model.ffn.cards}
+        return (capture.stages if self._control == "host" else capture.sides)(mailboxes, lane_index)
 
     def close(self) -> None:
         """Wait for everything and let executors end. Raises RuntimeError if one of them, or a mailbox wait, gave up."""

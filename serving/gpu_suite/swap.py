@@ -54,7 +54,7 @@ class Bench:
         kvs = [pool.models[model.name] for model in models]
         self._loader = CardLoader(self._arena, [0] * len(models), device)
         halves = [
-            CardModel.of(image.attention, image.ffn, kv) for image, kv in zip(self._arena.images, kvs, strict=True)
+            CardModel.of(image.attention, FFNParts(image.ffn), kv) for image, kv in zip(self._arena.images, kvs, strict=True)
         ]
         self._runner = StepRunner(halves, 2, StepLimits(1, _CHUNK_TOKENS), "fused", self._loader)
         self._loader.load_now(_STAYS)

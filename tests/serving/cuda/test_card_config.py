@@ -37,10 +37,10 @@ def test_both_pools_of_one_card_have_budgets_of_their_own(model):
     assert sum(weights.weights_bytes.values()) < 2 << 30
 
 
-def test_cards_do_not_share_an_ffn_as_yet(model):
-    system = CrossPool(CrossPoolOptions(page_bytes=2 << 20, ffn_sharding="layer"))
+def test_cards_do_not_share_a_layer_as_yet(model):
+    system = CrossPool(CrossPoolOptions(page_bytes=2 << 20, ffn_sharding="tensor"))
     devices = tuple(Device(f"gpu{i}", "cuda", i, 1 << 30) for i in range(3))
-    with pytest.raises(UserError, match="whole FFNs"):
+    with pytest.raises(UserError, match="dealt out by layer"):
         system.start(system.plan(Cluster(devices), [model], Demand()))
     system.stop()
 

@@ -2,6 +2,7 @@
 tables. A card runs the same code over the CUDA forms (tests/serving/cuda/test_card_systems.py)."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import judges
 import pytest
@@ -12,6 +13,7 @@ from serving.checkpoints import open_checkpoint
 from serving.cost.table1 import published_spec
 from serving.cuda.capture import CardModel
 from serving.cuda.exchange import InPlace
+from serving.cuda.ffn_parts import FFNParts
 from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
 from serving.cuda.layout import (
     BLOCK_TOKENS,
@@ -40,9 +42,12 @@ def card_model(request, tiny_checkpoints):
     directory = tiny_checkpoints[request.param]
     spec = load_spec(directory)
     with open_checkpoint(directory, spec.name) as weights:
-        halves = [half(spec, weights, torch.float32, CPU) for half in (CardAttentionHalf, CardFFNHalf)]
+        attention = CardAttentionHalf(spec, weights, torch.float32, CPU)
+        odd = range(1, spec.num_layers, 2)  # on a second device, as where layers are dealt out
+        dealt = [set(range(spec.num_layers)) - set(odd), odd]
+        ffn = FFNParts(*(CardFFNHalf(spec, weights, torch.float32, CPU, layers) for layers in dealt))
     pool = KVPool(200, PAGE_BYTES, [(spec, "float32")], max_runs=4)
-    model = CardModel.of(*halves, pool.models[spec.name])
+    model = CardModel.of(attention, ffn, pool.models[spec.name])
     yield directory, model
     model.kv.layers.clear()
     pool.close()
@@ -129,6 +134,23 @@ def test_rows_that_fill_up_a_prefill_shape_come_first(card_model):
     assert layout.slots.tolist() == [IDLE_SLOT] * 11 + [start + place for place in range(3, 8)]
     assert layout.kv_lens.tolist() == [8]
     assert layout.logit_rows.tolist() == [15]
+
+
+def test_every_layer_has_one_holder(tiny_checkpoints):
+    spec = load_spec(tiny_checkpoints["mixtral"])
+    cards = [torch.device("cuda", index) for index in range(2)]
+
+    def half(card, *layers):
+        return SimpleNamespace(spec=spec, dtype=torch.float32, device=card, layers=layers)
+
+    first, *others, last = range(spec.num_layers)
+    parts = FFNParts(half(cards[1], first, last), half(cards[0], *others))
+    assert parts.cards == (cards[1], cards[0])
+    assert parts.layers_on(cards[1]) == [first, last]
+    assert parts.half(last).device == cards[1]
+    for wrong in ((half(cards[0], first, *others),), (half(cards[0], first), half(cards[1], first, *others, last))):
+        with pytest.raises(ValueError, match="hold layers"):
+            FFNParts(*wrong)
 
 
 def test_shapes_are_powers_of_two_up_to_the_limits():

@@ -1,0 +1,45 @@
+"""Systems over several cards against the judge, all five architectures at once: CrossPool with its pools on cards of their own,
+FFNs whole and dealt out by layer, by every control; baselines whose engines have cards of their own; and what crosses."""
+
+import pytest
+import torch
+from served import OPTIONS, check_tokens
+
+from kernels.bench.crossing import crossing_seconds
+from serving import registry
+from serving.cuda.build import open_peer_access
+from serving.generate import cuda_cluster
+from serving.spec import ARCHITECTURES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+MEMORY_BYTES = 6 << 30
+SYSTEMS = {
+    "lowered": ("crosspool", 2, {"control": "lowered"}),
+    "layers-lowered": ("crosspool", 3, {"control": "lowered", "ffn_sharding": "layer", "lanes": 3}),
+    "layers-host": ("crosspool", 3, {"control": "host", "ffn_sharding": "layer"}),
+    "host": ("crosspool", 2, {"control": "host", "lanes": 1}),
+    "resident": ("crosspool", 2, {"control": "resident", "lanes": 1}),
+    "resident-2-lanes": ("crosspool", 2, {"control": "resident"}),
+    "static": ("static", 2, {}),
+    "elastic": ("elastic", 2, {}),
+    "swap": ("swap", 2, {"weights_share": 0.001, "hysteresis_s": 0.01}),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 16, 500])
+def test_rows_cross_between_cards(rows):
+    """Fifty times there and back between kernels of two cards that run at once."""
+    here, there = (torch.device("cuda", index) for index in range(2))
+    open_peer_access({here, there})
+    assert crossing_seconds(rows, 2048, here, torch.bfloat16, there) < 1e-3
+
+
+@pytest.mark.parametrize("system_name", SYSTEMS)
+def test_tokens_equal_the_judge(system_name, tiny_checkpoints):
+    name, devices, options = SYSTEMS[system_name]
+    system = registry.create(name, {**OPTIONS, **options})
+    check_tokens(system, cuda_cluster(devices, MEMORY_BYTES), ARCHITECTURES, tiny_checkpoints, system_name)
