@@ -29,10 +29,11 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def cores(numbers: Iterable[int]) -> Iterator[None]:
-    """Hold these cores of this machine against other runs of this user. Always in ascending order, so none deadlock."""
+def computing(cores: Iterable[int], cards: Iterable[int] = ()) -> Iterator[None]:
+    """Hold these cores and cards of this machine against other runs of this user. Always in the same order, so none deadlock."""
     folder = Path(tempfile.gettempdir()) / f"crosspool-{os.getuid()}"
     with ExitStack() as held:
-        for number in sorted(set(numbers)):
-            held.enter_context(exclusive(folder / f"core-{number}.lock", f"core {number}"))
+        for kind, numbers in (("core", cores), ("card", cards)):
+            for number in sorted(set(numbers)):
+                held.enter_context(exclusive(folder / f"{kind}-{number}.lock", f"{kind} {number}"))
         yield

@@ -1,9 +1,12 @@
-"""The machine a real run computes on: the cores its devices stand for, and how much of them others took meanwhile."""
+"""The machine a real run computes on: the cores and cards that its devices stand for, and how much of the cores others took
+meanwhile."""
 
 from __future__ import annotations
 
+import functools
 import os
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,17 +15,27 @@ import psutil
 from runner.config import DeviceEntry
 from serving.errors import UserError
 
+KINDS = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Card:
+    """A CUDA card of this machine."""
+
+    index: int
+    name: str
+    memory_mib: int
+
 
 def cores_of(devices: Sequence[DeviceEntry], oversubscribe: bool = False) -> tuple[int, ...]:
-    """The core of each device, in order. Raises UserError for a device that this machine does not have: a record must not
+    """The core of each CPU device, in order. Raises UserError for a device that this machine does not have: a record must not
     name hardware that did not compute. With `oversubscribe`, devices beyond the cores share them from the first on."""
     usable = sorted(os.sched_getaffinity(0))
+    for device in devices:
+        if device.kind not in KINDS:
+            raise UserError(f"device {device.name}: unknown kind {device.kind!r}; known: {', '.join(KINDS)}")
+    devices = [device for device in devices if device.kind == "cpu"]
     for number, device in enumerate(devices):
-        if device.kind != "cpu":
-            raise UserError(
-                f"device {device.name}: the real backend computes on cpu devices, not on {device.kind}; "
-                f"backend=sim backend.card=NAME simulates cards"
-            )
         if device.index < 0 or (device.index >= len(usable) and not oversubscribe):
             raise UserError(
                 f"device {device.name}: index is {device.index}, this process may use {len(usable)} cores "
@@ -32,6 +45,38 @@ def cores_of(devices: Sequence[DeviceEntry], oversubscribe: bool = False) -> tup
         if sharing:
             raise UserError(f"device {device.name}: has the core of {sharing[0]}; each device needs one of its own")
     return tuple(usable[device.index % len(usable)] for device in devices)
+
+
+def cards_of(devices: Sequence[DeviceEntry]) -> tuple[Card, ...]:
+    """The card of each CUDA device, in order. Raises UserError for a card that this machine does not have, and for budgets that
+    are more than theirs has."""
+    devices = [device for device in devices if device.kind == "cuda"]
+    there = cards_here() if devices else ()
+    budgets_mib: dict[int, int] = defaultdict(int)
+    for device in devices:
+        if not 0 <= device.index < len(there):
+            seen = ", ".join(card.name for card in there) or "none"
+            raise UserError(
+                f"device {device.name}: is card {device.index}, and torch sees {seen} (python -m serving.doctor says why); "
+                "backend=sim backend.card=NAME simulates cards"
+            )
+        card = there[device.index]
+        budgets_mib[device.index] += device.memory_mib
+        if budgets_mib[device.index] > card.memory_mib:
+            raise UserError(
+                f"device {device.name}: budgets of {budgets_mib[device.index]} MiB on card {device.index}, which has "
+                f"{card.memory_mib} MiB"
+            )
+    return tuple(there[device.index] for device in devices)
+
+
+@functools.cache
+def cards_here() -> tuple[Card, ...]:
+    """The cards that torch sees on this machine."""
+    import torch
+
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return tuple(Card(index, found.name, found.total_memory >> 20) for index, found in enumerate(properties))
 
 
 @dataclass(frozen=True)

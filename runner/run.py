@@ -137,9 +137,9 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
     spans = tempfile.TemporaryDirectory(prefix="timeline-") if config.timeline else None
     options = {**tuning.options, **({"timeline_dir": spans.name} if spans else {})}
     system: System = registry.create(config.system.name, options)
-    computing = tuple(dict.fromkeys(_cores(config)))
+    computing, cards = tuple(dict.fromkeys(_cores(config))), _cards(config)
     placement = system.plan(cluster, models, demand)
-    with locks.cores(computing):
+    with locks.computing(computing, (card.index for card in cards)):
         try:
             backend = _backend(config.backend)
             system.start(placement, backend)
@@ -201,6 +201,11 @@ def _cores(config: BenchConfig) -> tuple[int, ...]:
     return machine.cores_of(config.devices, config.backend.oversubscribe) if config.backend.name == "real" else ()
 
 
+def _cards(config: BenchConfig) -> tuple[machine.Card, ...]:
+    """The cards that the run computes on; none where it simulates."""
+    return machine.cards_of(config.devices) if config.backend.name == "real" else ()
+
+
 def _oversubscribed(config: BenchConfig) -> bool:
     """Whether devices share cores; False also where there are no such devices, which the run itself refuses."""
     try:
@@ -250,10 +255,10 @@ def served_models(config: BenchConfig) -> list[ServedModel]:
 
 def _served_model(entry: ModelEntry, backend: str) -> ServedModel:
     if entry.published and not (entry.checkpoint or entry.make):
-        if backend != "sim":
+        if backend != "sim" and not entry.dummy:
             raise UserError(
                 f"model {entry.name}: only its published configuration is here; the {backend} backend needs a checkpoint "
-                "directory (models[].checkpoint), backend=sim does not"
+                "directory (models[].checkpoint) or seeded values in its place (models[].dummy), backend=sim does not"
             )
         from serving.cost.table1 import published_spec
 

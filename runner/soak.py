@@ -183,7 +183,7 @@ def soak(system_name: str, total: int, in_flight: int) -> dict[str, Any]:
     system = registry.create(config.system.name, config.system.options)
     placement = system.plan(cluster_of(config), models, demand_of(trace, trace.duration_s))
     before = Footprint.now()
-    with locks.cores(dict.fromkeys(machine.cores_of(config.devices))):
+    with locks.computing(machine.cores_of(config.devices)):
         begun_s = time.monotonic()
         try:
             system.start(placement, RealBackend())

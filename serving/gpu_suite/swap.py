@@ -21,6 +21,7 @@ from serving.batching import StepLimits
 from serving.cost.table1 import published_spec
 from serving.cuda.build import open_pool, prepare_process, weights_of
 from serving.cuda.capture import CardModel
+from serving.cuda.ffn_parts import FFNParts
 from serving.cuda.residency import CardArena, CardLoader
 from serving.cuda.runner import StepRunner
 from serving.errors import command
@@ -54,7 +55,8 @@ class Bench:
         kvs = [pool.models[model.name] for model in models]
         self._loader = CardLoader(self._arena, [0] * len(models), device)
         halves = [
-            CardModel.of(image.attention, FFNParts(image.ffn), kv) for image, kv in zip(self._arena.images, kvs, strict=True)
+            CardModel.of(image.attention, FFNParts(image.ffn), kv)
+            for image, kv in zip(self._arena.images, kvs, strict=True)
         ]
         self._runner = StepRunner(halves, 2, StepLimits(1, _CHUNK_TOKENS), "fused", self._loader)
         self._loader.load_now(_STAYS)

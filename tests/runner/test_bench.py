@@ -271,7 +271,7 @@ ERRORS = {
     "larger than a placed device": (["system=elastic-placement", *TOO_SMALL], "no device has room for mixtral-tiny"),
     "larger than an engine's device": (["system=quota", *TOO_SMALL], "cpu:0: weights and workspace"),
     "larger than any device": (["system=swap", *TOO_SMALL], "cpu:0: mixtral-tiny needs "),
-    "not this hardware": (["devices.0.kind=cuda"], "the real backend computes on cpu devices, not on cuda"),
+    "not this hardware": (["devices.0.kind=cuda", "devices.0.index=99"], "cpu:0: is card 99, and torch sees "),
     "unknown card": (["backend=sim", "backend.card=b200"], "unknown hardware 'b200'; known: "),
 }
 

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from runner import locks
+from runner import locks, machine
 from runner.config import DeviceEntry
-from runner.machine import CpuUse, cores_of
+from runner.machine import Card, CpuUse, cards_of, cores_of
 from serving.errors import UserError
 
 pytestmark = pytest.mark.cpu
@@ -25,7 +25,7 @@ def test_devices_are_cores_in_the_order_that_they_are_named():
 @pytest.mark.parametrize(
     ("devices", "words"),
     [
-        ([DeviceEntry("gpu", 1, kind="cuda")], "gpu: the real backend computes on cpu devices, not on cuda"),
+        ([DeviceEntry("npu", 1, kind="npu")], "npu: unknown kind 'npu'; known: cpu, cuda"),
         ([DeviceEntry("far", 1, index=4096)], "far: index is 4096, this process may use"),
         ([DeviceEntry("neg", 1, index=-1)], "neg: index is -1"),
         ([DeviceEntry("a", 1, index=0), DeviceEntry("b", 1, index=0)], "b: has the core of a"),
@@ -42,6 +42,30 @@ def test_devices_share_cores_only_when_asked():
     with pytest.raises(UserError, match="backend.oversubscribe=true lets devices share cores"):
         cores_of(devices)
     assert cores_of(devices, oversubscribe=True) == (*usable, usable[0])
+
+
+@pytest.fixture
+def two_cards(monkeypatch):
+    cards = (Card(0, "a card", 1000), Card(1, "a card", 1000))
+    monkeypatch.setattr(machine, "cards_here", lambda: cards)
+    return cards
+
+
+def card_device(name, index, memory_mib=400):
+    return DeviceEntry(name, memory_mib, kind="cuda", index=index)
+
+
+def test_devices_share_a_card_within_its_memory(two_cards):
+    devices = [card_device("a", 1), DeviceEntry("cpu:0", 1, index=0), card_device("b", 0), card_device("c", 1)]
+    assert cards_of(devices) == (two_cards[1], two_cards[0], two_cards[1])
+    assert len(cores_of(devices)) == 1
+    with pytest.raises(UserError, match="d: budgets of 1200 MiB on card 1, which has 1000 MiB"):
+        cards_of([*devices, card_device("d", 1)])
+
+
+def test_a_card_that_is_not_there_is_refused(two_cards):
+    with pytest.raises(UserError, match="far: is card 2, and torch sees a card, a card"):
+        cards_of([card_device("far", 2)])
 
 
 def test_what_a_child_computes_is_our_own_and_not_others():
