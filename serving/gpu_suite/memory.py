@@ -1,5 +1,5 @@
 """What virtual KV costs on a card: the driver's calls by page, whether they wait for a running kernel, and whether attention
-reads mapped pages as fast as one allocation."""
+reads mapped pages as fast as one allocation; and what a crossing costs, on one card and between two."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 from kernels.attention import decode_gqa
+from kernels.bench.crossing import crossing_seconds
 from kernels.mailbox import Mailbox, wait
 from kernels.paged_kv import PagedKV
 from serving.cuda import driver
+from serving.cuda.build import open_peer_access
 from serving.cuda.memory import CardMemory
 from serving.errors import command
 from serving.gpu_suite.results import save
@@ -21,6 +23,7 @@ from serving.gpu_suite.results import save
 _PAGE_BYTES = 2 << 20
 _PAGES = 256
 _WAIT_SPINS = 400_000  # some tenths of a second
+_CROSSING_ROWS = (1, 4, 16)  # the last are 64 KiB
 _TOKENS, _KV_HEADS, _DIM, _HEADS = 65536, 8, 128, 32
 
 
@@ -128,6 +131,21 @@ def mapped_against_allocated() -> dict[str, float]:
     return results
 
 
+def crossings() -> dict[str, float]:
+    """Microseconds one way, put to end of wait, of bfloat16 rows of 2,048: between two streams of a card, and where there are
+    two cards between them."""
+    cards = [torch.device("cuda", index) for index in range(min(2, torch.cuda.device_count()))]
+    open_peer_access(cards)
+    return {
+        f"{'between cards' if other.index else 'within a card'}, {rows} rows": crossing_seconds(
+            rows, 2048, cards[0], torch.bfloat16, other
+        )
+        * 1e6
+        for other in cards
+        for rows in _CROSSING_ROWS
+    }
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m serving.gpu_suite.memory", description=__doc__)
@@ -139,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("page_us", page_costs, "us a page"),
         ("attention_us", mapped_against_allocated, "us"),
         ("beside_a_waiting_kernel_ms", beside_a_waiting_kernel, "ms"),
+        ("crossing_us", crossings, "us"),
     ):
         try:
             results[name] = measure()
