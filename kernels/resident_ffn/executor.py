@@ -115,7 +115,7 @@ class ResidentFFN:
         """One launch of the worker over a grid of `programs`, for at most `max_tasks` descriptors."""
         blocks, layers = self.blocks, self.table.layers
         # On cache lines of their own: all poll the gate while some still count themselves in.
-        counter, gate = torch.zeros(2, 32, dtype=torch.int64, device=self.device)
+        gated, finished_programs, gate = torch.zeros(3, 32, dtype=torch.int64, device=self.device)
         launch(
             resident_worker_kernel,
             (programs,),
@@ -132,7 +132,8 @@ class ResidentFFN:
             self.active,
             self.hidden,
             self.shared_hidden,
-            counter,
+            gated,
+            finished_programs,
             gate,
             self.error,
             self.started_tasks,
@@ -153,7 +154,7 @@ class ResidentFFN:
             maxnreg=MAX_REGISTERS,
             launch_cooperative_grid=self.device.type == "cuda",
         )
-        self._barrier = (counter, gate)  # alive as long as the worker
+        self._barrier = (gated, finished_programs, gate)  # alive as long as the worker
 
     def submit(self, model: int, layer: int, slot: int, x: torch.Tensor) -> None:
         """Queue `x` [T, D] for a layer of a model; the slot must have been collected before it is used again."""

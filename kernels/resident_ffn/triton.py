@@ -1,8 +1,10 @@
 """The resident FFN executor's kernels: the worker that never returns, and the two that talk to it.
 
 The worker polls a ring of descriptors (sequence, model, layer, rows, slot). A task has three phases, each a share of
-programs' work ended by an arrival at one counter that only grows: router logits (the last program to arrive chooses the
-experts for all, then opens the gate), gate-up-SiLU into scratch, and down into the slot (the last to arrive publishes it).
+programs' work ended by an arrival at a counter that only grows: router logits (the last program to arrive chooses the
+experts for all, then opens the gate), gate-up-SiLU into scratch (the last opens the gate again), and down into the slot (the
+last to arrive publishes it). Nobody waits after the last phase: where the next task is there already, programs arrive in it
+while others still work at this one. So that phase has a counter of its own, which nobody reaches again before all have left it.
 Programs take work in a fixed stride and wait for earlier phases only, so a grid of one program is a valid grid: that is
 how the interpreter runs it. Sizes and weights come from the layer table at run time; nothing is compiled for a model,
 and no argument of the kernels that run beside the worker is specialised (see :mod:`kernels.mailbox.triton`).
@@ -54,7 +56,8 @@ def resident_worker_kernel(
     active_ptr,
     hidden_ptr,
     shared_hidden_ptr,
-    counter_ptr,
+    gated_ptr,
+    finished_programs_ptr,
     gate_ptr,
     error_ptr,
     task,
@@ -74,7 +77,9 @@ def resident_worker_kernel(
     """Run tasks `task`.. until a descriptor says stop, `max_tasks` are done, or a wait has lasted `max_spins` looks."""
     DTYPE: tl.constexpr = in_ptr.dtype.element_ty
     programs = tl.num_programs(0)
-    phase = tl.zeros((), tl.int64)  # gates passed since the launch; counter and gate start at 0
+    # Since the launch, at which all counters and the gate are 0: gates passed, and tiles of rows done.
+    phase = tl.zeros((), tl.int64)
+    tiles = tl.zeros((), tl.int64)
     left = tl.zeros((), tl.int32) + max_tasks
     task = tl.zeros((), tl.int32) + task
     while left > 0:
@@ -101,7 +106,7 @@ def resident_worker_kernel(
                 mask = row < rows
                 x = in_ptr + base + row[:, None] * depth
                 router_logits(entry, x, logits_ptr, depth, num_experts, mask, DTYPE, ROWS, BLOCK_E, BLOCK_R)
-                arrived = arrive(counter_ptr)
+                arrived = arrive(gated_ptr)
                 phase += 1
                 if arrived == phase * programs - 1:
                     choose(
@@ -114,7 +119,7 @@ def resident_worker_kernel(
                     entry, x, routing_ptr, active_ptr, hidden_ptr, shared_hidden_ptr, depth, mask, DTYPE,
                     ROWS, BLOCK_E, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
-                arrived = arrive(counter_ptr)
+                arrived = arrive(gated_ptr)
                 phase += 1
                 if arrived == phase * programs - 1:
                     open_gate(gate_ptr, phase)
@@ -124,9 +129,9 @@ def resident_worker_kernel(
                     entry, out_rows, active_ptr, hidden_ptr, shared_hidden_ptr, depth, mask, DTYPE,
                     ROWS, DOWN_N, BLOCK_K,
                 )  # fmt: skip
-                arrived = arrive(counter_ptr)
-                phase += 1
-                if (arrived == phase * programs - 1) & (chunk + ROWS >= rows):
+                arrived = arrive(finished_programs_ptr)
+                tiles += 1
+                if (arrived == tiles * programs - 1) & (chunk + ROWS >= rows):
                     tl.debug_barrier()
                     tl.atomic_xchg(done_ptr + slot, task + 1, sem="release", scope="sys")
                     tl.atomic_xchg(finished_ptr, task + 1, sem="release", scope="sys")

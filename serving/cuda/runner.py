@@ -17,7 +17,6 @@ from serving.cuda.capture import Capture, CardModel, Launches
 from serving.cuda.exchange import ByEvents, Mailboxes, Residents, bytes_crossed
 from serving.cuda.lane import Lane
 from serving.cuda.layout import CardLayout, Shape, decode_numbers, prefill_numbers, shapes_of, smallest
-from serving.errors import UserError
 from serving.scheduler import StepPlan
 
 
@@ -78,10 +77,6 @@ class StepRunner:
         if control != "fused":
             self._open_mailboxes(ffn_devices)
         if control == "resident":
-            if lanes > 1 and self.device in ffn_devices:
-                raise UserError(
-                    "control=resident runs one lane where both pools share a card; with two, steps did not end"
-                )
             self._residents = Residents([m.ffn for m in models], lanes, limits.max_batch, self.device)
         self._warm_up()
 

@@ -38,7 +38,6 @@ _PROMPT_TOKENS, _NEW_TOKENS, _WARM_STEPS = 512, 80, 16
 _LIMIT_S = 20.0
 _SIDE_ROUNDS = 20
 _CONFIGURATIONS = tuple((control, lanes) for control in ("fused", "lowered", "host", "resident") for lanes in (1, 2))
-_HANGS = ("resident", 2)  # where attention shares the executor's card: it waits for what the executor holds
 
 
 def load(name: str, memory_bytes: int, ffn_card: int = 0) -> tuple[CardModel, CardModel, KVPool]:
@@ -175,7 +174,7 @@ def main(argv: Seq[str] | None = None) -> int:
     prepare_process()
     batches = [int(text) for text in args.batches.split(",")]
     wanted = args.controls.split(",") if args.controls else {control for control, _ in _CONFIGURATIONS}
-    configurations = [pair for pair in _CONFIGURATIONS if pair[0] in wanted and (args.apart or pair != _HANGS)]
+    configurations = [pair for pair in _CONFIGURATIONS if pair[0] in wanted]
     rows: list[dict] = []
     for name in args.models.split(","):
         begun = time.perf_counter()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.attention import reference as attention_reference
+from kernels.launch import num_sms
 from kernels.moe_ffn import ExpertWeights
 from kernels.moe_ffn import reference as moe_reference
 from kernels.paged_kv import PagedKV
@@ -99,3 +100,47 @@ def test_resident_ffn_of_a_whole_card(rows, device):
     seconds, error = resident_seconds(rows, device, torch.bfloat16)
     assert error < 1.2e-2
     assert seconds < 5e-3
+
+
+def test_resident_ffn_of_two_callers(device, check):
+    """Tasks of two streams queue up: programs that are done with one begin the next while others still work, and each caller
+    must get the answers to its own."""
+    from kernels.bench.measure import capture
+    from kernels.resident_ffn import FFNLayer, ResidentFFN, ffn_layer
+
+    def layer() -> FFNLayer:
+        gate_up = torch.randn(16, 2 * 256, 512, device=device, dtype=torch.bfloat16) / 22
+        experts = ExpertWeights(gate_up, torch.randn(16, 512, 256, device=device, dtype=torch.bfloat16) / 16)
+        router = torch.randn(16, 512, device=device, dtype=torch.bfloat16)
+        return FFNLayer(router, experts, top_k=2, rule="softmax_topk_renorm")
+
+    layers = [layer() for _ in range(8)]
+    executor = ResidentFFN([layers], torch.bfloat16, device, num_slots=2, max_rows=4, max_spins=500_000)
+    inputs = torch.randn(2, 3, 512, device=device, dtype=torch.bfloat16)
+    expected = [[ffn_layer(one, rows) for one in layers] for rows in inputs]
+    answers: list[list[torch.Tensor]] = [[], []]
+
+    def ask(slot: int, number: int) -> None:
+        executor.submit(0, number, slot, inputs[slot])
+        answers[slot].append(executor.collect(slot, 3, 512))
+
+    for slot in range(2):
+        executor.submit(0, 0, slot, inputs[slot])
+        executor.run_pending()
+        executor.collect(slot, 3, 512)
+    torch.cuda.synchronize(device)
+    graphs = [capture([lambda s=slot, n=n: ask(s, n) for n in range(8)]) for slot in range(2)]
+    streams = [torch.cuda.Stream(device) for _ in graphs]
+    executor.start(num_sms(device) // 2)
+    try:
+        for _ in range(50):
+            for graph, stream in zip(graphs, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            for stream in streams:
+                stream.synchronize()
+    finally:
+        executor.stop()
+    for slot in range(2):
+        for number, (answer, right) in enumerate(zip(answers[slot], expected[slot], strict=True)):
+            check(f"caller {slot}, layer {number}", answer, right)

@@ -7,6 +7,7 @@ from served import OPTIONS, check_tokens
 
 from kernels.bench.crossing import crossing_seconds
 from serving import registry
+from serving.checkpoints.make import make_checkpoint
 from serving.cuda.build import open_peer_access
 from serving.generate import cuda_cluster
 from serving.spec import ARCHITECTURES
@@ -22,8 +23,6 @@ SYSTEMS = {
     "layers-lowered": ("crosspool", 3, {"control": "lowered", "ffn_sharding": "layer", "lanes": 3}),
     "layers-host": ("crosspool", 3, {"control": "host", "ffn_sharding": "layer"}),
     "host": ("crosspool", 2, {"control": "host", "lanes": 1}),
-    "resident": ("crosspool", 2, {"control": "resident", "lanes": 1}),
-    "resident-2-lanes": ("crosspool", 2, {"control": "resident"}),
     "static": ("static", 2, {}),
     "elastic": ("elastic", 2, {}),
     "swap": ("swap", 2, {"weights_share": 0.001, "hysteresis_s": 0.01}),
@@ -36,6 +35,24 @@ def test_rows_cross_between_cards(rows):
     here, there = (torch.device("cuda", index) for index in range(2))
     open_peer_access({here, there})
     assert crossing_seconds(rows, 2048, here, torch.bfloat16, there) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def wide_checkpoints(tmp_path_factory):
+    """Two architectures of sizes that the resident executor reads."""
+    root = tmp_path_factory.mktemp("wide")
+    return {
+        name: make_checkpoint(name, "100m", root / name, seed=1, progress=False) for name in ("mixtral", "deepseek_v2")
+    }
+
+
+@pytest.mark.parametrize("devices", [2, 3], ids=["apart", "layers"])
+def test_tokens_of_the_resident_executor_equal_the_judge(devices, wide_checkpoints):
+    """Two lanes, so that it always finds the next task before all of its programs have left the last one."""
+    options = {"control": "resident", "ffn_sharding": "layer"}
+    system = registry.create("crosspool", {**OPTIONS, **options})
+    cluster = cuda_cluster(devices, MEMORY_BYTES)
+    check_tokens(system, cluster, tuple(wide_checkpoints), wide_checkpoints, f"resident{devices}")
 
 
 @pytest.mark.parametrize("system_name", SYSTEMS)
