@@ -43,13 +43,21 @@ class Line:
 
 
 @dataclass(frozen=True)
+class GPU:
+    """One of the machine's."""
+
+    name: str
+    memory_gib: float
+
+
+@dataclass(frozen=True)
 class Machine:
     """What the preflight looks at."""
 
     cores: int
     memory_gib: float
     disk_gib: float
-    gpus: tuple[str, ...]
+    gpus: tuple[GPU, ...]
 
     @classmethod
     def here(cls) -> Machine:
@@ -58,21 +66,25 @@ class Machine:
         return cls(len(os.sched_getaffinity(0)), memory_bytes / 2**30, disk, _gpus())
 
 
-def _gpus() -> tuple[str, ...]:
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+def _gpus() -> tuple[GPU, ...]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return ()
-    return tuple(done.stdout.split("\n")[:-1])
+    return tuple(
+        GPU(name.strip(), float(mib) / 1024) for name, mib in (line.split(",") for line in done.stdout.splitlines())
+    )
 
 
 def why_skipped(experiment: Experiment, machine: Machine) -> str:
     """Why `machine` cannot run `experiment`; empty where it can."""
     if not experiment.present:
         return f"no system {', '.join(experiment.absent)}"
-    if experiment.needs_gpu and not machine.gpus:
-        return "needs an NVIDIA GPU"
+    large = [gpu for gpu in machine.gpus if gpu.memory_gib >= experiment.gpu_gib]
+    if len(large) < experiment.gpus:
+        size = f" of {experiment.gpu_gib:g} GiB" if experiment.gpu_gib else ""
+        return f"needs {experiment.gpus} NVIDIA GPU{'s' if experiment.gpus > 1 else ''}{size}, {len(large)} are there"
     if experiment.memory_gib > machine.memory_gib:
         return f"needs {experiment.memory_gib:g} GiB of memory, {machine.memory_gib:.1f} are there"
     if experiment.disk_gib > machine.disk_gib:
@@ -87,7 +99,7 @@ def chosen(mode: str) -> list[Experiment]:
 
 def preflight(mode: str, machine: Machine) -> None:
     """Say what there is, what will run and for how long, and what will not. Raises UserError where nothing can."""
-    gpus = ", ".join(machine.gpus) or "none"
+    gpus = ", ".join(gpu.name for gpu in machine.gpus) or "none"
     print(
         f"Machine: {machine.cores} cores, {machine.memory_gib:.0f} GiB of memory, {machine.disk_gib:.0f} GiB of disk free, "
         f"GPU: {gpus}"

@@ -29,7 +29,8 @@ class Experiment:
     cell_s: float
     memory_gib: float = 2.0
     disk_gib: float = 0.1
-    needs_gpu: bool = False
+    gpus: int = 0  # cards that it needs, each of
+    gpu_gib: float = 0.0
     paper: str = ""
     systems: tuple[str, ...] = field(default=("crosspool", "static"))
     figures_of: Mapping[str, str] = field(default_factory=dict)  # exhibits that only a run of this system fills
@@ -82,6 +83,7 @@ _CAPPED = ("elastic-cap", "elastic-placement-cap", "quota-cap")
 _UNCAPPED = ("crosspool", "static", "static-searched", "elastic", "elastic-placement", "quota", "swap", "swap-token")
 _ALL = (*_UNCAPPED, "swap-zero-cost", *_CAPPED)
 _PAPER_THREE = ("paper-crosspool", "paper-static", "paper-elastic")
+_GPU_THREE = ("gpu-crosspool", "gpu-static", "gpu-elastic")
 _PAPER_RATES = (0.2, 0.5, 0.8, 1.0)
 
 EXPERIMENTS: tuple[Experiment, ...] = (
@@ -307,8 +309,45 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         figures=(),
         cell_s=60,
         memory_gib=16,
-        needs_gpu=True,
+        gpus=1,
         studies=(("card", "--models", "deepseek-v2-lite", "--controls", "fused,lowered,host", "--memory-gib", "36"),),
+    ),
+    Experiment(
+        name="gpu-tbt",
+        question="The paper's TBT experiment on two GPUs that are given the memory of its five, measured.",
+        base=("conf=gpu-tbt",),
+        sweeps={"full": {_RATE: (0.5, 0.8, 1.0), _SEED: (0, 1, 2)}},
+        figures=("tbt_vs_rate", "tbt_by_model", "latency_vs_rate", "kv_capacity", "placement", "outcomes", "summary"),
+        cell_s=75,
+        memory_gib=16,
+        gpus=2,
+        gpu_gib=102,
+        paper="Fig. 7",
+        systems=_GPU_THREE,
+    ),
+    Experiment(
+        name="gpu-mixtral",
+        question="Mixtral-8x7B beside one more model and beside three at the same total rate, on two GPUs.",
+        base=("conf=gpu-mixtral",),
+        sweeps={"full": {"model": ("seeded-mixtral", "seeded-four"), _SKEW: (0.0, 0.9, 2.1), _SEED: (0, 1, 2)}},
+        figures=("tbt_by_model", "placement", "outcomes", "summary"),
+        cell_s=75,
+        memory_gib=16,
+        gpus=2,
+        gpu_gib=114,
+        systems=_GPU_THREE,
+    ),
+    Experiment(
+        name="gpu-pair",
+        question="Two of the paper's models on two GPUs of 80 GB, measured.",
+        base=("conf=gpu-pair",),
+        sweeps={"full": {_RATE: (0.8, 1.6), _SEED: (0, 1, 2)}},
+        figures=("tbt_by_model", "latency_vs_rate", "placement", "outcomes", "summary"),
+        cell_s=70,
+        memory_gib=16,
+        gpus=2,
+        gpu_gib=75,
+        systems=_GPU_THREE,
     ),
     Experiment(
         name="baselines-100m",

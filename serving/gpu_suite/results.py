@@ -15,7 +15,8 @@ def save(path: Path, rows: object) -> None:
     """Write `rows` to `path`, beside the hardware and software."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        driver = ", ".join(dict.fromkeys(driver.split()))
     except (OSError, subprocess.SubprocessError):
         driver = "unknown"
     made = {

@@ -25,8 +25,13 @@ def changed(**fields) -> Experiment:
     ("experiment", "machine", "why"),
     [
         (SMOKE, BIG, ""),
-        (changed(needs_gpu=True), BIG, "needs an NVIDIA GPU"),
-        (changed(needs_gpu=True), dataclasses.replace(BIG, gpus=("some card",)), ""),
+        (changed(gpus=1), BIG, "needs 1 NVIDIA GPU, 0 are there"),
+        (changed(gpus=1), dataclasses.replace(BIG, gpus=(artifact.GPU("small", 40),)), ""),
+        (
+            changed(gpus=2, gpu_gib=80),
+            dataclasses.replace(BIG, gpus=(artifact.GPU("small", 40), artifact.GPU("large", 140))),
+            "needs 2 NVIDIA GPUs of 80 GiB, 1 are there",
+        ),
         (changed(memory_gib=65), BIG, "needs 65 GiB of memory, 64.0 are there"),
         (changed(disk_gib=101), BIG, "needs 101 GiB of disk, 100.0 are free"),
         (changed(systems=("crosspool", "no-such")), BIG, ""),
