@@ -2,8 +2,9 @@
 full results under DIR, one short table last.
 
 Sections, in this order: `doctor`, `kernels` (correctness of every kernel, by its tests), `tokens` (every system on tiny
-checkpoints against the judge), `memory` (page mapping and crossing), `engine` (the ablation of control and lanes, real
-configurations with seeded values), `serve` (two such models under open-loop load, system after system).
+checkpoints against the judge), `cards` (the same over two cards), `memory` (page mapping and crossing), `engine` (the ablation of
+control and lanes, real configurations with seeded values), `apart` (the same with FFN halves on a second card), `serve` (two such
+models under open-loop load on one card, system after system). What needs two cards is skipped where there is one.
 """
 
 from __future__ import annotations
@@ -19,18 +20,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from serving.errors import command
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _LINES_KEPT = 3
+_SKIPPED = "skipped"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A command (`{out}` is the result directory) and the seconds after which it is ended."""
+    """A command (`{out}` is the result directory), the seconds after which it is ended, and the cards that it needs."""
 
     command: tuple[str, ...]
     limit_s: float
+    cards: int = 1
 
 
 _PYTEST = ("-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider")
@@ -38,8 +43,10 @@ SECTIONS = {
     "doctor": Section(("-m", "serving.doctor"), 60),
     "kernels": Section((*_PYTEST, "tests/kernels/test_gpu.py", "tests/kernels/test_mailbox.py"), 240),
     "tokens": Section((*_PYTEST, "tests/serving/cuda/test_card_systems.py"), 400),
+    "cards": Section((*_PYTEST, "tests/serving/cuda/test_several_cards.py"), 400, cards=2),
     "memory": Section(("-m", "serving.gpu_suite.memory", "--out", "{out}/memory.json"), 60),
     "engine": Section(("-m", "serving.gpu_suite.engine", "--out", "{out}/engine.json"), 400),
+    "apart": Section(("-m", "serving.gpu_suite.engine", "--apart", "--out", "{out}/apart.json"), 400, cards=2),
     "serve": Section(("-m", "serving.gpu_suite.serve", "--out", "{out}/serve.json"), 400),
 }
 
@@ -57,6 +64,8 @@ class Outcome:
 def run_section(name: str, out: Path, limit_s: float) -> Outcome:
     """Run one section; its whole output goes to `out`/NAME.log."""
     section = SECTIONS[name]
+    if section.cards > 1 and torch.cuda.device_count() < section.cards:
+        return Outcome(name, _SKIPPED, 0.0, (f"needs {section.cards} cards, {torch.cuda.device_count()} are there",))
     arguments = [part.replace("{out}", str(out)) for part in section.command]
     started = time.monotonic()
     environment = {**os.environ, "CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
@@ -99,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{outcome.name} [{outcome.verdict}, {outcome.seconds:.0f} s]")
         for row in outcome.rows:
             print(f"  {row}")
-    return int(any(outcome.verdict != "ok" for outcome in outcomes))
+    return int(any(outcome.verdict not in ("ok", _SKIPPED) for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,23 @@ def engine_table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def sides_table(rows: Sequence[dict]) -> str:
+    """Two batches in flight under lowered control against what each side's step takes alone: at best the slower side never
+    waits, and a batch ends as often as it can compute one."""
+    lines = [
+        "| model | batch | attention alone ms | FFN alone ms | tok/s | slower side alone tok/s | reached |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "ffn_s" in row and row["lanes"] == 2:
+            bound = row["batch"] / max(row["attention_s"], row["ffn_s"])
+            lines.append(
+                f"| {row['model']} | {row['batch']} | {row['attention_s'] * 1e3:.2f} | {row['ffn_s'] * 1e3:.2f} | "
+                f"{row['tokens_per_s']:.0f} | {bound:.0f} | {row['tokens_per_s'] / bound:.2f} |"
+            )
+    return "\n".join(lines)
+
+
 def serve_table(rows: Sequence[dict]) -> str:
     lines = [
         "| system | req/s | TBT mean ms | TBT P99 ms | TTFT mean ms | TTFT P99 ms | tok/s |",
@@ -156,10 +173,14 @@ def memory_table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def render(folder: Path) -> str:
-    """All tables of `folder`. Raises UserError where a file is missing or no result."""
+    """All tables of `folder`. Raises UserError where there is no engine.json, or a file is no result."""
     memory = _measured(folder / "memory.json") if (folder / "memory.json").exists() else {}
     engine = _rows(folder / "engine.json")
-    tables = [engine_table(engine), predicted_table(engine), serve_table(_rows(folder / "serve.json"))]
+    tables = [engine_table(engine), predicted_table(engine)]
+    if any("ffn_s" in row for row in engine):
+        tables.append(sides_table(engine))
+    if (folder / "serve.json").exists():
+        tables.append(serve_table(_rows(folder / "serve.json")))
     if (folder / "swap.json").exists():
         tables.append(swap_table(_rows(folder / "swap.json")))
     for name in ("elastic.json", "elastic_seeds.json", "mixtral.json", "capped.json"):

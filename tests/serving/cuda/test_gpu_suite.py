@@ -41,6 +41,12 @@ def test_a_run_without_failures_ends_well(sections, tmp_path):
     assert suite.main(["--out", str(tmp_path), "good"]) == 0
 
 
+def test_a_section_that_needs_more_cards_is_skipped_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "SECTIONS", {"many": suite.Section(("-c", "import sys; sys.exit(3)"), 3, cards=99)})
+    assert suite.main(["--out", str(tmp_path)]) == 0
+    assert "many [skipped" in (table := capsys.readouterr().out) and "needs 99 cards" in table
+
+
 def test_unknown_sections_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         suite.main(["--out", str(tmp_path), "kernel"])
@@ -71,8 +77,9 @@ def test_sections_name_modules_that_exist():
         assert importlib.util.find_spec(section.command[1]), section.command
 
 
-def test_shipped_tables_are_those_of_the_shipped_results():
-    folder = Path(__file__).parents[3] / "results" / "h200"
+@pytest.mark.parametrize("name", ["h200", "h200x2"])
+def test_shipped_tables_are_those_of_the_shipped_results(name):
+    folder = Path(__file__).parents[3] / "results" / name
     assert show.render(folder) in (folder / "README.md").read_text()
 
 
@@ -103,6 +110,13 @@ def test_both_pools_and_shared_devices_plan_within_the_same_bytes(monkeypatch):
         cluster = serve.cluster_for(name, *serve.pool_bytes(models, 2 << 30))
         plans = registry.create(name, {**serve._OPTIONS, **options}).plan(cluster, models, Demand()).devices
         assert 1 << 30 < sum(plan.kv_bytes for plan in plans) < 2 << 30
+
+
+def test_two_batches_in_flight_are_told_beside_what_the_slower_side_could_do():
+    """4 tokens each 2 ms of the FFN alone are 2,000 a second; other rows have no such figure."""
+    sides = {"model": "m", "lanes": 2, "batch": 4, "attention_s": 0.001, "ffn_s": 0.002, "tokens_per_s": 1500.0}
+    table = show.sides_table([sides, {**sides, "lanes": 1}, {"model": "n", "lanes": 2, "batch": 1, "tbt_s": 0.1}])
+    assert table.splitlines()[2:] == ["| m | 4 | 1.00 | 2.00 | 1500 | 2000 | 0.75 |"]
 
 
 def test_a_system_that_was_refused_stays_in_the_table_with_its_reason():
