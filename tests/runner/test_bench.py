@@ -416,6 +416,7 @@ def test_a_failing_cell_does_not_end_the_sweep(tmp_path, bench_here):
     assert sorted(record.status for record in found) == ["complete", "failed"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("moment", ["interrupted while starting", "terminated while serving"])
 def test_an_interrupt_keeps_what_was_seen_and_leaves_no_process(moment, tmp_path):
     command = [
