@@ -154,9 +154,9 @@ def running(tmp_path_factory):
 def test_every_block_runs_from_top_to_bottom(document, running):
     script, printed = running[document]
     try:
-        status = script.wait(timeout=400)
+        status = script.wait(timeout=600)
     except subprocess.TimeoutExpired:
-        status = "none after 400 s"
+        status = "none after 600 s"
     assert status == 0, printed.read_text()[-6000:]
 
 
