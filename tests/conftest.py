@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes of a suite: 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from hypothesis import settings
 
 # Triton decides at its first import whether kernels compile or are interpreted, and `transformers` imports it: so here,
 # before any test module. Nothing but tests/kernels computes with it; those who compile do so in a process of their own.
@@ -20,6 +21,10 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # on a card, nothing may load beside a resident kernel
 
 sys.path.insert(0, str(Path(__file__).parent))  # judges.py and reference_deepseek.py
+
+settings.register_profile("beside others", deadline=None)  # who waits for a core has not become slow
+if "PYTEST_XDIST_WORKER" in os.environ:
+    settings.load_profile("beside others")
 
 
 # Of `-n`: tests that share what takes long to make, or begin first because they take long. Each of the others is for
