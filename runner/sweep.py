@@ -12,13 +12,14 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runner.config import bench_from_dict
-from runner.records import Record
-from runner.run import execute
 from serving.errors import UserError, one_line
 from workloads.errors import WorkloadError
+
+if TYPE_CHECKING:
+    from runner.records import Record
 
 LOG_VARIABLE = "CROSSPOOL_SWEEP_LOG"
 _UNSAID = ("results_dir=", "tracking", "force=", "experiment=", "hydra")  # of no use to tell cells apart
@@ -41,6 +42,8 @@ _SHOWN = (
 def run_cell(content: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Run one configuration, which `overrides` chose, and log what became of it. Only an interrupt leaves this function: a
     bug is told with its traceback and costs its own cell."""
+    from runner.run import execute  # two seconds of packages, which neither help nor a wrong word should cost
+
     cell = _identified(content, overrides)
     command = shlex.join(["python", "bench.py", *overrides])
     try:

@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes of a suite: a thread each, in children too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
+from hypothesis import settings
 
 # Triton decides at its first import whether kernels compile or are interpreted, and `transformers` imports it: so here,
 # before any test module. Nothing but tests/kernels computes with it; those who compile do so in a process of their own.
@@ -16,6 +21,31 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # on a card, nothing may load beside a resident kernel
 
 sys.path.insert(0, str(Path(__file__).parent))  # judges.py and reference_deepseek.py
+
+settings.register_profile("beside others", deadline=None)  # who waits for a core has not become slow
+if "PYTEST_XDIST_WORKER" in os.environ:
+    settings.load_profile("beside others")
+
+
+# Of `-n`: tests that share what takes long to make, or begin first because they take long. Each of the others is for
+# whichever process is free.
+TOGETHER = (
+    "tests/test_documents.py::test_every_block",
+    "tests/runner/test_launchers.py::test_ray_runs",
+    "tests/baselines/test_static_groups.py",
+    "tests/kernels/test_aot.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((start for start in TOGETHER if nodeid.startswith(start)), nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import pickle
@@ -35,12 +36,14 @@ def main() -> int:
         os.write(config.status_fd, json.dumps(message).encode() + b"\n")
 
     try:
+        gc.disable()  # nothing of what is imported is garbage, and to look for some is a sixth of the time
         import torch
 
         torch.set_num_threads(1)
         from serving.workers.build import build_worker
         from serving.workers.timeline import Recorder
 
+        gc.enable()
         recorder = Recorder(config.timeline) if config.timeline else None
         worker = build_worker(config, recorder)
         tell(state="ready")

@@ -104,6 +104,7 @@ def test_a_model_larger_than_a_device_and_a_cache_smaller_than_a_model_are_refus
         registry.create("swap", {**OPTIONS, "host_cache_bytes": 1 << 20}).plan(room_for_one(models), models, Demand())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("backend", ["real", "sim"])
 def test_who_waits_past_the_deadline_for_a_seat_is_rejected_and_nobody_else(backend, tiny_checkpoints):
     """The first model stays however long it idles, so the other one's requests wait on the device."""

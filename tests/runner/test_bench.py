@@ -166,6 +166,7 @@ def assert_mirrored_in_wandb(record):
 
 
 def test_figures_go_to_wandb_as_an_artifact_of_the_experiment(tmp_path, capsys):
+    import wandb
     from matplotlib.figure import Figure
 
     folder = tmp_path / "made-up"
@@ -173,6 +174,7 @@ def test_figures_go_to_wandb_as_an_artifact_of_the_experiment(tmp_path, capsys):
     Figure().savefig(folder / "tbt_cdf.png")
     (folder / "tbt_cdf.csv").write_text("system,latency_ms\n")
     assert runner.publish.main([str(folder)]) == 0
+    wandb.teardown()  # as at the end of the command: what its service writes is on disk afterwards
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     seen = {"group": "", "job": "", "artifacts": {}, "images": []}
     for data in wandb_entries(path.read_bytes()):
@@ -416,6 +418,7 @@ def test_a_failing_cell_does_not_end_the_sweep(tmp_path, bench_here):
     assert sorted(record.status for record in found) == ["complete", "failed"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("moment", ["interrupted while starting", "terminated while serving"])
 def test_an_interrupt_keeps_what_was_seen_and_leaves_no_process(moment, tmp_path):
     command = [

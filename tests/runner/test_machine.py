@@ -68,6 +68,7 @@ def test_a_card_that_is_not_there_is_refused(two_cards):
         cards_of([card_device("far", 2)])
 
 
+@pytest.mark.alone
 def test_what_a_child_computes_is_our_own_and_not_others():
     cores = sorted(os.sched_getaffinity(0))  # all of them: what is our own may run on any
     before = CpuUse.now(cores)
@@ -89,6 +90,7 @@ def test_the_share_of_others_is_what_is_left(all_s, own_s, share):
     assert before.others_share_since(before) is None
 
 
+@pytest.mark.alone
 def test_a_lock_makes_the_second_wait_and_ends_with_its_process(tmp_path, capfd):
     program = (
         "import sys, time\nfrom pathlib import Path\nfrom runner import locks\n"

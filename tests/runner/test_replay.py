@@ -61,6 +61,7 @@ def replay(system, requests, drain_timeout_s=1.0):
     return Replay(system, requests, drain_timeout_s, poll_interval_s=0.001).run(len(requests), "test")
 
 
+@pytest.mark.alone
 def test_requests_go_in_when_planned_though_the_system_is_slow():
     system = ScriptedSystem(delay_s=0.3)
     started = time.monotonic()

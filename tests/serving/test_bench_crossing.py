@@ -10,7 +10,7 @@ pytestmark = pytest.mark.cpu
 
 
 def test_both_transports_return_what_was_sent(capsys):
-    arguments = ["--rows", "1", "3", "--hidden", "64", "--rounds", "200", "--transport", "shared-memory", "gloo"]
+    arguments = ["--rows", "1", "3", "--hidden", "64", "--rounds", "20", "--transport", "shared-memory", "gloo"]
     assert main([*arguments, "--json"]) == 0
     table = json.loads(capsys.readouterr().out)["round_trip"]
     assert [(row["transport"], row["rows"]) for row in table] == [

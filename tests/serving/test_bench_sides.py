@@ -7,7 +7,7 @@ import json
 import judges
 import pytest
 
-from serving import bench_decode
+from serving import bench_decode, bench_sides
 from serving.bench_sides import HalvesSide
 from serving.interface import ServedModel
 from serving.spec import load_spec
@@ -75,7 +75,8 @@ def test_sizes_that_give_no_rate_are_refused(wrong, tiny_checkpoints, capsys):
     assert capsys.readouterr().err.startswith("error: a decode rate needs")
 
 
-def test_the_command_lets_real_sides_take_turns(tiny_checkpoints, tmp_path):
+def test_the_command_lets_real_sides_take_turns(tiny_checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_sides, "_MEMORY_BYTES", 64 << 20)  # all of it is touched at the start
     out = tmp_path / "figures.json"
     arguments = ["--checkpoint", str(tiny_checkpoints["mixtral"]), "--batch", "2", "--rounds", "1", "--new-tokens", "4"]
     arguments += ["--transformers", "grouped_mm"]
