@@ -24,11 +24,10 @@ from serving.workers.counters import Counters
 from serving.workers.messages import Stop, Submit, Tokens, decode, encode
 from serving.workers.model_worker import HostedModel, ModelWorker
 from serving.workers.ports import LocalFFN
-from serving.workers.timeline import A2F, ATTENTION, FINISH
+from serving.workers.timeline import ATTENTION, FINISH
 
 DECODE_ROWS = (1, 2, 4, 8)
 CHUNK_ROWS = (16, 32, 64, 80, 96, 128)
-_DECODE_STEPS = 24
 _PROMPT_TOKENS = 11  # of sequences that are to decode
 _PAGE_BYTES = 65536
 _LEAST_S = 1e-7  # what differences of measured times are at least
@@ -83,14 +82,17 @@ class _Spans(list):
         self.append(_Span(start_ns, end_ns, stage, layer, rows))
 
 
-def measure_steps(model: ServedModel, attention: AttentionHalf, ffn: FFNHalf, rounds: int) -> list[MeasuredRow]:
+def measure_steps(
+    model: ServedModel, attention: AttentionHalf, ffn: FFNHalf, rounds: int, decode_steps: int = 24
+) -> list[MeasuredRow]:
     """Rows of `stage_begin` (all that a step of so many rows does once, but for its end) and of `stage_end` (last residual, head,
-    sampling and the report for so many positions of a decode step): the median over the steps of all `rounds`.
+    sampling and the report for so many positions of a decode step): the median over the steps of all `rounds`, in each of which
+    sequences decode for `decode_steps`.
 
     Prompts have other lengths in each round: those of a real trace are seldom met twice.
     """
     spans = _Spans()
-    _serve(model, attention, ffn, _batches(model, rounds), spans)
+    _serve(model, attention, ffn, list(_batches(model, rounds, decode_steps)), spans)
     by_rows: dict[int, list[_Step]] = defaultdict(list)
     for step in _steps(spans):
         by_rows[step.rows].append(step)
@@ -119,7 +121,7 @@ def _lengths(rows: int, rounds: int) -> tuple[int, ...]:
     return tuple(max(rows - number, max(DECODE_ROWS) + 1) for number in range(rounds))
 
 
-def _batches(model: ServedModel, rounds: int) -> Iterator[list[Submit]]:
+def _batches(model: ServedModel, rounds: int, decode_steps: int) -> Iterator[list[Submit]]:
     """One prompt at a time, each for one token; then as many sequences as decode together."""
     numbers, generator = iter(range(1 << 30)), random.Random(0)
 
@@ -133,18 +135,18 @@ def _batches(model: ServedModel, rounds: int) -> Iterator[list[Submit]]:
         for rows in _chunk_rows(model):
             yield [request(_lengths(rows, rounds)[number], 1)]
         for batch in DECODE_ROWS:
-            yield [request(_PROMPT_TOKENS, _DECODE_STEPS) for _ in range(batch)]
+            yield [request(_PROMPT_TOKENS, decode_steps + 1) for _ in range(batch)]
 
 
 def _serve(
-    model: ServedModel, attention: AttentionHalf, ffn: FFNHalf, batches: Iterator[list[Submit]], spans: _Spans
+    model: ServedModel, attention: AttentionHalf, ffn: FFNHalf, batches: Sequence[Sequence[Submit]], spans: _Spans
 ) -> None:
     """Run a worker of `model` through `batches`, one after the other."""
     most, spec = max(DECODE_ROWS), model.spec
-    longest = max(max(_chunk_rows(model)) + 1, _PROMPT_TOKENS + _DECODE_STEPS)
-    pages = most * KVGeometry.of(spec, model.dtype).pages(min(longest, spec.max_context_tokens), _PAGE_BYTES)
+    longest = max(len(request.prompt) + request.max_new_tokens for batch in batches for request in batch)
+    pages = most * KVGeometry.of(spec, model.dtype).pages(longest, _PAGE_BYTES)
     pool, region = KVPool(pages, _PAGE_BYTES, [(spec, model.dtype)], most), SharedRegion(counters.REGION_BYTES)
-    script, count = _Script(list(batches)), Counters(region)
+    script, count = _Script(batches), Counters(region)
     hosted = HostedModel(0, attention, pool.models[model.name], _FFNApart({0: ffn}, 1), 0, spec.num_layers)
     limits = StepLimits(most, max(longest, most * _PROMPT_TOKENS))
     try:
@@ -163,17 +165,17 @@ class _Step:
 
 
 def _steps(spans: Sequence[_Span]) -> Iterator[_Step]:
-    """The steps of a timeline, in order. What layer 0 takes longer than other layers' attention belongs to its begin."""
+    """The steps of a timeline, in order. What layer 0 takes longer than other layers' attention belongs to its begin; what
+    others' spans vary by does not."""
     mine: list[_Span] = []
     before_ns = 0
     for span in spans:
         mine.append(span)
         if span.stage != FINISH:
             continue
-        attended = [one.ns for one in mine if one.stage == ATTENTION]
-        layers_ns = len(attended) * statistics.fmean(attended[1:] or attended)
-        layers_ns += sum(one.ns for one in mine if one.stage == A2F)
+        first, *others = [one.ns for one in mine if one.stage == ATTENTION]
         decodes = span.rows in DECODE_ROWS
         started_ns = before_ns if decodes and before_ns else mine[0].start_ns
-        yield _Step(span.rows, span.end_ns - started_ns - layers_ns, span.ns)
+        gaps_ns = span.end_ns - started_ns - sum(one.ns for one in mine)
+        yield _Step(span.rows, gaps_ns + first - statistics.median(others or [first]) + span.ns, span.ns)
         before_ns, mine = span.end_ns, []

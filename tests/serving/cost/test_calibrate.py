@@ -153,7 +153,7 @@ def test_the_stages_of_a_small_model_can_be_measured(tmp_path):
     assert max(point.columns.get("context", 0) for point in points) <= 512
     rows, lost = measure(points, rounds=1, seconds_per_point=0.0)
     assert 0 <= lost < 1
-    rows += measure_steps(model, *halves, rounds=1)
+    rows += measure_steps(model, *halves, rounds=1, decode_steps=2)
     assert {row.operator for row in rows} - operators == {"stage_begin", "stage_end"}
     assert all(row.seconds > 0 for row in rows)
     found = calibration(RATES, "float32", rows_by_operator(rows), {})
