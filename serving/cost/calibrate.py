@@ -27,10 +27,14 @@ from serving.layers.batch import BatchLayout
 from serving.layers.ffn_half import FFNHalf
 from serving.spec import GQASpec, ModelSpec
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 96, 128, 256)
 DECODE_BATCHES = (1, 2, 4, 8, 16)
 DECODE_CONTEXTS = (16, 64, 256, 1024, 4096)
-CHUNKS = ((16, 0), (64, 0), (256, 0), (16, 256), (64, 256), (256, 256), (64, 1024), (256, 1024))
+# Close to each other where linear layers go over to another library, whose time jumps there (kernels/linear/cpu.py).
+CHUNKS = (
+    *((new, 0) for new in (16, 32, 64, 72, 96, 128, 256)),
+    *((new, past) for past in (256, 1024) for new in (16, 64, 256)),
+)
 _MOST_ROWS_BETWEEN = 64  # of the FFN that runs untimed between two attention layers: they hit nearly all experts
 
 
