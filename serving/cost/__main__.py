@@ -122,6 +122,7 @@ def _stream(options: argparse.Namespace) -> int:
 def _calibrate(options: argparse.Namespace) -> int:
     from serving.cost import calibrate, machine_rates
     from serving.cost.calibrated import calibration, rows_by_operator, write_calibration
+    from serving.cost.worker_steps import measure_steps
 
     served = [_served(model, options.dtype, options.dummy) for model in options.model]
     provenance = {
@@ -135,7 +136,9 @@ def _calibrate(options: argparse.Namespace) -> int:
     rates |= machine_rates.product_rates()
     rows, neighbour = [], {}
     for model in served:
-        points = list(calibrate.stage_points(model))
+        halves = calibrate.load_halves(model)
+        points = list(calibrate.stage_points(model, *halves))
+        rows += measure_steps(model, *halves, options.rounds)
         mine, lost = calibrate.measure(points, options.rounds, options.point_ms / 1e3)
         provenance[f"lost_share/{model.name}"] = round(lost, 3)
         print(f"{model.name}: {len(mine)} points; other processes held the core {lost:.0%} of the time")

@@ -2,8 +2,9 @@
 
 `python -m serving.cost calibrate --out FILE --model DIR` writes one JSON file: what the machine reached, every measured
 row, and coefficients fitted to the rows. A stage is timed by walking all layers of a model in order, the other half of each
-layer run untimed in between, of as many rows, and head and embedding where a step has just run, so that weights and KV come from where they come from in a run (the last-level
-cache for small models, memory for large ones). Points are visited in several interleaved rounds and the median over rounds is kept, which rides out a neighbour's burst.
+layer run untimed in between, of as many rows, so that weights and KV come from where they come from in a run (the last-level
+cache for small models, memory for large ones). Points are visited in several interleaved rounds and the median over rounds is
+kept, which rides out a neighbour's burst. What a step does once is measured on the worker (serving/cost/worker_steps.py).
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from serving.layers.batch import BatchLayout
 from serving.layers.ffn_half import FFNHalf
 from serving.spec import GQASpec, ModelSpec
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 96, 128, 256)
 DECODE_BATCHES = (1, 2, 4, 8, 16)
 DECODE_CONTEXTS = (16, 64, 256, 1024, 4096)
-CHUNKS = ((16, 0), (64, 0), (256, 0), (16, 256), (64, 256), (256, 256), (64, 1024), (256, 1024))
+# Close to each other where linear layers go over to another library, whose time jumps there (kernels/linear/cpu.py).
+CHUNKS = (
+    *((new, 0) for new in (16, 32, 64, 72, 96, 128, 256)),
+    *((new, past) for past in (256, 1024) for new in (16, 64, 256)),
+)
 _MOST_ROWS_BETWEEN = 64  # of the FFN that runs untimed between two attention layers: they hit nearly all experts
 
 
@@ -43,7 +48,6 @@ class Point:
     columns: dict[str, float]
     run: Callable[[], int]
     repeats: int
-    before: Callable[[], None] | None = None  # untimed, ahead of each run
 
 
 def measure(points: list[Point], rounds: int, seconds_per_point: float) -> tuple[list[MeasuredRow], float]:
@@ -56,8 +60,6 @@ def measure(points: list[Point], rounds: int, seconds_per_point: float) -> tuple
     times: list[list[float]] = [[] for _ in points]
     wall_ns, own_ns = time.perf_counter_ns(), time.thread_time_ns()
     with torch.inference_mode():
-        for point in points:
-            point.run()
         for _ in range(rounds):
             for index, point in enumerate(points):
                 times[index].append(_time(point, seconds_per_point))
@@ -70,11 +72,11 @@ def measure(points: list[Point], rounds: int, seconds_per_point: float) -> tuple
 
 
 def _time(point: Point, budget_s: float) -> float:
-    """Median seconds of one repeat over as many runs as fit into `budget_s`, at least one."""
+    """Median seconds of one repeat over as many runs as fit into `budget_s`, at least one. A run that does not count goes before
+    them: it finds in the caches what another point left there, where an engine's step finds what the step before it left."""
+    point.run()
     samples, end = [], time.perf_counter() + budget_s
     while not samples or (time.perf_counter() < end and len(samples) < 200):
-        if point.before:
-            point.before()
         samples.append(point.run() * 1e-9 / point.repeats)
     return statistics.median(samples)
 
@@ -92,7 +94,7 @@ def measure_beside_stream(points: list[Point], core: int, seconds_per_point: flo
     chosen = [
         point for point in points if point.columns.get("batch_size", 4) == 4 or point.columns.get("num_tokens") == 4
     ]
-    chosen = [point for point in chosen if point.operator in ("stage_decode", "stage_routed", "stage_head")]
+    chosen = [point for point in chosen if point.operator in ("stage_decode", "stage_routed")]
     with torch.inference_mode():
         alone = [_time(point, seconds_per_point) for point in chosen]
         streamer = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -110,11 +112,18 @@ def measure_beside_stream(points: list[Point], core: int, seconds_per_point: flo
 
 
 # -- stages of a model -------------------------------------------------------------------------------------------------
-def stage_points(model: ServedModel, kv_budget_bytes: int = 512 * 2**20, seed: int = 0) -> Iterator[Point]:
-    """All stages of `model`, loaded here. Contexts that overflow the budget of KV are left out."""
+def load_halves(model: ServedModel) -> tuple[AttentionHalf, FFNHalf]:
+    """Both halves of `model`, in this process's memory."""
     dtype = getattr(torch, model.dtype)
     with open_weights(model) as weights:
-        attention, ffn = AttentionHalf(model.spec, weights, dtype), FFNHalf(model.spec, weights, dtype)
+        return AttentionHalf(model.spec, weights, dtype), FFNHalf(model.spec, weights, dtype)
+
+
+def stage_points(
+    model: ServedModel, attention: AttentionHalf, ffn: FFNHalf, kv_budget_bytes: int = 512 * 2**20, seed: int = 0
+) -> Iterator[Point]:
+    """All stages of a layer of `model`. Contexts that overflow the budget of KV are left out."""
+    dtype = getattr(torch, model.dtype)
     generator = torch.Generator().manual_seed(seed)
     slots = min(
         model.spec.max_context_tokens * max(DECODE_BATCHES),
@@ -125,7 +134,6 @@ def stage_points(model: ServedModel, kv_budget_bytes: int = 512 * 2**20, seed: i
         model, attention, slots, generator, lambda layer, rows: ffn.forward(layer, hidden[:rows])
     )
     yield from _ffn_points(model, ffn, generator, _one_row(attention, hidden[:1], model))
-    yield from _end_points(model, attention, ffn, generator)
 
 
 def _attention_points(
@@ -188,14 +196,16 @@ def _ffn_points(
     }
 
     def walk(layers: list[int], rows: int) -> Callable[[], int]:
-        # Fresh rows for each layer: the same ones would meet the same few experts' weights, warm.
-        inputs = torch.randn(len(layers), rows, spec.hidden_size, generator=generator).to(dtype)
+        # Fresh rows for each layer: the same ones would meet the same few experts' weights, warm. And all layers, timed or not:
+        # the few dense ones among many routed would else find their own weights where they left them.
+        inputs = torch.randn(spec.num_layers, rows, spec.hidden_size, generator=generator).to(dtype)
 
         def run() -> int:
             total_ns = 0
-            for index, layer in enumerate(layers):
+            for layer in range(spec.num_layers):
                 between(layer)
-                total_ns += _timed(lambda index=index, layer=layer: half.forward(layer, inputs[index]))
+                took_ns = _timed(lambda layer=layer: half.forward(layer, inputs[layer]))
+                total_ns += took_ns if layer in layers else 0
             return total_ns
 
         return run
@@ -210,36 +220,3 @@ def _ffn_points(
                     "distinct": spec.moe.distinct_experts(rows),
                 }
             yield Point(operator, spec.name, columns, walk(layers, rows), len(layers))
-
-
-def _end_points(model: ServedModel, half: AttentionHalf, ffn: FFNHalf, generator: torch.Generator) -> Iterator[Point]:
-    spec, dtype = model.spec, getattr(torch, model.dtype)
-
-    def head(rows: int) -> Callable[[], int]:
-        hidden = torch.randn(rows, spec.hidden_size, generator=generator).to(dtype)
-        layout = BatchLayout((1,) * rows, (1,) * rows, tuple(range(rows)), tuple(range(rows)))
-        return lambda: _timed(lambda: half.logits(hidden, hidden, layout).argmax(-1).tolist())
-
-    def embed(rows: int) -> Callable[[], int]:
-        ids = torch.randint(spec.vocab_size, (rows,), generator=generator)
-        return lambda: _timed(lambda: half.embed(ids))
-
-    cache = torch.zeros(16, *_kv_tail(spec)).to(dtype)
-
-    def step(rows: int) -> Callable[[], None]:
-        """All layers of so many rows: what lies between two visits to head and embedding, and leaves caches as it does."""
-        layout = BatchLayout((1,) * rows, (1,) * rows, tuple(range(rows)), ())
-
-        def walk() -> None:
-            hidden = torch.randn(rows, spec.hidden_size, generator=generator).to(dtype)
-            back = None
-            for layer in range(spec.num_layers):
-                hidden, ffn_in = half.attend(layer, hidden, back, cache, layout)
-                back = ffn.forward(layer, ffn_in)
-
-        return walk
-
-    for rows in (1, 2, 4, 8, 16):
-        columns = {"hidden_size": float(spec.hidden_size), "rows": float(rows)}
-        yield Point("stage_head", spec.name, columns, head(rows), 1, step(rows))
-        yield Point("stage_embed", spec.name, columns, embed(rows), 1, step(rows))

@@ -174,13 +174,15 @@ class CalibratedStages(ModelStages):
         self._found, self._tables = found, found.tables()
 
     def head(self, rows: int) -> Stage:
-        return Stage(self._seconds("stage_head", rows=rows), facts.head_work(self.spec, rows, self.dtype), 1)
+        """With the last residual and all else that ends a step."""
+        return Stage(self._seconds("stage_end", rows=rows), facts.head_work(self.spec, rows, self.dtype), 1)
 
     def embedding(self, tokens: int) -> Stage:
-        return Stage(self._seconds("stage_embed", rows=tokens), facts.embedding_work(self.spec, tokens, self.dtype), 1)
+        """With all else that a step of so many rows does but once: composing it, mapping pages, its layout."""
+        return Stage(self._seconds("stage_begin", rows=tokens), facts.embedding_work(self.spec, tokens, self.dtype), 1)
 
     def beside_stream(self, operator: str) -> float:
-        """Measured slowdown of a stage (`stage_decode`, `stage_routed`, `stage_head`) beside a streaming core; 1 unmeasured."""
+        """Measured slowdown of a stage (`stage_decode`, `stage_routed`) beside a streaming core; 1 unmeasured."""
         return self._found.beside_stream.get(self.spec.name, {}).get(operator, 1.0)
 
     def share(self, parts: int) -> ModelStages:

@@ -31,7 +31,7 @@ def routed(p: Coefficients, x: Columns, hw: Hardware, kernel: Kernel):
 
 
 def per_row(p: Coefficients, x: Columns, hw: Hardware, kernel: Kernel):
-    """A dense FFN, the head, the embedding, with all a step does once."""
+    """A dense FFN; what a step does once, at its begin (the embedding and more) and at its end (the head and more)."""
     return p["t0_us"] * US + p["row_us"] * US * x["rows"]
 
 
@@ -48,6 +48,6 @@ STAGE_FORMS = {
             {**_LINE, "token_ns": 5.0, "pair_ns": 5.0},
         ),
         Form("stage_routed", routed, ("hidden_size",), ("num_tokens",), {**_LINE, "expert_us": 50.0}),
-        *(Form(f"stage_{name}", per_row, ("hidden_size",), ("rows",), _LINE) for name in ("dense", "head", "embed")),
+        *(Form(f"stage_{name}", per_row, ("hidden_size",), ("rows",), _LINE) for name in ("dense", "begin", "end")),
     )
 }

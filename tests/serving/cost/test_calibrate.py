@@ -62,8 +62,8 @@ def made_rows(name: str, hidden: float, scale: float = 1.0) -> list[MeasuredRow]
         add("stage_routed", 20 + 5 * tokens + 50 * hit, num_tokens=tokens, distinct=hit)
     for count in (1, 4, 16):
         add("stage_dense", 30 + 5 * count, rows=count)
-        add("stage_head", 200 + 40 * count, rows=count)
-        add("stage_embed", 5 + 0.1 * count, rows=count)
+        add("stage_end", 200 + 40 * count, rows=count)
+        add("stage_begin", 5 + 0.1 * count, rows=count)
     return rows
 
 
@@ -139,17 +139,22 @@ def test_a_calibration_survives_its_file(made, tmp_path):
 
 
 def test_the_stages_of_a_small_model_can_be_measured(tmp_path):
-    from serving.cost.calibrate import measure, stage_points
+    from serving.cost.calibrate import load_halves, measure, stage_points
+    from serving.cost.worker_steps import measure_steps
     from serving.interface import ServedModel
     from serving.spec import spec_from_config
 
     spec = spec_from_config(TINY, "tiny")
-    points = list(stage_points(ServedModel(spec, tmp_path, "float32", dummy=True), kv_budget_bytes=2**20))
+    model = ServedModel(spec, tmp_path, "float32", dummy=True)
+    halves = load_halves(model)
+    points = list(stage_points(model, *halves, kv_budget_bytes=2**20))
     operators = {point.operator for point in points}
-    assert operators == {f"stage_{name}" for name in ("decode", "prefill", "routed", "dense", "head", "embed")}
+    assert operators == {f"stage_{name}" for name in ("decode", "prefill", "routed", "dense")}
     assert max(point.columns.get("context", 0) for point in points) <= 512
     rows, lost = measure(points, rounds=1, seconds_per_point=0.0)
     assert 0 <= lost < 1
+    rows += measure_steps(model, *halves, rounds=1, decode_steps=2)
+    assert {row.operator for row in rows} - operators == {"stage_begin", "stage_end"}
     assert all(row.seconds > 0 for row in rows)
     found = calibration(RATES, "float32", rows_by_operator(rows), {})
     seconds = CalibratedStages(spec, found).decode_step(2, 64).device_s

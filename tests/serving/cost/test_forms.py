@@ -85,7 +85,7 @@ SHAPED = {
     "stage_decode": ({"batch_size": 2, "context": 100}, "context"),
     "stage_prefill": ({"isl": 64, "past": 64}, "past"),
     "stage_routed": ({"num_tokens": 4, "distinct": 6}, "num_tokens"),
-    **{f"stage_{name}": ({"rows": 8}, "rows") for name in ("dense", "head", "embed")},
+    **{f"stage_{name}": ({"rows": 8}, "rows") for name in ("dense", "begin", "end")},
     **{name: ({"rows": 8, "width": 2048}, "rows") for name in ELEMENTWISE},
 }
 

@@ -1,0 +1,181 @@
+"""What a step costs once, beside its layers: measured on the worker itself, served a script of requests in this process.
+
+Composing a step, mapping pages, its layout and embedding, shapes that the product library meets for the first time, sampling,
+reporting: none of it is a stage of a model, all of it is in every step. The worker's own timeline tells it apart from the layers.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from serving.batching import StepLimits
+from serving.cost.calibrated import MeasuredRow
+from serving.interface import ServedModel
+from serving.layers.attention_half import AttentionHalf
+from serving.layers.ffn_half import FFNHalf
+from serving.memory.kv_pool import KVGeometry, KVPool
+from serving.shm.region import SharedRegion
+from serving.workers import counters
+from serving.workers.counters import Counters
+from serving.workers.messages import Stop, Submit, Tokens, decode, encode
+from serving.workers.model_worker import HostedModel, ModelWorker
+from serving.workers.ports import LocalFFN
+from serving.workers.timeline import ATTENTION, FINISH
+
+DECODE_ROWS = (1, 2, 4, 8)
+CHUNK_ROWS = (16, 32, 64, 80, 96, 128)
+_PROMPT_TOKENS = 11  # of sequences that are to decode
+_PAGE_BYTES = 65536
+_LEAST_S = 1e-7  # what differences of measured times are at least
+
+
+class _Script:
+    """Both rings of a worker at once: hands out the next batch of requests when the last has ended, and Stop in the end."""
+
+    def __init__(self, batches: Sequence[Sequence[Submit]]) -> None:
+        self._batches, self._ready, self._open = deque(batches), deque(), 0
+
+    @property
+    def empty(self) -> bool:
+        return self._open > 0 and not self._ready
+
+    def pop(self) -> bytes | None:
+        if not self._open:
+            self._ready.extend(self._batches.popleft() if self._batches else (Stop(),))
+            self._open = len(self._ready)
+        return encode(self._ready.popleft()) if self._ready else None
+
+    def push(self, data: bytes) -> bool:
+        message = decode(data)
+        if isinstance(message, Tokens):
+            self._open -= sum(last for _, _, last in message.items)
+        return True
+
+
+class _FFNApart(LocalFFN):
+    """FFN in place, in a span of its own: the timeline tells attention from FFN where rows leave a device."""
+
+    crosses = True
+
+
+@dataclass(frozen=True)
+class _Span:
+    start_ns: int
+    end_ns: int
+    stage: int
+    layer: int
+    rows: int
+
+    @property
+    def ns(self) -> int:
+        return self.end_ns - self.start_ns
+
+
+class _Spans(list):
+    """A recorder that keeps its spans at hand."""
+
+    def add(self, start_ns: int, end_ns: int, stage: int, lane: int, model: int, layer: int, rows: int) -> None:
+        self.append(_Span(start_ns, end_ns, stage, layer, rows))
+
+
+def measure_steps(
+    model: ServedModel, attention: AttentionHalf, ffn: FFNHalf, rounds: int, decode_steps: int = 24
+) -> list[MeasuredRow]:
+    """Rows of `stage_begin` (all that a step of so many rows does once, but for its end) and of `stage_end` (last residual, head,
+    sampling and the report for so many positions of a decode step): the median over the steps of all `rounds`, in each of which
+    sequences decode for `decode_steps`.
+
+    Prompts have other lengths in each round: those of a real trace are seldom met twice.
+    """
+    spans = _Spans()
+    _serve(model, attention, ffn, list(_batches(model, rounds, decode_steps)), spans)
+    by_rows: dict[int, list[_Step]] = defaultdict(list)
+    for step in _steps(spans):
+        by_rows[step.rows].append(step)
+    common = {"hidden_size": float(model.spec.hidden_size)}
+    ends = {rows: statistics.median(step.end_ns for step in by_rows[rows]) for rows in DECODE_ROWS}
+    measured = [
+        MeasuredRow("stage_end", model.name, {**common, "rows": float(rows)}, end_ns * 1e-9)
+        for rows, end_ns in ends.items()
+    ]
+    for rows in (*DECODE_ROWS, *_chunk_rows(model)):
+        chunk = rows not in ends
+        lengths = _lengths(rows, rounds) if chunk else (rows,)
+        end_ns = ends[1] if chunk else ends[rows]  # a chunk's end may take longer than a decode step's
+        once_ns = statistics.median(step.once_ns - end_ns for length in lengths for step in by_rows[length])
+        columns = {**common, "rows": statistics.fmean(lengths)}
+        measured.append(MeasuredRow("stage_begin", model.name, columns, max(once_ns * 1e-9, _LEAST_S)))
+    return measured
+
+
+def _chunk_rows(model: ServedModel) -> tuple[int, ...]:
+    return tuple(rows for rows in CHUNK_ROWS if rows <= model.spec.max_context_tokens - 1)
+
+
+def _lengths(rows: int, rounds: int) -> tuple[int, ...]:
+    """A prompt length for each round."""
+    return tuple(max(rows - number, max(DECODE_ROWS) + 1) for number in range(rounds))
+
+
+def _batches(model: ServedModel, rounds: int, decode_steps: int) -> Iterator[list[Submit]]:
+    """One prompt at a time, each for one token; then as many sequences as decode together."""
+    numbers, generator = iter(range(1 << 30)), random.Random(0)
+
+    def request(prompt_tokens: int, new_tokens: int) -> Submit:
+        prompt = tuple(generator.choices(range(model.spec.vocab_size), k=prompt_tokens))
+        return Submit(next(numbers), 0, prompt, new_tokens, ())
+
+    longest = max(_chunk_rows(model))
+    yield [request(min(longest + 1, model.spec.max_context_tokens - 1), 1)]  # what a process does but once
+    for number in range(rounds):
+        for rows in _chunk_rows(model):
+            yield [request(_lengths(rows, rounds)[number], 1)]
+        for batch in DECODE_ROWS:
+            yield [request(_PROMPT_TOKENS, decode_steps + 1) for _ in range(batch)]
+
+
+def _serve(
+    model: ServedModel, attention: AttentionHalf, ffn: FFNHalf, batches: Sequence[Sequence[Submit]], spans: _Spans
+) -> None:
+    """Run a worker of `model` through `batches`, one after the other."""
+    most, spec = max(DECODE_ROWS), model.spec
+    longest = max(len(request.prompt) + request.max_new_tokens for batch in batches for request in batch)
+    pages = most * KVGeometry.of(spec, model.dtype).pages(longest, _PAGE_BYTES)
+    pool, region = KVPool(pages, _PAGE_BYTES, [(spec, model.dtype)], most), SharedRegion(counters.REGION_BYTES)
+    script, count = _Script(batches), Counters(region)
+    hosted = HostedModel(0, attention, pool.models[model.name], _FFNApart({0: ffn}, 1), 0, spec.num_layers)
+    limits = StepLimits(most, max(longest, most * _PROMPT_TOKENS))
+    try:
+        ModelWorker([hosted], [("steps", pool)], limits, 1, script, script, count, 100.0, spans).run()
+    finally:
+        count.release()
+        region.close()
+        pool.close()
+
+
+@dataclass(frozen=True)
+class _Step:
+    rows: int
+    once_ns: float  # all but the layers; gaps between spans are in it, and the gap to the step before
+    end_ns: int
+
+
+def _steps(spans: Sequence[_Span]) -> Iterator[_Step]:
+    """The steps of a timeline, in order. What layer 0 takes longer than other layers' attention belongs to its begin; what
+    others' spans vary by does not."""
+    mine: list[_Span] = []
+    before_ns = 0
+    for span in spans:
+        mine.append(span)
+        if span.stage != FINISH:
+            continue
+        first, *others = [one.ns for one in mine if one.stage == ATTENTION]
+        decodes = span.rows in DECODE_ROWS
+        started_ns = before_ns if decodes and before_ns else mine[0].start_ns
+        gaps_ns = span.end_ns - started_ns - sum(one.ns for one in mine)
+        yield _Step(span.rows, gaps_ns + first - statistics.median(others or [first]) + span.ns, span.ns)
+        before_ns, mine = span.end_ns, []

@@ -1,0 +1,97 @@
+"""What a step costs once, told apart from its layers by the worker's own timeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+
+import pytest
+import torch
+
+from serving.cost.calibrate import load_halves
+from serving.cost.worker_steps import CHUNK_ROWS, DECODE_ROWS, measure_steps
+from serving.interface import ServedModel
+from serving.spec import spec_from_config
+
+pytestmark = pytest.mark.cpu
+
+DELAY_S = 0.02  # far above what a busy machine adds
+TINY = {
+    "model_type": "mixtral",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 70,
+    "vocab_size": 64,
+    "torch_dtype": "float32",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return ServedModel(spec_from_config(TINY, "tiny"), tmp_path_factory.mktemp("tiny"), "float32", dummy=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As a worker has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Late:
+    """A half of which one method takes DELAY_S longer."""
+
+    def __init__(self, half, method: str) -> None:
+        self._half, self._method = half, method
+
+    def __getattr__(self, name: str):
+        found = getattr(self._half, name)
+        if name != self._method:
+            return found
+
+        def late(*args, **kwargs):
+            time.sleep(DELAY_S)
+            return found(*args, **kwargs)
+
+        return late
+
+
+def slowed(model: ServedModel, side: int, method: str) -> dict[str, float]:
+    """The median row of each operator, with `method` of one side late."""
+    halves = list(load_halves(model))
+    halves[side] = Late(halves[side], method)
+    found: dict[str, list[float]] = {}
+    for row in measure_steps(model, *halves, rounds=1, decode_steps=2):
+        found.setdefault(row.operator, []).append(row.seconds)
+    return {operator: statistics.median(seconds) for operator, seconds in found.items()}
+
+
+def test_what_is_done_once_counts_where_it_is_done_and_layers_count_nowhere(model):
+    late_embedding, late_head = slowed(model, 0, "embed"), slowed(model, 0, "logits")
+    assert late_embedding["stage_begin"] > DELAY_S > late_embedding["stage_end"]
+    assert late_head["stage_end"] > DELAY_S > late_head["stage_begin"]
+    for side, method in ((0, "attend"), (1, "forward")):
+        assert max(slowed(model, side, method).values()) < DELAY_S
+
+
+def test_rows_are_those_of_decode_steps_and_of_prompts_that_fit_the_context(model):
+    rows = measure_steps(model, *load_halves(model), rounds=2, decode_steps=2)
+    begun = [row.columns["rows"] for row in rows if row.operator == "stage_begin"]
+    fitting = [count - 0.5 for count in CHUNK_ROWS if count < TINY["max_position_embeddings"]]
+    assert begun == [*DECODE_ROWS, *fitting]  # another length in each of both rounds
+    assert [row.columns["rows"] for row in rows if row.operator == "stage_end"] == list(DECODE_ROWS)
+    assert {row.variant for row in rows} == {"tiny"}
+
+
+def test_a_model_of_one_layer_has_no_other_layer_to_compare_with(model):
+    spec = dataclasses.replace(model.spec, num_layers=1)
+    one = ServedModel(spec, model.checkpoint, "float32", dummy=True)
+    assert all(0 < row.seconds < 1 for row in measure_steps(one, *load_halves(one), rounds=1, decode_steps=2))
