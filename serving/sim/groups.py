@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from serving.batching import StepLimits
-from serving.memory.kv_pool import KVGeometry
-from serving.parallel.capacity import share_model
 from serving.cost.contention import Load
 from serving.cost.operators import rounded
+from serving.memory.kv_pool import KVGeometry
+from serving.parallel.capacity import share_model
 from serving.parallel.costs import GroupCosts, StepShape
 from serving.scheduler import StepPlan, StepScheduler
 from serving.sequence import Sequence as LiveSequence
@@ -23,7 +23,6 @@ from serving.sim.shared import SharedDevice
 from serving.sim.workers import SIMULATED_TOKEN, SimulatedWorker
 from serving.workers.config import GroupSeat, GroupWorkerConfig
 from serving.workers.messages import Cancel, PoolUse, Preempted, Stop, Submit, Tokens
-
 
 Stages = tuple[list[float], ...]  # seconds by rank, stage by stage
 
