@@ -48,8 +48,8 @@ AGAINST = "crosspool lowered"
 TIMES = ("tbt_mean_s", "tbt_p99_s", "ttft_mean_s")
 FIT_FILE = "elastic.json"
 FITTED = Path(__file__).resolve().parent / "fitted_h200.json"
-_PROMPTS = tuple(1.0 + 0.1 * step for step in range(11))
-_SWITCHES = tuple(0.05 * step for step in range(9))  # shares of a slice
+_PROMPTS = (1.0, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 2.0)
+_SWITCHES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)  # shares of a slice
 _LIMIT_S = 600.0
 # Of the runs before rows said so: their models, requests, prompts, and pools that nobody filled.
 _FIRST_MODELS = ("deepseek-v2-lite", "qwen3-30b-a3b")
@@ -202,34 +202,53 @@ def _cluster(name: str, pools_bytes: tuple[int, int]) -> Cluster:
 
 
 # -- the fit ------------------------------------------------------------------------------------------------------------------
-def fit(rows: Sequence[Row]) -> Assumed:
-    """What comes nearest to the rows of :data:`FIT_FILE`, by the mean square of the logarithms of simulated / measured."""
+@dataclass(frozen=True)
+class Fit:
+    """What came nearest, and how far everything that was tried is from its rows: the root of the mean square of the logarithms
+    of simulated / measured, by `prompts` and by what a switch takes of a slice."""
+
+    assumed: Assumed
+    by_prompts: Mapping[float, float]
+    by_switch: Mapping[float, float]
+
+
+def fit(rows: Sequence[Row]) -> Fit:
+    """The nearest to the rows of :data:`FIT_FILE`. Raises UserError where there are none."""
     fitting = [row for row in rows if row.file == FIT_FILE]
     static, elastic = ([row for row in fitting if row.case.label == label] for label in ("static", "elastic"))
     if not (static and elastic):
         raise UserError(f"{FIT_FILE} has no rows of static and elastic, to which the fit is made")
-    prompts = min(_PROMPTS, key=lambda value: _badness(static, Assumed(value)))
-    slice_s = Contention().slice_s
-    tried = [Assumed(prompts, Contention("time_slice", switch_s=share * slice_s)) for share in _SWITCHES]
-    return min(tried, key=lambda assumed: _badness(elastic, assumed))
+    by_prompts = {prompts: _distance(static, Assumed(prompts)) for prompts in _PROMPTS}
+    prompts = min(by_prompts, key=by_prompts.__getitem__)
+    by_switch = {share: _distance(elastic, _with_switch(prompts, share)) for share in _SWITCHES}
+    return Fit(_with_switch(prompts, min(by_switch, key=by_switch.__getitem__)), by_prompts, by_switch)
 
 
-def _badness(rows: Sequence[Row], assumed: Assumed) -> float:
-    logs = [math.log(simulate(row.case, assumed)[name] / row.measured[name]) for row in rows for name in TIMES]
-    return statistics.fmean(value * value for value in logs)
+def _with_switch(prompts: float, share: float) -> Assumed:
+    """A switch takes `share` of a slice."""
+    return Assumed(prompts, Contention("time_slice", switch_s=share * Contention().slice_s))
 
 
-def write_fit(path: Path, assumed: Assumed, rows: Sequence[Row]) -> None:
+def _distance(rows: Sequence[Row], assumed: Assumed) -> float:
+    found = [(row.measured, simulate(row.case, assumed)) for row in rows]
+    logs = [math.log(simulated[name] / measured[name]) for measured, simulated in found for name in TIMES]
+    return math.sqrt(statistics.fmean(value * value for value in logs))
+
+
+def write_fit(path: Path, found: Fit, rows: Sequence[Row]) -> None:
     """Write what was fitted, and what it rests on."""
-    fitting = [row for row in rows if row.file == FIT_FILE and row.case.label in ("static", "elastic")]
+    fitting = [row for row in rows if _fitted_to(row)]
+    contention = found.assumed.contention
     content = {
         "card": CARD,
-        "prompts": round(assumed.prompts, 3),
-        "switch_share": round(assumed.contention.switch_s / assumed.contention.slice_s, 3),
+        "prompts": found.assumed.prompts,
+        "switch_share": round(contention.switch_s / contention.slice_s, 3),
         "provenance": {
             "rows": f"{len(fitting)} measured rows of {FIT_FILE}, static and elastic",
             "command": "python -m serving.gpu_suite.simulate results/h200 --fit serving/gpu_suite/fitted_h200.json",
             "held_out": f"all rows of {', '.join(name for name in FILES if name != FIT_FILE)}, and crosspool's",
+            "distance_by_prompts": {f"{value:g}": round(far, 4) for value, far in found.by_prompts.items()},
+            "distance_by_switch_share": {f"{value:g}": round(far, 4) for value, far in found.by_switch.items()},
         },
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -239,8 +258,7 @@ def read_fit(path: Path = FITTED) -> Assumed:
     """What `write_fit` wrote. Raises UserError where it cannot be read."""
     try:
         content = json.loads(path.read_text())
-        switch_s = content["switch_share"] * Contention().slice_s
-        return Assumed(content["prompts"], Contention("time_slice", switch_s=switch_s))
+        return _with_switch(content["prompts"], content["switch_share"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: no fit; python -m serving.gpu_suite.simulate DIR --fit {path} makes one") from None
 
@@ -266,28 +284,55 @@ def rows_table(rows: Sequence[Row], assumed: Simulated, fitted: Simulated) -> st
     return "\n".join(lines)
 
 
-def ratios_table(rows: Sequence[Row], assumed: Simulated, fitted: Simulated) -> str:
-    """P99 TBT over CrossPool's under the same load, by model."""
+@dataclass(frozen=True)
+class Ratio:
+    """P99 TBT of a model over CrossPool's under the same load: measured, simulated as assumed, and with the fit."""
+
+    row: Row
+    model: str
+    values: tuple[float, float, float]
+
+
+def ratios(rows: Sequence[Row], assumed: Simulated, fitted: Simulated) -> list[Ratio]:
+    """Of all rows that tell models apart and whose load CrossPool had too."""
     base = {row.case.load: row for row in rows if row.case.label == AGAINST}
-    lines = [
-        f"| file | system | KV GiB | req/s | seed | model | P99 over {AGAINST}, measured | simulated | fitted |",
-        "|" + "---|" * 9,
-    ]
+    found = []
     for row in rows:
         other = base.get(row.case.load)
         if row.case.label == AGAINST or other is None or "p99_by_model" not in row.measured:
             continue
+        pairs = [(row.measured, other.measured), *((how[row.case], how[other.case]) for how in (assumed, fitted))]
         for model in sorted(row.measured["p99_by_model"]):
-            values = [
-                f"{mine['p99_by_model'][model] / its['p99_by_model'][model]:.2f}"
-                for mine, its in (
-                    (row.measured, other.measured),
-                    (assumed[row.case], assumed[other.case]),
-                    (fitted[row.case], fitted[other.case]),
-                )
-            ]
-            told = [row.file, row.case.label, f"{row.measured['kv_gib']:g}", f"{row.case.rate_rps:g}"]
-            lines.append(f"| {' | '.join([*told, str(row.case.seed), model, *values])} |")
+            values = [mine["p99_by_model"][model] / its["p99_by_model"][model] for mine, its in pairs]
+            found.append(Ratio(row, model, tuple(values)))
+    return found
+
+
+def ratios_table(found: Sequence[Ratio]) -> str:
+    lines = [
+        f"| file | system | KV GiB | req/s | seed | model | P99 over {AGAINST}, measured | simulated | fitted |",
+        "|" + "---|" * 9,
+    ]
+    for one in found:
+        case, kv_gib = one.row.case, one.row.measured["kv_gib"]
+        told = [one.row.file, case.label, f"{kv_gib:g}", f"{case.rate_rps:g}", str(case.seed), one.model]
+        lines.append(f"| {' | '.join([*told, *(f'{value:.2f}' for value in one.values)])} |")
+    return "\n".join(lines)
+
+
+def ratio_errors_table(found: Sequence[Ratio]) -> str:
+    """By system: medians of the ratios, and what they are simulated over measured: the median, the least and the most."""
+    lines = [
+        "| system | ratios | median measured | simulated | fitted | simulated / measured | fitted / measured |",
+        "|" + "---|" * 7,
+    ]
+    for label in dict.fromkeys(one.row.case.label for one in found):
+        same = [one.values for one in found if one.row.case.label == label]
+        cells = [f"{statistics.median(values):.2f}" for values in zip(*same, strict=True)]
+        for how in (1, 2):
+            off = [values[how] / values[0] for values in same]
+            cells.append(f"{statistics.median(off):.2f} ({min(off):.2f} to {max(off):.2f})")
+        lines.append(f"| {label} | {len(same)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -332,7 +377,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = Contention().switch_s / Contention().slice_s
     print(f"Fitted: steps with prompts take {found.prompts:g} times as long (assumed: 1),")
     print(f"a switch between engines costs {share:.0%} of a slice (assumed: {default:.0%}).\n")
-    print("\n\n".join(table(rows, assumed, fitted) for table in (rows_table, ratios_table, errors_table)))
+    compared = ratios(rows, assumed, fitted)
+    tables = [rows_table(rows, assumed, fitted), ratios_table(compared), errors_table(rows, assumed, fitted)]
+    print("\n\n".join([*tables, ratio_errors_table(compared)]))
     return 0
 
 

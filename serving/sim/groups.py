@@ -57,7 +57,7 @@ class SimulatedGroup:
         self._page_bytes = 0
         self._plans: list[StepPlan | None] | None = None
         self._repeats: _Repeats | None = None
-        self._posted: list[int] = []  # bytes by rank of the step under way
+        self._posted: list[tuple[SimulatedGroupWorker, int]] = []  # bytes that ranks post in the step under way
 
     def join(self, rank: int, worker: SimulatedGroupWorker, page_bytes: int) -> None:
         self._ranks[rank] = worker
@@ -103,12 +103,13 @@ class SimulatedGroup:
         wanted = [len(plan.logit_rows) if plan else 0 for plan in plans]
         rows, layers = sum(shape.rows for shape in shapes), self._spec.num_layers
         own = [shapes[self._plan.replica_of(rank)].rows for rank in range(self._plan.ranks)]
-        self._posted = [layers * self._costs.posted_bytes(mine, rows) for mine in own]
+        posted = [layers * self._costs.posted_bytes(mine, rows) for mine in own]
+        self._posted = [(worker, count) for worker, count in zip(self._ranks, posted, strict=True) if count]
         self._occupy(self._demand(shapes, wanted))
 
     def _occupy(self, demand: Load | Stages) -> None:
         """Let the devices do what a step asks of them."""
-        for worker, posted in zip(self._ranks, self._posted, strict=True):
+        for worker, posted in self._posted:
             worker.count_bytes(posted)
         self._compute(demand)
 
@@ -202,8 +203,9 @@ class SimulatedGroup:
         repeats.left -= 1
         repeats.done += 1
         self._ranks[0].report_repeated(repeats.told)
+        all_hold = all(repeats.batches)
         for worker in self._ranks:
-            worker.step_done()
+            worker.step_done(all_hold)
         contexts = repeats.contexts
         for replica, batch in enumerate(repeats.batches):
             contexts[replica] += batch
@@ -291,12 +293,16 @@ class SimulatedGroupWorker(SimulatedWorker):
         """Tell the host of tokens that are nobody's first or last."""
         self._outbox.append_tokens(Tokens(self._clock.now_ns(), items))
 
-    def step_done(self) -> None:
-        """Count a step and, where it is time or nothing is left, sample the pools."""
+    def step_done(self, holds_pages: bool = False) -> None:
+        """Count a step and, where it is time or nothing is left (which is known not to be so where it `holds_pages`), sample
+        the pools."""
         now_ns = self._clock.now_ns()
         self._counters["steps"] += 1
+        soon = now_ns < self._next_sample_ns
+        if soon and holds_pages:
+            return
         seated = list(zip(self._role.seats, self._groups, strict=True))
-        if now_ns < self._next_sample_ns and any(group.holds_pages(seat.rank) for seat, group in seated):
+        if soon and any(group.holds_pages(seat.rank) for seat, group in seated):
             return
         used = [group.pages(seat.rank) for seat, group in seated]
         self._next_sample_ns = now_ns + round(self._role.sample_interval_ms * 1e6)
