@@ -26,23 +26,24 @@ ASIDE = {NAMES[0]: {"devices": [0, 1], "tp": 2}, NAMES[1]: {"devices": [2]}, NAM
 CASES = {
     "elastic": ({}, 3, 140 << 30),
     "elastic in groups": ({"groups": TOGETHER}, 2, 80 << 30),
-    "elastic, scarce": ({"groups": TOGETHER, "admission": "optimistic"}, 2, 76 << 30),
-    "elastic-placement": ({"idle_evict_s": 1.0}, 1, 140 << 30),
-    "static in groups": ({"placement": "given", "groups": ASIDE}, 4, 80 << 30),
+    "elastic, scarce": ({"groups": TOGETHER, "admission": "optimistic", "page_bytes": 1 << 16}, 2, 301 << 28),
+    "elastic, decode only": ({}, 2, 140 << 30),
+    "elastic-placement": ({"idle_evict_s": 1.0}, 2, 140 << 30),
+    "static in groups": ({"placement": "given", "groups": ASIDE}, 4, 140 << 30),
     "swap": ({}, 1, 80 << 30),
     "swap token": ({"mode": "token"}, 1, 80 << 30),
 }
 
 
-def serve(case, prefill=True):
+def serve(case):
     options, devices, memory_bytes = CASES[case]
     cluster = Cluster(tuple(Device(f"gpu:{i}", "cuda", i, memory_bytes, card="h200") for i in range(devices)))
     system = registry.create(case.split()[0].rstrip(","), {"page_bytes": 2 << 20, "max_batch": 4, **options})
-    backend = simulate_card("h200", prefill=prefill)
-    rng, now_s, requests = random.Random(5), 0.0, []
+    backend = simulate_card("h200", prefill="decode only" not in case)
+    rng, now_s, requests, scarce = random.Random(5), 0.0, [], "scarce" in case
     for number in range(40):
-        now_s += rng.expovariate(rng.choice((3.0, 30.0)))
-        prompt, output = rng.choice((1, 40, 700, 3000)), rng.choice((1, 2, 30, 150))
+        now_s += rng.expovariate(rng.choice((3.0, 30.0))) / (50 if scarce else 1)
+        prompt, output = rng.choice((1, 40, 700, 3000)), rng.choice((1, 2, 30, 150)) * (4 if scarce else 1)
         requests.append(TraceRequest(number, rng.choice(NAMES), now_s, prompt, output, ()))
     system.start(system.plan(cluster, MODELS, Demand()), backend)
     try:
@@ -66,10 +67,6 @@ def test_nothing_is_otherwise_than_with_every_step_begun_and_completed(case, mon
     decide = RequestLevel.decide
     monkeypatch.setattr(RequestLevel, "decide", lambda policy, view: replace(decide(policy, view), settled=False))
     assert serve(case) == found
-
-
-def test_a_request_without_prefill_has_its_first_token_counted_as_one():
-    assert serve("elastic-placement", prefill=False)[0][0].token_times_ns
 
 
 def scheduler(*outputs, **limits):
