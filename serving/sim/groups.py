@@ -178,21 +178,19 @@ class SimulatedGroup:
     # -- steps that repeat ---------------------------------------------------------------------------------------------
     def _repeating(self, plans: Sequence[StepPlan | None]) -> _Repeats | None:
         """How the step of `plans` repeats itself, each replica's sequences in the pages that they hold; None where it does not."""
-        left = None
+        lefts: list[int] = []
         for scheduler, plan, geometry, held in zip(self._schedulers, plans, self._geometries, self._held, strict=True):
             if plan is None and scheduler.live:
                 return None
             if plan is not None:
-                room = [
-                    geometry.tokens_in(held[sequence.request_id], self._page_bytes) - tokens
-                    for (sequence, _), tokens in zip(plan.items, plan.kv_lens, strict=True)
-                ]
-                left = min(scheduler.repeats(plan), *room, *([left] if left is not None else []))
-                if left < 1:
-                    return None
+                lefts.append(scheduler.repeats(plan))
+                for (sequence, _), tokens in zip(plan.items, plan.kv_lens, strict=True):
+                    lefts.append(geometry.tokens_in(held[sequence.request_id], self._page_bytes) - tokens)
+        if min(lefts) < 1:
+            return None
         sequences = [sequence for plan in plans if plan for sequence, _ in plan.items]
         return _Repeats(
-            left,
+            min(lefts),
             tuple((sequence.request_id, SIMULATED_TOKEN, False) for sequence in sequences),
             [len(plan.items) if plan else 0 for plan in plans],
             [sum(plan.kv_lens) if plan else 0 for plan in plans],
