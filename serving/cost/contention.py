@@ -42,8 +42,8 @@ class Contention:
     `interference` 0.1: [assumption]; co-location studies report 5-20 % beyond bandwidth sharing for memory-bound pairs.
     `slice_s` 2 ms: [assumption], the order of NVIDIA's default time slice; Linux's is about 3 ms.
     `switch_s` 0.1 ms: [assumption], a GPU context switch; on a CPU a few microseconds. Of the two only switch over slice, 5 %,
-    counts for a step's time. Loads measured on one H200 want none (`python -m serving.gpu_suite.simulate results/h200`,
-    serving/gpu_suite/fitted_h200.json), which is less than they can tell from 5 %.
+    counts for a step's time. Loads measured on one H200 are met as well by 5 % as by none, and worse from 10 % on
+    (`python -m serving.gpu_suite.simulate results/h200`, serving/gpu_suite/fitted_h200.json).
     """
 
     mode: str = "share"
