@@ -11,7 +11,7 @@ from tqdm import tqdm
 from runner.observation import COMPLETED, FAILED, REJECTED, Observation, PoolRow, RequestRow
 from serving.backend import Clock, MonotonicClock
 from serving.errors import WorkerDied, one_line
-from serving.interface import Event, EventKind, Request, System
+from serving.interface import Event, EventKind, PoolSample, Request, System
 from workloads.trace import TraceRequest
 
 _OUTCOMES = {EventKind.COMPLETED: COMPLETED, EventKind.REJECTED: REJECTED, EventKind.FAILED: FAILED}
@@ -41,6 +41,7 @@ class Replay:
         self._drain_timeout_s = drain_timeout_s
         self._poll_interval_s = poll_interval_s
         self._rows: dict[int, RequestRow] = {}
+        self._pages: dict[str, dict[str, int]] = {}  # in use at the last sample, by pool and model
         self._open = 0
         self._origin_ns = 0
         self._bar: tqdm | None = None
@@ -101,17 +102,19 @@ class Replay:
         for event in self._system.poll():
             self._take(event)
         for sample in self._system.pool_samples():
-            for model, pages in sample.pages_in_use.items():
-                observation.pools.append(
-                    PoolRow(
-                        sample.time_ns - self._origin_ns,
-                        sample.device,
-                        model,
-                        pages,
-                        sample.page_budget,
-                        sample.page_bytes,
-                    )
-                )
+            observation.pools.extend(self._changed(sample))
+
+    def _changed(self, sample: PoolSample) -> list[PoolRow]:
+        """Rows of the models whose pages are not what they were: a pool of many models would else fill the memory with
+        repetitions. Never empty, so that the time of the sample is kept."""
+        known = self._pages.setdefault(sample.device, {})
+        changed = [model for model, pages in sample.pages_in_use.items() if known.get(model) != pages]
+        known.update(sample.pages_in_use)
+        time_ns = sample.time_ns - self._origin_ns
+        return [
+            PoolRow(time_ns, sample.device, model, known[model], sample.page_budget, sample.page_bytes)
+            for model in changed or list(sample.pages_in_use)[:1]
+        ]
 
     def _take(self, event: Event) -> None:
         row = self._rows[event.request_id]

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from runner.experiments import EXPERIMENTS
@@ -127,7 +126,7 @@ def _pack_record(record: Record, target: Path) -> None:
     content["system_series"] = samples[:: max(1, -(-len(samples) // _MOST_SYSTEM_SAMPLES))]
     (target / RECORD_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     _write(_without_tokens(record.requests()), target / REQUESTS_FILE)
-    _write(_thinned(record.series(), "time_ns", _MOST_SERIES_ROWS), target / SERIES_FILE)
+    _write(_thinned(record.series(), _MOST_SERIES_ROWS), target / SERIES_FILE)
     if (record.path / TIMELINE_FILE).is_file():
         spans = pq.read_table(record.path / TIMELINE_FILE).sort_by("start_ns")
         first = max(0, (len(spans) - _MOST_TIMELINE_ROWS) // 2)
@@ -149,13 +148,28 @@ def _without_tokens(requests: pa.Table) -> pa.Table:
     return requests
 
 
-def _thinned(rows: pa.Table, key: str, most: int) -> pa.Table:
-    """Rows of every n-th distinct `key`, so that those of one time stay together."""
-    if len(rows) <= most:
-        return rows
-    values = np.unique(rows[key].to_numpy())
-    kept = values[:: -(-len(rows) // most)]
-    return rows.filter(pc.is_in(rows[key], value_set=pa.array(kept, rows.schema.field(key).type)))
+def _thinned(series: pa.Table, most: int) -> pa.Table:
+    """At every n-th time, and the last, what has changed since the one before: at most `most` rows that say what `series` says
+    of those times."""
+    every = 1
+    while len(series) > most:
+        every *= 2
+        shorter = _at_every(series, every)
+        if len(shorter) <= most or every >= len(series):
+            return shorter
+    return series
+
+
+def _at_every(series: pa.Table, every: int) -> pa.Table:
+    times = series["time_ns"].to_numpy()
+    kept = np.unique(times)[::-1][::every][::-1]
+    last_of: dict[tuple[int, str, str], int] = {}  # row by kept time, pool and model
+    places, pools, models = np.searchsorted(kept, times), series["pool"].to_pylist(), series["model"].to_pylist()
+    for row in np.argsort(times, kind="stable").tolist():
+        last_of[int(places[row]), pools[row], models[row]] = row
+    rows = sorted(last_of.values(), key=lambda row: (places[row], row))
+    stamped = pa.array(kept[places[rows]], pa.int64())
+    return series.take(rows).set_column(series.schema.get_field_index("time_ns"), "time_ns", stamped)
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from runner.config import Tracking
 from runner.records import Record
 from serving.errors import UserError, one_line
@@ -125,15 +127,20 @@ def _attach(run: Any, name: str, kind: str, paths: Sequence[Path]) -> None:
 
 
 def _pages_over_time(record: Record) -> list[dict[str, Any]]:
-    """Pages in use by model, thinned to a few hundred points."""
-    rows = record.series().to_pylist()
-    rows.sort(key=lambda row: row["time_ns"])
+    """Pages in use by model, thinned to a few hundred points. A model that a sample does not name has what it had."""
+    series = record.series()
+    times = series["time_ns"].to_numpy()
+    order = np.argsort(times, kind="stable")
+    distinct = np.unique(times)
+    kept = set(distinct[:: max(1, len(distinct) // _MOST_SERIES_POINTS)].tolist())
+    latest: dict[str, int] = {}
     points: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        point = points.setdefault(row["time_ns"], {"time_s": row["time_ns"] / 1e9})
-        point[f"kv_pages/{row['model']}"] = row["pages_in_use"]
-    ordered = list(points.values())
-    return ordered[:: max(1, len(ordered) // _MOST_SERIES_POINTS)]
+    models, pages = series["model"].take(order).to_pylist(), series["pages_in_use"].take(order).to_pylist()
+    for time_ns, model, in_use in zip(times[order].tolist(), models, pages, strict=True):
+        latest[f"kv_pages/{model}"] = in_use
+        if time_ns in kept:
+            points[time_ns] = {"time_s": time_ns / 1e9, **latest}
+    return list(points.values())
 
 
 def _machine_over_time(record: Record) -> list[dict[str, Any]]:

@@ -72,6 +72,7 @@ class HostedSystem:
         self._mailbox_regions: list[SharedRegion] = []
         self._bells: list[Bells] = []
         self._pools: list[_Pool] = []
+        self._pool_limits: dict[str, AdmissionLimits] = {}  # by the pool's name
         self._pools_of_model: dict[str, list[_Pool]] = {}  # several where replicas of a model serve it
         self._models: dict[str, ServedModel] = {}
         self._live: dict[int, _Live] = {}
@@ -149,6 +150,7 @@ class HostedSystem:
         )
         pool = _Pool(config.name, worker, device, queue or AdmissionQueue(limits, geometries), index_of_model)
         self._pools.append(pool)
+        self._pool_limits[pool.name] = pool.queue.limits
         for name in index_of_model:
             self._pools_of_model.setdefault(name, []).append(pool)
 
@@ -276,6 +278,7 @@ class HostedSystem:
             for doorbell in self._bells.pop().doorbells:
                 doorbell.close()
         self._pools.clear()
+        self._pool_limits.clear()
         self._pools_of_model.clear()
         self._live.clear()
 
@@ -327,9 +330,8 @@ class HostedSystem:
                 self._emit(request_id, EventKind.REJECTED, message.time_ns, reason=reason)
 
     def _take_sample(self, device: Device, message) -> None:
-        by_name = {pool.name: pool for pool in self._pools}
         for name, pages in message.pages:
-            limits = by_name[name].queue.limits
+            limits = self._pool_limits[name]
             self._samples.append(
                 PoolSample(message.time_ns, f"{device.name}/{name}", pages, limits.budget_pages, limits.page_bytes)
             )

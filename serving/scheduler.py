@@ -7,6 +7,7 @@ ones. Any number of steps may be under way at once.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -77,6 +78,7 @@ class StepScheduler:
         self._limits = limits
         self._chunks_in_flight = chunks_in_flight
         self._sequences: list[list[Sequence]] = [[] for _ in range(num_models)]  # in order of admission
+        self._occupied: list[int] = []  # models that have any, ascending
         self._taken = [0] * num_models  # sequences that no further step can have now
         self._under_way = [0] * num_models  # steps
         self._served_at: dict[int, int] = {}
@@ -85,9 +87,11 @@ class StepScheduler:
     @property
     def live(self) -> int:
         """Sequences that have not ended."""
-        return sum(map(len, self._sequences))
+        return sum(len(self._sequences[model]) for model in self._occupied)
 
     def add(self, sequence: Sequence) -> None:
+        if not self._sequences[sequence.model]:
+            insort(self._occupied, sequence.model)
         self._sequences[sequence.model].append(sequence)
 
     def holds(self, sequence: Sequence) -> bool:
@@ -95,7 +99,7 @@ class StepScheduler:
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence that no step has had or has."""
-        self._sequences[sequence.model].remove(sequence)
+        self._remove(sequence)
 
     def cancel(self, request_id: int, model: int) -> bool:
         """Let a request end with its next token; False where it is not here (any more). Steps under way finish, so that
@@ -114,9 +118,9 @@ class StepScheduler:
         """The next step, of sequences that `may_step` where that is given, marked in flight; None when nothing is ready."""
         ready = [
             model
-            for model, sequences in enumerate(self._sequences)
-            if len(sequences) > self._taken[model]
-            and (may_step is None or any(may_step(one) for one in sequences if self._available(one)))
+            for model in self._occupied
+            if len(self._sequences[model]) > self._taken[model]
+            and (may_step is None or any(may_step(one) for one in self._sequences[model] if self._available(one)))
         ]
         if not ready:
             return None
@@ -168,7 +172,39 @@ class StepScheduler:
                 last = sequence.append(token)
                 produced.append((sequence, token, last))
                 if last:
-                    self._sequences[plan.model].remove(sequence)
+                    self._remove(sequence)
                     continue
             self._taken[plan.model] += not self._available(sequence)
         return produced
+
+    def _remove(self, sequence: Sequence) -> None:
+        self._sequences[sequence.model].remove(sequence)
+        if not self._sequences[sequence.model]:
+            self._occupied.remove(sequence.model)
+
+    # -- steps that repeat ---------------------------------------------------------------------------------------------
+    def repeats(self, plan: StepPlan) -> int:
+        """How often the step `plan`, under way, is sure to be followed by the same one token on, if nothing is added or
+        cancelled: it decodes all sequences there are, each past its first token, and so many times none of them ends."""
+        if len(plan.items) != self.live or self._chunks_in_flight > 1:
+            return 0
+        left = []
+        for (sequence, rows), start in zip(plan.items, plan.starts, strict=True):
+            generated = len(sequence.tokens) - sequence.prompt_tokens
+            decodes = rows == 1 and start + 1 == len(sequence.tokens) and generated > 0
+            if not decodes or sequence.stop_ids or sequence.cancelled:
+                return 0
+            left.append(sequence.max_new_tokens - generated)
+        return min(left) - 1
+
+    def repeat(self, plan: StepPlan, times: int, token: int) -> StepPlan:
+        """The step `plan` and those that followed it are complete, `times` in all, each with `token` for every sequence, and
+        the next is under way: its plan. For as many times as `repeats` said."""
+        if not times:
+            return plan
+        for sequence, _ in plan.items:
+            sequence.tokens += [token] * times
+            sequence.cached += times
+        self._steps += times
+        self._served_at[plan.model] = self._steps
+        return StepPlan(plan.model, plan.items, tuple(start + times for start in plan.starts))

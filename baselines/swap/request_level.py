@@ -27,14 +27,17 @@ class RequestLevel:
     popularity: tuple[int, ...] = ()
 
     def decide(self, view: DeviceView) -> Decision:
-        there = [number for number, model in enumerate(view.models) if not model.absent]
-        absent = [number for number, model in enumerate(view.models) if model.absent]
-        waiting = sorted((n for n in absent if view.models[n].live), key=lambda n: (view.models[n].oldest_ns, n))
+        there: list[int] = []
+        absent: list[int] = []
+        for number, model in enumerate(view.models):
+            (absent if model.absent else there).append(number)
         if view.link_busy:
-            return Decision(step=tuple(there), seat=tuple(there))
+            return Decision(step=tuple(there), seat=tuple(there), settled=True)
+        waiting = [number for number in absent if view.models[number].live]
         if not waiting:
-            return Decision(step=tuple(there), seat=tuple(there), load=self._prefetched(view, absent))
-        wanted = waiting[0]
+            load = self._prefetched(view, absent)
+            return Decision(step=tuple(there), seat=tuple(there), load=load, settled=load is None)
+        wanted = min(waiting, key=lambda n: (view.models[n].oldest_ns, n))
         leaving, again_ns = self._leaving(view, there, view.models[wanted].image_pages - view.free_pages)
         if leaving is None:
             return Decision(step=tuple(there), seat=tuple(there), again_ns=again_ns)
@@ -73,6 +76,8 @@ class RequestLevel:
         """What fits without anyone leaving."""
         if not self.prefetch:
             return None
-        rank = {number: place for place, number in enumerate(self.popularity)}
         fitting = [number for number in absent if view.models[number].image_pages <= view.free_pages]
-        return min(fitting, key=lambda n: (-view.models[n].used_ns, rank.get(n, len(rank)), n), default=None)
+        if not fitting:
+            return None
+        rank = {number: place for place, number in enumerate(self.popularity)}
+        return min(fitting, key=lambda n: (-view.models[n].used_ns, rank.get(n, len(rank)), n))

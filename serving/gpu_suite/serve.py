@@ -18,6 +18,7 @@ from itertools import pairwise, product
 from pathlib import Path
 
 from serving import registry
+from serving.backend import Clock, MonotonicClock
 from serving.batching import StepLimits
 from serving.capacity import attention_bytes, ffn_bytes, ffn_workspace_bytes
 from serving.cost.table1 import published_spec
@@ -26,8 +27,8 @@ from serving.generate import cuda_cluster
 from serving.gpu_suite.results import save
 from serving.interface import Cluster, Demand, Device, EventKind, Request, ServedModel, System
 
-_OPTIONS = {"max_batch": 4, "prefill_chunk": 256, "page_bytes": 2 << 20, "max_running": 32}
-_SYSTEMS = {
+OPTIONS = {"max_batch": 4, "prefill_chunk": 256, "page_bytes": 2 << 20, "max_running": 32}
+SYSTEMS = {
     "crosspool lowered": ("crosspool", {"control": "lowered"}),
     "crosspool host": ("crosspool", {"control": "host"}),
     "crosspool lowered 1 lane": ("crosspool", {"control": "lowered", "lanes": 1}),
@@ -37,13 +38,14 @@ _SYSTEMS = {
     "swap": ("swap", {}),
     "swap token": ("swap", {"mode": "token"}),
 }
-_DEFAULT = tuple(name for name in _SYSTEMS if not name.startswith("swap"))  # where all models fit, nothing is swapped
+_DEFAULT = tuple(name for name in SYSTEMS if not name.startswith("swap"))  # where all models fit, nothing is swapped
 _NEW_TOKENS = (32, 128)
+_POLL_S = 5e-4
 
 
 def pool_bytes(models: Sequence[ServedModel], kv_bytes: int) -> tuple[int, int]:
     """Bytes of CrossPool's two devices on the card: attention weights and `kv_bytes`; FFN weights and what a step needs."""
-    limits = StepLimits(_OPTIONS["max_batch"], _OPTIONS["prefill_chunk"])
+    limits = StepLimits(OPTIONS["max_batch"], OPTIONS["prefill_chunk"])
     weights = sum(ffn_bytes(model) for model in models) + max(ffn_workspace_bytes(model, limits) for model in models)
     return kv_bytes + sum(attention_bytes(model) for model in models), weights
 
@@ -62,26 +64,30 @@ def requests_of(
     count: int,
     seed: int,
     prompts: tuple[int, int] = (64, 512),
-    skew: float = 0.0,
+    skew: float | None = 0.0,
 ) -> list[tuple[float, Request]]:
     """`count` Poisson arrivals (seconds, request) at `rate_rps`, uniform over lengths; prompts of `prompts` tokens. The i-th
-    model is asked i^-`skew` times as often as the first."""
-    shares = [(place + 1) ** -skew for place in range(len(models))]
+    model is asked i^-`skew` times as often as the first; None is 0 as the first runs drew it, which were asked other models."""
+    shares = [(place + 1) ** -(skew or 0.0) for place in range(len(models))]
     rng, now, arrivals = random.Random(seed), 0.0, []
     for number in range(count):
         now += rng.expovariate(rate_rps)
-        model = rng.choices(models, shares)[0]
+        model = models[rng.randrange(len(models))] if skew is None else rng.choices(models, shares)[0]
         prompt = tuple(rng.randrange(model.spec.vocab_size) for _ in range(rng.randint(*prompts)))
         arrivals.append((now, Request(number, model.name, prompt, rng.randint(*_NEW_TOKENS))))
     return arrivals
 
 
-def replay(system: System, arrivals: Sequence[tuple[float, Request]], limit_s: float) -> dict[int, list[float]]:
-    """Seconds of each request's planned arrival and of its tokens. Raises RuntimeError when one does not complete in time."""
+def replay(
+    system: System, arrivals: Sequence[tuple[float, Request]], limit_s: float, clock: Clock | None = None
+) -> dict[int, list[float]]:
+    """Seconds of each request's planned arrival and of its tokens, on the clock of the system's backend (this host's without
+    it). Raises RuntimeError when one does not complete in time."""
+    clock = clock or MonotonicClock()
     times = {request.request_id: [at] for at, request in arrivals}
-    waiting, open_requests, start_ns = list(arrivals), set(times), time.monotonic_ns()
+    waiting, open_requests, start_ns = list(arrivals), set(times), clock.now_ns()
     while open_requests:
-        now_s = (time.monotonic_ns() - start_ns) / 1e9
+        now_s = (clock.now_ns() - start_ns) / 1e9
         if now_s > limit_s:
             raise RuntimeError(f"{len(open_requests)} requests were unfinished after {limit_s:.0f} s")
         while waiting and waiting[0][0] <= now_s:
@@ -93,7 +99,7 @@ def replay(system: System, arrivals: Sequence[tuple[float, Request]], limit_s: f
                 open_requests.discard(event.request_id)
             elif event.kind in (EventKind.REJECTED, EventKind.FAILED):
                 raise RuntimeError(f"request {event.request_id} was {event.kind.value}: {event.reason}")
-        time.sleep(0.0005)
+        clock.sleep(_POLL_S)
     return times
 
 
@@ -129,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m serving.gpu_suite.serve", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", default="deepseek-v2-lite,qwen3-30b-a3b")
-    parser.add_argument("--systems", default=",".join(_DEFAULT), help=f"of {', '.join(_SYSTEMS)}")
+    parser.add_argument("--systems", default=",".join(_DEFAULT), help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--rates", default="1,3", help="requests a second of each model")
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=1, help="loads of each rate, one after the other")
@@ -148,8 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rates = [float(text) for text in args.rates.split(",")]
     rows: list[dict] = []
     for kv_gib, label in product(map(float, args.kv_gib.split(",")), args.systems.split(",")):
-        name, options = _SYSTEMS[label]
-        system = registry.create(name, {**_OPTIONS, **options})
+        name, options = SYSTEMS[label]
+        system = registry.create(name, {**OPTIONS, **options})
         row = {
             "system": f"{label} {args.label}".strip(),
             "kv_gib": kv_gib,

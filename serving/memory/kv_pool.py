@@ -38,6 +38,10 @@ class KVGeometry:
         """Pages that `tokens` tokens of one request occupy, over all layers."""
         return self.num_layers * -(-tokens * self.token_bytes // page_bytes)
 
+    def tokens_in(self, pages: int, page_bytes: int) -> int:
+        """The most tokens of one request that occupy no more than `pages` pages."""
+        return pages // self.num_layers * page_bytes // self.token_bytes
+
 
 @dataclass
 class Run:

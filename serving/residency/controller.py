@@ -103,6 +103,9 @@ class SwapController:
         self.times = SwitchTimes()
         self.loading: int | None = None
         self._arrivals: dict[LiveSequence, int] = {}  # live sequences in order of arrival
+        self._live: list[dict[LiveSequence, None]] = [{} for _ in facts]  # the same by model
+        self._views: list[ModelView | None] = [None] * len(facts)  # None: to be made anew
+        self._stepping: set[int] = set()  # models with steps in flight
         self._seats: dict[LiveSequence, int] = {}  # pages promised to those that compute
         self._saved: dict[LiveSequence, int] = {}  # host bytes of those that gave way
         self._decision = Decision((), ())
@@ -113,6 +116,8 @@ class SwapController:
     # -- what happened -------------------------------------------------------------------------------------------------
     def add(self, sequence: LiveSequence, now_ns: int) -> None:
         self._arrivals[sequence] = sequence.since_ns or now_ns
+        self._live[sequence.model][sequence] = None
+        self._views[sequence.model] = None
         state = self.models[sequence.model]
         if not state.resident and state.wanted_ns is None and self.loading != sequence.model:
             state.wanted_ns = now_ns
@@ -120,26 +125,31 @@ class SwapController:
 
     def began(self, plan: StepPlan) -> None:
         self.models[plan.model].in_flight += 1
+        self._stepping.add(plan.model)
 
     def ended(self, plan: StepPlan, ended: Sequence[LiveSequence], now_ns: int, took_ns: int) -> None:
         """A step is over, and with it the sequences that `ended`; `took_ns` counts for later decode steps where it was one."""
         state = self.models[plan.model]
         state.in_flight -= 1
+        if not state.in_flight:
+            self._stepping.discard(plan.model)
         state.used_ns = now_ns
+        self._views[plan.model] = None
         for sequence in ended:
-            del self._arrivals[sequence]
+            self._forget(sequence)
             self.free_kv_pages += self._seats.pop(sequence)
         if all(rows == 1 for _, rows in plan.items) and not state.warming:
             state.step_ns = _mean(state.step_ns, took_ns)
         if state.warming and state.resident:
             state.warming = False
             self.times.by_part["warm_up"] += now_ns - state.loaded_ns
-        self._dirty = True
+        self._dirty |= bool(ended) or not self._decision.settled
 
     def loaded(self, model: int, now_ns: int, weights_ns: int, checkpoint_ns: int = 0) -> None:
         """The last unit of `model` is there. Of its time `weights_ns` went into copying, `checkpoint_ns` into the host cache."""
         state = self.models[model]
         state.resident, state.loaded_ns = True, now_ns
+        self._views[model] = None
         state.load_ns = _mean(state.load_ns, weights_ns)
         self.times.swaps += 1
         self.times.by_part["weights"] += weights_ns
@@ -156,12 +166,12 @@ class SwapController:
         self.free_pages -= self._facts[model].image_pages
         state = self.models[model]
         state.resident, self.units[model] = True, units
+        self._views[model] = None
 
     # -- what to do ----------------------------------------------------------------------------------------------------
     def actions(self, now_ns: int) -> list[Action]:
         """What is to be carried out now, in order. Empty where nothing has happened since."""
-        again_ns = self.again_ns
-        if not self._dirty and (again_ns is None or now_ns < again_ns):
+        if self.rests(now_ns):
             return []
         self._dirty = False
         expired = self._expire(now_ns)
@@ -173,6 +183,15 @@ class SwapController:
             if self._expires_ns is not None:
                 self._expires_ns += self._deadline_ns + 1
         return actions
+
+    def rests(self, now_ns: int) -> bool:
+        """Whether there is nothing to be carried out now."""
+        again_ns = self.again_ns
+        return not self._dirty and (again_ns is None or now_ns < again_ns)
+
+    def goes_on(self, now_ns: int) -> bool:
+        """Whether there will be nothing to be carried out once a step that ends no sequence has ended now."""
+        return self._decision.settled and self.rests(now_ns)
 
     @property
     def again_ns(self) -> int | None:
@@ -186,7 +205,7 @@ class SwapController:
         """Who may take part in the next step: seated, of a model that may step and is in none. Of resident models one steps at
         a time; a loading one may be on its way beside it."""
         states, seats = self.models, self._seats
-        busy = any(state.in_flight and state.resident for state in states)
+        busy = any(states[model].resident for model in self._stepping)
         open_to = {
             model
             for model in self._decision.step
@@ -196,14 +215,13 @@ class SwapController:
 
     def view(self, now_ns: int) -> DeviceView:
         """The device as a policy sees it."""
-        of_model: list[list[LiveSequence]] = [[] for _ in self.models]
-        for sequence in self._arrivals:
-            of_model[sequence.model].append(sequence)
-        views = tuple(self._view(model, sequences) for model, sequences in enumerate(of_model))
-        return DeviceView(now_ns, views, self.free_pages, self.loading is not None)
+        for model, view in enumerate(self._views):
+            if view is None:
+                self._views[model] = self._view(model)
+        return DeviceView(now_ns, tuple(self._views), self.free_pages, self.loading is not None)
 
-    def _view(self, model: int, live: Sequence[LiveSequence]) -> ModelView:
-        state, fact = self.models[model], self._facts[model]
+    def _view(self, model: int) -> ModelView:
+        state, fact, live = self.models[model], self._facts[model], list(self._live[model])
         prompts = [sequence for sequence in live if sequence.cached < sequence.prompt_tokens]
         return ModelView(
             image_pages=fact.image_pages,
@@ -220,6 +238,10 @@ class SwapController:
             load_ns=state.load_ns,
         )
 
+    def _forget(self, sequence: LiveSequence) -> None:
+        del self._arrivals[sequence], self._live[sequence.model][sequence]
+        self._views[sequence.model] = None
+
     def _waits(self, sequence: LiveSequence) -> bool:
         """Whether nothing of it was computed, and it has no seat for that."""
         return not sequence.cached and sequence not in self._seats
@@ -230,9 +252,9 @@ class SwapController:
         since = self._arrivals
         late = [one for one in since if self._waits(one) and now_ns - since[one] > self._deadline_ns]
         for sequence in late:
-            del since[sequence]
+            self._forget(sequence)
         for sequence in late:
-            if all(one.model != sequence.model for one in since):
+            if not self._live[sequence.model]:
                 state = self.models[sequence.model]
                 state.wanted_ns, state.warming = None, False
         return [Expire(sequence) for sequence in late]
@@ -243,6 +265,7 @@ class SwapController:
             return []
         for gone in decision.evict:
             self.models[gone].resident, self.units[gone] = False, 0
+            self._views[gone] = None
             self.free_pages += self._facts[gone].image_pages
         self.free_pages -= self._facts[model].image_pages
         if self.free_pages < 0:
@@ -257,6 +280,7 @@ class SwapController:
             state.wanted_ns = None
             state.warming = True
         self.loading = model
+        self._views[model] = None
         return [*(Evict(gone) for gone in decision.evict), Load(model)]
 
     def _seat(self, decision: Decision) -> list[Action]:
@@ -272,6 +296,7 @@ class SwapController:
             actions += saves
             self.free_kv_pages -= needed
             self._seats[sequence] = needed
+            self._views[sequence.model] = None
             if sequence in self._saved:
                 self.free_host_bytes += self._saved.pop(sequence)
                 actions.append(Restore(sequence))
@@ -296,6 +321,7 @@ class SwapController:
             return None
         for sequence in saves:
             self.free_kv_pages += self._seats.pop(sequence)
+            self._views[sequence.model] = None
             held_bytes = sequence.cached * self._facts[sequence.model].kv_token_bytes
             if held_bytes:
                 self._saved[sequence] = held_bytes

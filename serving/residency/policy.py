@@ -48,7 +48,8 @@ class DeviceView:
 class Decision:
     """`step`: models that may step. `seat`: models whose sequences may take KV, oldest sequence first. `give_way`: models whose
     KV may go to host memory to make seats, first first. `load`: what to load next, once `evict` is gone; a model is never
-    evicted within a step. `again_ns`: when to ask again though nothing has happened."""
+    evicted within a step. `again_ns`: when to ask again though nothing has happened. `settled`: steps that end no sequence
+    change nothing of it, so that after those nobody asks."""
 
     step: tuple[int, ...]
     seat: tuple[int, ...]
@@ -56,6 +57,7 @@ class Decision:
     evict: tuple[int, ...] = ()
     give_way: tuple[int, ...] = ()
     again_ns: int | None = None
+    settled: bool = False
 
 
 class SwapPolicy(Protocol):

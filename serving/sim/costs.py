@@ -56,6 +56,10 @@ class StageTimes:
                 chunks.append((rows, length - rows))
         return self._attention(batch, rounded(context) if batch else 0, tuple(chunks))
 
+    def decode_attention_ns(self, batch: int, context_tokens: int) -> int:
+        """The same of a step that decodes `batch` sequences with so many tokens in all once it is done."""
+        return self._attention(batch, rounded(context_tokens), ())
+
     def _neighbourly(self, operator: str, stage_of: Callable[[int, int], Stage]) -> Neighbourly:
         beside = self.stages.beside_stream(operator)
         if beside <= 1.0:

@@ -54,6 +54,8 @@ class Crowd:
         self.devices: dict[str, SharedDevice] = {}
         self._clock, self._contention, self._dtype = clock, contention, dtype
         self._jobs: list[_Job] = []
+        self._steps_on: dict[str, int] = {}  # devices with any, and how many
+        self._crowded = 0  # devices with several
         self._seen_s = 0.0
         self._plans = 0
         self._ending = False
@@ -62,8 +64,18 @@ class Crowd:
         """Begin a step that asks `load` of each of `devices`; `then()` at its end."""
         self._advance()
         self._jobs.append(_Job(load.alone_s, load, devices, then))
+        for name in devices:
+            steps = self._steps_on[name] = self._steps_on.get(name, 0) + 1
+            self._crowded += steps == 2
         if not self._ending:
             self._replan()
+
+    def _leave(self, devices: Sequence[str]) -> None:
+        for name in devices:
+            steps = self._steps_on[name] = self._steps_on[name] - 1
+            self._crowded -= steps == 1
+            if not steps:
+                del self._steps_on[name]
 
     def _advance(self) -> None:
         now_s = self._clock.now_ns() / 1e9
@@ -72,20 +84,31 @@ class Crowd:
             return
         for job in self._jobs:
             job.left_s -= passed_s * job.rate
-        for name in {name for job in self._jobs for name in job.devices}:
+        for name in self._steps_on:
             self.devices[name].busy_s += passed_s
 
     def _replan(self) -> None:
         """Rates from now on, and when the first step will end at them."""
-        here: dict[str, list[_Job]] = {}
         for job in self._jobs:
             job.rate = 1.0
+        if self._crowded:
+            self._slow_down()
+        self._plans += 1
+        if self._jobs:
+            plan, next_s = self._plans, min([max(job.left_s, 0.0) / job.rate for job in self._jobs])
+            self._clock.after(next_s, lambda: self._reached(plan))
+
+    def _slow_down(self) -> None:
+        """Give steps that share a device the rates that they have there."""
+        here: dict[str, list[_Job]] = {}
+        for job in self._jobs:
             for name in job.devices:
-                here.setdefault(name, []).append(job)
+                if self._steps_on[name] > 1:
+                    here.setdefault(name, []).append(job)
         done = set()
         for name, jobs in here.items():
             together = tuple(map(id, jobs))
-            if len(jobs) < 2 or together in done:
+            if together in done:
                 continue  # devices of the same steps give them the same rates
             done.add(together)
             hardware = self.devices[name].hardware
@@ -93,18 +116,16 @@ class Crowd:
                 jobs, slowdowns([job.load for job in jobs], hardware, self._contention, self._dtype), strict=True
             ):
                 job.rate = min(job.rate, 1.0 / value)
-        self._plans += 1
-        if self._jobs:
-            plan, next_s = self._plans, min(max(job.left_s, 0.0) / job.rate for job in self._jobs)
-            self._clock.after(next_s, lambda: self._reached(plan))
 
     def _reached(self, plan: int) -> None:
         if plan != self._plans:
             return  # something began meanwhile, and there is a newer plan
         self._advance()
-        soonest_s = max(min(job.left_s / job.rate for job in self._jobs), 0.0) + _DONE_S
+        soonest_s = max(min([job.left_s / job.rate for job in self._jobs]), 0.0) + _DONE_S
         ended = [job for job in self._jobs if job.left_s / job.rate <= soonest_s]
         self._jobs = [job for job in self._jobs if job not in ended]
+        for job in ended:
+            self._leave(job.devices)
         self._ending = True
         for job in ended:
             job.then()

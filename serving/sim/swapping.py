@@ -1,13 +1,15 @@
 """A simulated device whose models come and go: the controller of the real one, with loads and moves that take time.
 
-What the host cache lacks is read from its checkpoint first. Weights come over the host link unit by unit while the device computes, as by a DMA engine; a step of a loading model waits for
-each layer's weights, and whoever has its weights computes meanwhile. Evictions and moves of KV occupy the device.
+What the host cache lacks is read from its checkpoint first. Weights come over the host link unit by unit while the device
+computes, as by a DMA engine; a step of a loading model waits for each layer's weights, and whoever has its weights computes
+meanwhile. Evictions and moves of KV occupy the device.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from serving.cost.transfers import LOAD_SHARE, host_copy_s, page_unmap_s
@@ -26,14 +28,44 @@ from serving.workers.config import SwapWorkerConfig
 from serving.workers.messages import Cancel, Expired, PoolUse, Stop, Submit, Tokens
 
 
-@dataclass
+@dataclass(slots=True)
 class _Lane:
-    """A step under way: what is left of it, as (unit whose weights it needs, nanoseconds)."""
+    """A step under way, which needs the weights of one unit of its model after the other: `at` is the next. Each but the last
+    takes `attention_ns` beside its FFN; `ffns_ns` are nanoseconds of all FFNs before each, `first_ns` and `last_ns` of what
+    comes before and after all layers."""
 
     plan: StepPlan
     wanted: int
-    left: deque[tuple[int, int]]
     started_ns: int
+    attention_ns: int
+    ffns_ns: Sequence[int]
+    first_ns: int
+    last_ns: int
+    at: int = 0
+
+    @property
+    def units(self) -> int:
+        return len(self.ffns_ns)
+
+    def run(self, until: int) -> int:
+        """Go on to unit `until`; the nanoseconds that this takes."""
+        begins, self.at = self.at, until
+        layers = min(until, self.units - 1)
+        took_ns = (layers - begins) * self.attention_ns + self.ffns_ns[layers] - self.ffns_ns[begins]
+        return took_ns + self.first_ns * (begins == 0) + self.last_ns * (until == self.units)
+
+
+@dataclass(slots=True)
+class _Repeats:
+    """Decode steps of the one lane, each the one before, one token on, as long as nothing else happens on the device. `left`
+    more will follow the one under way; `done` are over and not yet written into the sequences."""
+
+    left: int
+    told: tuple[tuple[int, int, bool], ...]  # what each tells the host
+    batch: int
+    context: int  # tokens of all sequences
+    beside_attention_ns: int
+    done: int = 0
 
 
 class SimulatedSwapWorker(SimulatedWorker):
@@ -60,11 +92,14 @@ class SimulatedSwapWorker(SimulatedWorker):
         self._geometries = [KVGeometry.of(model.spec, model.dtype) for model in role.models]
         self._units = [unit_bytes(model) for model in role.models]
         self._lanes: list[_Lane] = []
+        self._repeats: _Repeats | None = None
+        self._ffns_ns = functools.lru_cache(maxsize=None)(self._ffns_before_ns)
         self._held: dict[LiveSequence, int] = {}  # pages of those whose KV is here
         self._next_sample_ns = self._timer_ns = 0
         self._counters |= {"loaded_bytes": 0, "kv_moved_bytes": 0, "cache_misses": 0}
 
     def send(self, message: Submit | Cancel | Stop) -> None:
+        self._end_repeats()
         if isinstance(message, Cancel):
             self._scheduler.cancel(message.request_id, message.model)
         if not isinstance(message, Submit):
@@ -94,8 +129,10 @@ class SimulatedSwapWorker(SimulatedWorker):
         while self._begin():
             pass
         self._go_on()
+        self._set_timer(self._clock.now_ns())
+
+    def _set_timer(self, now_ns: int) -> None:
         again_ns = self._controller.again_ns
-        now_ns = self._clock.now_ns()
         if again_ns is not None and again_ns > now_ns and not now_ns < self._timer_ns <= again_ns:
             self._timer_ns = again_ns
             self._clock.after((again_ns - now_ns) / 1e9, self._wake)
@@ -168,29 +205,55 @@ class SimulatedSwapWorker(SimulatedWorker):
         if plan is None:
             return False
         self._controller.began(plan)
-        for (sequence, _), tokens in zip(plan.items, plan.kv_lens, strict=True):
-            self._hold(sequence, tokens)
-        times, layers = self._times[plan.model], self._role.models[plan.model].spec.num_layers
+        self._hold_all(plan)
+        times = self._times[plan.model]
         rows, wanted = sum(plan.query_lens), len(plan.logit_rows)
-        attention_ns = times.attention_ns(plan.query_lens, plan.kv_lens)
-        left = deque((layer, attention_ns + times.ffn_ns(layer, rows)) for layer in range(layers))
-        left[0] = (0, left[0][1] + times.embedding_ns(rows))
-        left.append((layers, times.head_ns(wanted)))
-        self._lanes.append(_Lane(plan, wanted, left, self._clock.now_ns()))
+        self._lanes.append(
+            _Lane(
+                plan,
+                wanted,
+                self._clock.now_ns(),
+                attention_ns=times.attention_ns(plan.query_lens, plan.kv_lens),
+                ffns_ns=self._ffns_ns(plan.model, rows),
+                first_ns=times.embedding_ns(rows),
+                last_ns=times.head_ns(wanted),
+            )
+        )
         return True
+
+    def _ffns_before_ns(self, model: int, rows: int) -> tuple[int, ...]:
+        """Nanoseconds of the FFNs of all layers before each layer, and of all of them."""
+        ffn_ns, layers = self._times[model].ffn_ns, self._role.models[model].spec.num_layers
+        return (0, *itertools.accumulate(ffn_ns(layer, rows) for layer in range(layers)))
 
     def _go_on(self) -> None:
         """The first lane that has the weights for it runs: all it has weights for when alone, else a layer."""
         for place, lane in enumerate(self._lanes):
             there = self._controller.units[lane.plan.model]
-            took_ns, ran = 0, 0
-            while lane.left and lane.left[0][0] < there and not (ran and len(self._lanes) > 1):
-                took_ns += lane.left.popleft()[1]
-                ran += 1
-            if ran:
+            if lane.at < there:
+                if len(self._lanes) == 1 and not lane.at and there == lane.units:
+                    self._repeats = self._repeating(lane)
+                took_ns = lane.run(there if len(self._lanes) == 1 else lane.at + 1)
                 self._lanes.append(self._lanes.pop(place))
-                self._occupy(took_ns / 1e9, lambda one=lane: None if one.left else self._complete(one))
+                self._step(lane, took_ns)
                 return
+
+    def _step(self, lane: _Lane, took_ns: int) -> None:
+        """Be busy with `lane` for so long, and go on from there."""
+        self._busy = True
+        self._counters["busy_ns"] += took_ns
+        self._clock.after(took_ns / 1e9, lambda: self._stepped(lane))
+
+    def _stepped(self, lane: _Lane) -> None:
+        self._busy = False
+        if self._repeats is not None:
+            if self._repeats.left and self._controller.goes_on(self._clock.now_ns()):
+                self._repeat(lane, self._repeats)
+                return
+            self._settle(lane, self._repeats)
+        if lane.at == lane.units:
+            self._complete(lane)
+        self._wake()
 
     def _complete(self, lane: _Lane) -> None:
         self._lanes.remove(lane)
@@ -205,6 +268,51 @@ class SimulatedSwapWorker(SimulatedWorker):
             self._outbox.append(Tokens(now_ns, tuple((s.request_id, token, last) for s, token, last in produced)))
         if ended or now_ns >= self._next_sample_ns:
             self._sample(now_ns)
+
+    # -- steps that repeat ---------------------------------------------------------------------------------------------
+    def _repeating(self, lane: _Lane) -> _Repeats | None:
+        """How the step of `lane`, the only one, whose weights are all there, repeats itself; None where it does not."""
+        plan = lane.plan
+        left = self._scheduler.repeats(plan)
+        if left < 1:
+            return None
+        told = tuple((sequence.request_id, SIMULATED_TOKEN, False) for sequence, _ in plan.items)
+        beside_ns = lane.first_ns + lane.ffns_ns[-1] + lane.last_ns
+        return _Repeats(left, told, len(plan.items), sum(plan.kv_lens), beside_ns)
+
+    def _repeat(self, lane: _Lane, repeats: _Repeats) -> None:
+        """The step of `lane` is over, and its like begins."""
+        now_ns = self._clock.now_ns()
+        self._controller.ended(lane.plan, (), now_ns, now_ns - lane.started_ns)
+        self._counters["steps"] += 1
+        self._outbox.append_tokens(Tokens(now_ns, repeats.told))
+        if now_ns >= self._next_sample_ns:
+            self._hold_all(lane.plan, repeats.done)
+            self._sample(now_ns)
+        repeats.left -= 1
+        repeats.done += 1
+        repeats.context += repeats.batch
+        self._controller.began(lane.plan)
+        lane.started_ns = now_ns
+        attention_ns = self._times[lane.plan.model].decode_attention_ns(repeats.batch, repeats.context)
+        self._step(lane, (lane.units - 1) * attention_ns + repeats.beside_attention_ns)
+        self._set_timer(now_ns)
+
+    def _end_repeats(self) -> None:
+        """Somebody came or goes: what follows the step under way may be another one."""
+        if self._repeats is not None:
+            self._repeats.left = 0
+
+    def _settle(self, lane: _Lane, repeats: _Repeats) -> None:
+        """Write into sequences and plan what the steps that repeated themselves have done."""
+        lane.plan = self._scheduler.repeat(lane.plan, repeats.done, SIMULATED_TOKEN)
+        self._hold_all(lane.plan)
+        self._repeats = None
+
+    def _hold_all(self, plan: StepPlan, further: int = 0) -> None:
+        """Pages of what `plan` has in the cache once it is done, and of `further` tokens of each sequence."""
+        for (sequence, _), tokens in zip(plan.items, plan.kv_lens, strict=True):
+            self._hold(sequence, tokens + further)
 
     def _hold(self, sequence: LiveSequence, tokens: int) -> None:
         (pool,) = self._role.pools

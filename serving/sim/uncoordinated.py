@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from serving.batching import StepLimits
+from serving.cost.contention import Load
 from serving.growth import Claim, grow_or_preempt
 from serving.idle import IdleWeights
 from serving.parallel.costs import GroupCosts, StepShape
@@ -60,13 +61,13 @@ class UncoordinatedGroup(SimulatedGroup):
                 device.waiting.pop(id(self), None)
         if not any(plans):
             return
-        self._plans = plans
-        shapes = [StepShape.of(plan.query_lens, plan.kv_lens) if plan else StepShape() for plan in plans]
-        rows = sum(shape.rows for shape in shapes)
-        for rank, worker in enumerate(self._ranks):
-            own = shapes[self._plan.replica_of(rank)].rows
-            worker.count_bytes(self._spec.num_layers * self._costs.posted_bytes(own, rows))
-        self._crowd.start(self._costs.step_load(shapes), self._plan.devices, self._complete)
+        self._start(plans)
+
+    def _demand(self, shapes: Sequence[StepShape], wanted: Sequence[int]) -> Load:
+        return self._costs.step_load(shapes)
+
+    def _compute(self, demand: Load) -> None:
+        self._crowd.start(demand, self._plan.devices, self._complete)
 
     def _release(self, replica: int, request_id: int) -> None:
         pages = self._held[replica].pop(request_id)

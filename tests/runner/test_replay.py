@@ -73,6 +73,20 @@ def test_requests_go_in_when_planned_though_the_system_is_slow():
     assert seen.pools and seen.pools[0].pages_in_use == 3
 
 
+def test_of_a_sample_what_changed_is_kept_and_the_time_of_each():
+    class Sampled(ScriptedSystem):
+        uses = ({"m": 0, "n": 0}, {"m": 3, "n": 0}, {"m": 3, "n": 0}, {"m": 3, "n": 1})
+
+        def pool_samples(self):
+            uses, self.uses = self.uses, ()
+            return [PoolSample(at, pool, use, 9, 4096) for at, use in enumerate(uses) for pool in ("a", "b")]
+
+    seen = replay(Sampled(), trace(1)).pools
+    rows = [(row.time_ns - seen[0].time_ns, row.model, row.pages_in_use) for row in seen if row.pool == "a"]
+    assert rows == [(0, "m", 0), (0, "n", 0), (1, "m", 3), (2, "m", 3), (3, "n", 1)]
+    assert len(seen) == 2 * len(rows)
+
+
 def test_what_is_unfinished_when_the_drain_ends_has_failed():
     seen = replay(ScriptedSystem(fate={1: "hang", 2: "reject"}), trace(4), drain_timeout_s=0.1)
     assert [r.outcome for r in seen.requests] == [COMPLETED, FAILED, REJECTED, COMPLETED]

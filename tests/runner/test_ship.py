@@ -44,6 +44,25 @@ def test_a_packed_record_is_small_reads_and_names_no_place_of_its_maker(shipped)
     assert ship.main(["verify", "--shipped", str(shipped)]) == 0
 
 
+def test_a_thinned_series_says_what_was_so_at_the_times_that_are_left(tmp_path):
+    pages = {m: [(i * 7919 * (m + 1)) % 13 if i % (m + 2) == 0 else None for i in range(3000)] for m in range(2)}
+    pools = [
+        PoolRow(i, "kv", f"m{m}", pages[m][i], 10, 4096)
+        for i in range(3000)
+        for m in range(2)
+        if pages[m][i] is not None
+    ]
+    records.write_record(tmp_path / "local" / "e" / "static-1", CONTENT, [], pools)
+    ship.pack(tmp_path / "local", tmp_path / "shipped", ["e"])
+    (record,), _ = records.read_records(tmp_path / "shipped")
+    series = record.series().to_pandas()
+    assert 300 < len(series) <= 1000
+    for row in series.itertuples():
+        known = [value for value in pages[int(row.model[1:])][: row.time_ns + 1] if value is not None]
+        assert row.pages_in_use == known[-1]
+    assert series["time_ns"].max() == pools[-1].time_ns
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -90,6 +90,9 @@ class Device:
         assert 0 <= self.control.free_kv_pages <= self.kv_pages
         assert self.control.free_host_bytes == self.host_bytes - sum(self.away.values()) >= 0
         for number, model in enumerate(self.control.view(self.now_ns).models):
+            live = self.scheduler.sequences(number)
+            assert model.live == len(live) and model.resident == self.control.models[number].resident
+            assert model.prompts == sum(one.cached < one.prompt_tokens for one in live)
             untouched = not any(one.cached for one in self.scheduler.sequences(number))
             if self.deadline_ns and model.live and not model.seated and untouched:
                 assert self.now_ns - model.oldest_ns <= self.deadline_ns, "forgotten"
