@@ -106,9 +106,9 @@ def test_both_pools_and_shared_devices_plan_within_the_same_bytes(monkeypatch):
         for name in ("deepseek-v2-lite", "qwen3-30b-a3b")
     ]
     for label in ("crosspool lowered", "elastic", "static"):
-        name, options = serve._SYSTEMS[label]
+        name, options = serve.SYSTEMS[label]
         cluster = serve.cluster_for(name, *serve.pool_bytes(models, 2 << 30))
-        plans = registry.create(name, {**serve._OPTIONS, **options}).plan(cluster, models, Demand()).devices
+        plans = registry.create(name, {**serve.OPTIONS, **options}).plan(cluster, models, Demand()).devices
         assert 1 << 30 < sum(plan.kv_bytes for plan in plans) < 2 << 30
 
 
