@@ -7,8 +7,11 @@ import pytest
 
 from serving.cost.contention import Contention
 from serving.errors import UserError
-from serving.gpu_suite import simulate
-from serving.gpu_suite.simulate import AGAINST, Assumed, Case, Fit, Row, case_of, read_fit, read_rows
+from serving.gpu_suite import fit_loads, simulate
+from serving.gpu_suite.fit_loads import Fit, read_fit
+from serving.gpu_suite.loads import Case, Row, case_of, read_rows
+from serving.gpu_suite.simulate import AGAINST
+from serving.gpu_suite.simulated_load import Assumed
 
 pytestmark = pytest.mark.cpu
 
@@ -84,9 +87,9 @@ def test_the_fit_finds_what_rows_were_made_with(monkeypatch):
     made = Assumed(1.3, Contention("time_slice", switch_s=3e-4))
     engines = Case("elastic", *[getattr(QUICK, name) for name in list(vars(QUICK))[1:]])
     rows = [Row("elastic.json", case, simulate.simulate(case, made)) for case in (QUICK, engines)]
-    monkeypatch.setattr(simulate, "_PROMPTS", (1.0, 1.3, 1.6))
-    monkeypatch.setattr(simulate, "_SWITCHES", (0.0, 0.15, 0.3))
-    found = simulate.fit(rows)
+    monkeypatch.setattr(fit_loads, "_PROMPTS", (1.0, 1.3, 1.6))
+    monkeypatch.setattr(fit_loads, "_SWITCHES", (0.0, 0.15, 0.3))
+    found = fit_loads.fit(rows)
     assert found.assumed == made and found.by_prompts[1.3] == found.by_switch[0.15] == 0.0 < found.by_switch[0.0]
 
 
