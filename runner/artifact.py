@@ -21,7 +21,8 @@ from pathlib import Path
 from runner import ship, tracking
 from runner.children import run_child
 from runner.config import TRACKING_MODES, Tracking
-from runner.experiments import MODES, Experiment, of_mode
+from runner.experiment import Experiment
+from runner.experiments import MODES, of_mode
 from runner.short import is_short
 from serving import doctor
 from serving.errors import UserError, command

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from runner import artifact
-from runner.experiments import EXPERIMENTS, Experiment, of_mode
+from runner.experiment import Experiment
+from runner.experiments import EXPERIMENTS, of_mode
 
 pytestmark = pytest.mark.cpu
 
