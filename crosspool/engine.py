@@ -45,9 +45,9 @@ class CrossPoolOptions(EngineOptions):
     `lowered` (the two sides poll each other's mailbox) or `host` (a third process hands over every stage), or on cuda
     devices `resident` (lowered, with an FFN kernel that never returns). The first
     `kv_devices` devices are the KV pool, data-parallel ranks that each hold all attention weights and take a request where
-    most KV is free; all others are the weights pool, with what `kv_share` of a KV device's memory leaves (cards only, which several
-    pools may share), over which `ffn_sharding` spreads FFNs: `whole` models, each `layer`
-    on one device, or every layer's width over all (`tensor`). With `stages` 4 transfers are stages of their own beside
+    most KV is free; all others are the weights pool, with what `kv_share` of a KV device's memory leaves (cards only, which
+    both pools may share), over which `ffn_sharding` spreads FFNs: `whole` models, each `layer` on one device, or every
+    layer's width over all (`tensor`). With `stages` 4 transfers are stages of their own beside
     attention and FFN; with 2 a device is held up by rows that leave it (within a host the core that computes copies them in
     either case, and four stages only tell the two apart).
 

@@ -131,7 +131,7 @@ def pooled_peak(runs: Sequence[Run], system: str) -> Measured:
     mine = _complete(runs, system)
     shares = []
     for run in mine:
-        by_model = run.series.groupby(["time_ns", "model"])["pages_in_use"].sum().unstack().ffill().fillna(0)
+        by_model = run.pages_by_model
         shares.append(by_model.sum(axis=1).max() / by_model.max().sum())
     return Measured(float(statistics.median(shares)), tuple(mine))
 

@@ -100,8 +100,7 @@ def _series(run: Run, variant: str) -> pd.DataFrame:
     """Pages of each model, summed over pools, on one grid of times. Between samples the last value holds."""
     series = run.series
     budget = series.groupby("pool")["page_budget"].max().sum()
-    wide = series.pivot_table(index="time_ns", columns=["pool", "model"], values="pages_in_use", aggfunc="last")
-    wide = wide.sort_index().ffill().fillna(0).T.groupby(level="model").sum().T
+    wide = run.pages_by_model
     if len(wide) > _POINTS:
         wide = wide.iloc[[round(i * (len(wide) - 1) / (_POINTS - 1)) for i in range(_POINTS)]]
     rows = wide.reset_index().melt(id_vars="time_ns", var_name="model", value_name="pages_in_use")

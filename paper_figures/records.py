@@ -132,6 +132,15 @@ class Run:
     def series(self) -> pd.DataFrame:
         return self._table("series.parquet")
 
+    @cached_property
+    def pages_by_model(self) -> pd.DataFrame:
+        """KV pages in use, a row a sampled time (ns) and a column a model, summed over pools; what a sample does not name is as
+        it was."""
+        wide = self.series.pivot_table(
+            index="time_ns", columns=["pool", "model"], values="pages_in_use", aggfunc="last"
+        )
+        return wide.sort_index().ffill().fillna(0).T.groupby(level="model").sum().T
+
     def _table(self, name: str) -> pd.DataFrame:
         try:
             return pyarrow.parquet.read_table(self.path / name).to_pandas()

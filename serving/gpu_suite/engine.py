@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from serving.batching import StepLimits
-from serving.cost.table1 import published_spec
 from serving.cuda.build import card, load_attention, load_ffn, open_peer_access, open_pool, prepare_process
 from serving.cuda.capture import Capture, CardModel, captured
 from serving.cuda.ffn_parts import FFNParts
@@ -26,7 +25,8 @@ from serving.cuda.layout import Shape, decode_numbers
 from serving.cuda.runner import StepRunner
 from serving.errors import command
 from serving.gpu_suite.results import save
-from serving.interface import Device, ServedModel
+from serving.gpu_suite.seeded import seeded
+from serving.interface import Device
 from serving.memory.budget import MemoryBudget
 from serving.memory.kv_pool import KVPool, Run
 from serving.scheduler import StepPlan
@@ -43,7 +43,7 @@ _CONFIGURATIONS = tuple((control, lanes) for control in ("fused", "lowered", "ho
 def load(name: str, memory_bytes: int, ffn_card: int = 0) -> tuple[CardModel, CardModel, KVPool]:
     """A published configuration with seeded values, attention and KV on card 0: with its FFN half there, and with one on
     `ffn_card` (the same one, if that is 0)."""
-    model = ServedModel(published_spec(name), Path(), "bfloat16", dummy=True)
+    (model,) = seeded([name])
     here, there = (Device(f"cuda:{index}", "cuda", index, memory_bytes) for index in (0, ffn_card))
     open_peer_access({card(here), card(there)})
     budget = MemoryBudget(here.name, memory_bytes)

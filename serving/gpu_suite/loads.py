@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving.cost.table1 import published_spec
 from serving.errors import UserError
+from serving.gpu_suite.seeded import seeded
 from serving.gpu_suite.serve import pool_bytes, requests_of
-from serving.interface import Request, ServedModel
+from serving.interface import Request
 
 FILES = ("serve.json", "elastic.json", "elastic_seeds.json", "mixtral.json")
 # Of the runs before rows said so: their models, requests, prompts, and pools that nobody filled.
@@ -21,8 +21,8 @@ _FIRST_REQUESTS, _FIRST_PROMPTS, _FIRST_POOLS_GIB = 30, (64, 512), (24, 96)
 
 @dataclass(frozen=True)
 class Case:
-    """One load of one system: which of :data:`serving.gpu_suite.serve.SYSTEMS`, and what it was asked. `pools_bytes` are CrossPool's two; the sum is
-    what the others had. `skew` None: models drawn as the first runs did."""
+    """One load of one system: which of :data:`serving.gpu_suite.serve.SYSTEMS`, and what it was asked. `pools_bytes` are
+    CrossPool's two; the sum is what the others had. `skew` None: models drawn as the first runs did."""
 
     label: str
     models: tuple[str, ...]
@@ -39,7 +39,7 @@ class Case:
         return (self.models, self.pools_bytes, self.rate_rps, self.requests, self.seed, self.prompts, self.skew)
 
     def arrivals(self) -> list[tuple[float, Request]]:
-        models = served(self.models)
+        models = seeded(self.models)
         return requests_of(models, self.rate_rps, self.requests, self.seed, self.prompts, self.skew)
 
 
@@ -74,7 +74,7 @@ def case_of(row: Mapping[str, Any]) -> Case:
     names = tuple(row.get("models", _FIRST_MODELS))
     rate_rps = row["rate_rps"]
     if "kv_gib" in row:
-        pools = pool_bytes(served(names), int(row["kv_gib"] * 2**30))
+        pools = pool_bytes(seeded(names), int(row["kv_gib"] * 2**30))
         seed = 1000 * row.get("seed", 0) + int(10 * (rate_rps / len(names)))
     else:
         pools, seed = tuple(gib << 30 for gib in _FIRST_POOLS_GIB), int(rate_rps)
@@ -88,7 +88,3 @@ def case_of(row: Mapping[str, Any]) -> Case:
         tuple(row.get("prompts", _FIRST_PROMPTS)),
         row.get("skew"),
     )
-
-
-def served(names: Iterable[str]) -> list[ServedModel]:
-    return [ServedModel(published_spec(name), Path(), "bfloat16", dummy=True) for name in names]

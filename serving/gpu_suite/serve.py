@@ -21,10 +21,10 @@ from serving import registry
 from serving.backend import Clock, MonotonicClock
 from serving.batching import StepLimits
 from serving.capacity import attention_bytes, ffn_bytes, ffn_workspace_bytes
-from serving.cost.table1 import published_spec
 from serving.errors import command
 from serving.generate import cuda_cluster
 from serving.gpu_suite.results import save
+from serving.gpu_suite.seeded import seeded
 from serving.interface import Cluster, Demand, Device, EventKind, Request, ServedModel, System
 
 OPTIONS = {"max_batch": 4, "prefill_chunk": 256, "page_bytes": 2 << 20, "max_running": 32}
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", default="crosspool lowered", help="the system that others are compared with")
     args = parser.parse_args(argv)
     names = args.models.split(",")
-    models = [ServedModel(published_spec(name), Path(), "bfloat16", dummy=True) for name in names]
+    models = seeded(names)
     prompts = tuple(int(text) for text in args.prompts.split(","))
     rates = [float(text) for text in args.rates.split(",")]
     rows: list[dict] = []

@@ -11,9 +11,8 @@ from typing import Any
 
 from serving.cost.cards import stages_on
 from serving.cost.hardware import load_hardware
-from serving.cost.table1 import published_spec
 from serving.errors import UserError, command
-from serving.interface import ServedModel
+from serving.gpu_suite.seeded import seeded
 
 
 def _rows(path: Path) -> list[dict]:
@@ -91,7 +90,7 @@ def predicted_table(rows: Sequence[dict]) -> str:
     for row in rows:
         if row["control"] not in ("fused", "lowered") or row["lanes"] != 1:
             continue
-        stages = stages_on(_CARD, ServedModel(published_spec(row["model"]), Path(), "bfloat16", dummy=True))
+        stages = stages_on(_CARD, *seeded([row["model"]]))
         predicted_s = stages.launched_s(stages.decode_step(row["batch"], row["batch"] * _CONTEXT_TOKENS))
         if row["control"] == "lowered":
             predicted_s += 2 * stages.spec.num_layers * hardware.crossing_lowered_s

@@ -1,5 +1,5 @@
-"""One such load on the simulated backend: the same requests, systems, budgets and limits, on a card with the costs that were fitted
-to other people's kernels.
+"""One such load on the simulated backend: the same requests, systems, budgets and limits, on a card with the costs that were
+fitted to other people's kernels.
 
 Elastic engines are processes without MPS, so that the card runs them in turns (`time_slice`, serving/cost/contention.py); of
 CrossPool both pools are on the one card, and their stages slow each other as engines do that share it.
@@ -17,7 +17,8 @@ from serving.cost.hardware import load_hardware
 from serving.cost.operators import CostModel
 from serving.cost.stages import Stage, StageCosts
 from serving.cost.table1 import published_spec
-from serving.gpu_suite.loads import Case, served
+from serving.gpu_suite.loads import Case
+from serving.gpu_suite.seeded import seeded
 from serving.gpu_suite.serve import OPTIONS, SYSTEMS, p99_by_model, replay, summary
 from serving.interface import Cluster, Demand, Device
 from serving.sim.backend import SimulatedBackend
@@ -45,7 +46,7 @@ def simulate(case: Case, assumed: Assumed) -> dict[str, Any]:
     backend = SimulatedBackend(
         CARD, lambda model, device: _stages(model.spec.name, name == "crosspool", assumed.prompts)
     )
-    system.start(system.plan(_cluster(name, case.pools_bytes), served(case.models), Demand()), backend)
+    system.start(system.plan(_cluster(name, case.pools_bytes), seeded(case.models), Demand()), backend)
     try:
         arrivals = case.arrivals()
         times = replay(system, arrivals, _LIMIT_S, backend.clock)

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from serving.batching import StepLimits
-from serving.cost.table1 import published_spec
 from serving.cuda.build import open_pool, prepare_process, weights_of
 from serving.cuda.capture import CardModel
 from serving.cuda.ffn_parts import FFNParts
@@ -26,6 +25,7 @@ from serving.cuda.residency import CardArena, CardLoader
 from serving.cuda.runner import StepRunner
 from serving.errors import command
 from serving.gpu_suite.results import save
+from serving.gpu_suite.seeded import seeded
 from serving.interface import Device, ServedModel
 from serving.residency.image import CARD_FRAME_BYTES, placed_bytes
 from serving.scheduler import StepPlan
@@ -156,7 +156,7 @@ def main(argv: Seq[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
     prepare_process()
-    models = [ServedModel(published_spec(name), Path(), "bfloat16", dummy=True) for name in args.models.split(",")]
+    models = seeded(args.models.split(","))
     begun = time.perf_counter()
     bench = Bench(models)
     print(f"row: {args.models} ready in {time.perf_counter() - begun:.1f} s", flush=True)
