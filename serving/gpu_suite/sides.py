@@ -1,21 +1,24 @@
-"""The two sides of a part of a step, each alone: a graph of the attention side and one of the FFN side, nothing crossing."""
+"""The sides of a part of a step, each alone: graphs of the attention side, of what of it comes once, and of the FFN side."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 import torch
 
+from kernels.lm_head import greedy
 from serving.cuda.capture import Capture, CardModel, captured
 from serving.cuda.lane import Lane
-from serving.cuda.layout import Shape
+from serving.cuda.layout import CardLayout, Shape
 
 _ROUNDS = 20
 
 
 class Sides:
-    """Graphs of both sides of `shape`. The kernels of both must have run before; all FFN halves are on one card."""
+    """Graphs of both sides of `shape`, nothing crossing. The kernels of both must have run before; all FFN halves are on one
+    card."""
 
     def __init__(self, model: CardModel, shape: Shape) -> None:
         half, ffn = model.attention, model.ffn
@@ -24,19 +27,37 @@ class Sides:
         self._shape = shape
         self._set_numbers(lambda out: out.zero_())
         (self._attention,) = Capture(lane, model, shape).one(lambda layer, rows: rows).stages
-        rows = torch.randn(shape.rows, half.spec.hidden_size, device=ffn_card, dtype=ffn.dtype)
+        self._ends = captured(lane, lane.stream, lambda: self._embed_and_sample(model)), lane.stream
+        self._rows = torch.randn(shape.rows, half.spec.hidden_size, device=ffn_card, dtype=ffn.dtype)
         stream = lane.ffn_streams[ffn_card]
-        served = captured(lane, stream, lambda: [ffn.forward(layer, rows) for layer in ffn.layers_on(ffn_card)])
-        self._ffn, self._kept = (served, stream), rows
+
+        def served(layers: Seq[int]) -> tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]:
+            return captured(lane, stream, lambda: [ffn.forward(layer, self._rows) for layer in layers]), stream
+
+        self._ffn = served(ffn.layers_on(ffn_card))
+        self._dense = served(ffn.spec.dense_layers) if ffn.spec.dense_layers else None
 
     def attention_s(self, numbers: Callable[[torch.Tensor], None]) -> float:
         """Median seconds of the attention side, embedding and head included, of what `numbers` writes into its argument."""
         self._set_numbers(numbers)
         return _replayed_s(*self._attention)
 
+    def ends_s(self) -> float:
+        """Median seconds of what the attention side does once: embedding, last norm, head, sampling."""
+        return _replayed_s(*self._ends)
+
     def ffn_s(self) -> float:
         """Median seconds of the FFN side, of random rows."""
         return _replayed_s(*self._ffn)
+
+    def dense_s(self) -> float:
+        """Of that the layers without experts."""
+        return _replayed_s(*self._dense) if self._dense else 0.0
+
+    def _embed_and_sample(self, model: CardModel) -> None:
+        layout = CardLayout.of(self._shape, self._lane.numbers[: self._shape.numbers], model.blocks)
+        hidden = model.attention.embed(layout.token_ids)
+        self._lane.tokens_of(self._shape).copy_(greedy(model.attention.logits(hidden, hidden, layout)))
 
     def _set_numbers(self, numbers: Callable[[torch.Tensor], None]) -> None:
         host = self._lane.numbers_host[0, : self._shape.numbers]
