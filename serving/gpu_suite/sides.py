@@ -1,4 +1,4 @@
-"""The sides of a part of a step, each alone: graphs of the attention side, of what of it comes once, and of the FFN side."""
+"""The two sides of a part of a step, each alone: a graph of the attention side and one of the FFN side, nothing crossing."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from kernels.lm_head import greedy
 from serving.cuda.capture import Capture, CardModel, captured
 from serving.cuda.lane import Lane
-from serving.cuda.layout import CardLayout, Shape
+from serving.cuda.layout import Shape
 
 _ROUNDS = 20
 
 
 class Sides:
-    """Graphs of both sides of `shape`, nothing crossing. The kernels of both must have run before; all FFN halves are on one
-    card."""
+    """Graphs of both sides of `shape`. The kernels of both must have run before; all FFN halves are on one card."""
 
     def __init__(self, model: CardModel, shape: Shape) -> None:
         half, ffn = model.attention, model.ffn
@@ -27,7 +25,6 @@ class Sides:
         self._shape = shape
         self._set_numbers(lambda out: out.zero_())
         (self._attention,) = Capture(lane, model, shape).one(lambda layer, rows: rows).stages
-        self._ends = captured(lane, lane.stream, lambda: self._embed_and_sample(model)), lane.stream
         self._rows = torch.randn(shape.rows, half.spec.hidden_size, device=ffn_card, dtype=ffn.dtype)
         stream = lane.ffn_streams[ffn_card]
 
@@ -42,10 +39,6 @@ class Sides:
         self._set_numbers(numbers)
         return _replayed_s(*self._attention)
 
-    def ends_s(self) -> float:
-        """Median seconds of what the attention side does once: embedding, last norm, head, sampling."""
-        return _replayed_s(*self._ends)
-
     def ffn_s(self) -> float:
         """Median seconds of the FFN side, of random rows."""
         return _replayed_s(*self._ffn)
@@ -53,11 +46,6 @@ class Sides:
     def dense_s(self) -> float:
         """Of that the layers without experts."""
         return _replayed_s(*self._dense) if self._dense else 0.0
-
-    def _embed_and_sample(self, model: CardModel) -> None:
-        layout = CardLayout.of(self._shape, self._lane.numbers[: self._shape.numbers], model.blocks)
-        hidden = model.attention.embed(layout.token_ids)
-        self._lane.tokens_of(self._shape).copy_(greedy(model.attention.logits(hidden, hidden, layout)))
 
     def _set_numbers(self, numbers: Callable[[torch.Tensor], None]) -> None:
         host = self._lane.numbers_host[0, : self._shape.numbers]

@@ -72,8 +72,7 @@ def steps_to_measure() -> list[Step]:
 
 def measure(name: str, model: CardModel, control: str, steps: Seq[Step], repeats: int) -> Iterator[dict]:
     """A row a step that fits into the model's context: median, least and most milliseconds over `repeats`, new random tokens
-    each time; and of a step of one part what each side takes alone (`ends_ms` of `attention_ms` and `dense_ms` of `ffn_ms` as
-    :class:`Sides` tells them)."""
+    each time; and of a step of one part what each side takes alone (`dense_ms` of `ffn_ms` in layers without experts)."""
     longest = model.kv.geometry.max_context_tokens
     steps = [step for step in steps if step.longest <= longest]
     runs = _filled_runs(model.kv, max(step.sequences for step in steps), max(step.longest for step in steps))
@@ -90,7 +89,7 @@ def measure(name: str, model: CardModel, control: str, steps: Seq[Step], repeats
             plan = _plan(step, runs)
             side = sides[shape]
             row["attention_ms"] = side.attention_s(lambda out, plan=plan: _numbers(plan, out)) * 1e3
-            row |= {"ends_ms": side.ends_s() * 1e3, "ffn_ms": side.ffn_s() * 1e3, "dense_ms": side.dense_s() * 1e3}
+            row |= {"ffn_ms": side.ffn_s() * 1e3, "dense_ms": side.dense_s() * 1e3}
         yield row
     runner.close()
     for run in runs:
