@@ -11,12 +11,12 @@ from typing import Protocol
 
 import torch
 
-from kernels.launch import Launch, compile_ahead, recording
+from kernels.launch import compile_ahead, recording
 from serving.batching import StepLimits
 from serving.cuda.capture import Capture, CardModel, Launches
 from serving.cuda.exchange import ByEvents, Mailboxes, Residents, bytes_crossed
 from serving.cuda.lane import Lane
-from serving.cuda.layout import CardLayout, Shape, decode_numbers, prefill_numbers, shapes_of, smallest
+from serving.cuda.layout import CardLayout, Shape, decode_numbers, parted, prefill_numbers, shapes_of, smallest
 from serving.scheduler import StepPlan
 
 
@@ -136,13 +136,12 @@ class StepRunner:
     def _parts(self, lane_index: int, model_index: int, plan: StepPlan) -> Iterator[_Part]:
         """The step in parts: its decode rows first, as the plan has them, then each sequence with more rows."""
         lane, shapes = self.lanes[lane_index], self._shapes[model_index]
-        decoding = [sequence for sequence, rows in plan.items if rows == 1 == sequence.pending]
+        decoding, others = parted(plan)
         if decoding:
             shape = smallest(shapes, False, len(decoding))
             decode_numbers(decoding, lane.numbers_host[0, : shape.numbers])
             lane.places.extend(range(len(decoding)))
             yield self._part(lane_index, model_index, shape, 0, range(shape.rows))
-        others = [(sequence, rows) for sequence, rows in plan.items if not rows == 1 == sequence.pending]
         for number, (sequence, rows) in enumerate(others, start=1):
             shape = smallest(shapes, True, rows)
             prefill_numbers(sequence, rows, lane.numbers_host[number, : shape.numbers])
@@ -195,7 +194,7 @@ class StepRunner:
     def _prepare(self, models: Seq[int]) -> None:
         with recording() as calls:
             self._run_every_shape(self.lanes[:1], models)
-        compile_ahead(_distinct(calls))
+        compile_ahead(calls)
         self._run_every_shape(self.lanes, models)
         for lane_index, model_index in product(range(len(self.lanes)), models):
             for shape in reversed(self._shapes[model_index]):
@@ -244,15 +243,3 @@ class StepRunner:
             executor.stop()
         for mailboxes in self._mailboxes.values():
             mailboxes.check()
-
-
-def _distinct(calls: Seq[Launch]) -> list[Launch]:
-    """One call of each kind: layers launch the same kernels over and over, and asking for one to be compiled is not cheap."""
-
-    def kind(argument: object) -> object:
-        if isinstance(argument, torch.Tensor):
-            return argument.dtype, argument.data_ptr() % 16 == 0
-        return argument
-
-    found = {(id(c.kernel), tuple(map(kind, c.args)), tuple(c.meta.items())): c for c in calls}
-    return list(found.values())
