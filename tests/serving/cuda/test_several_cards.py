@@ -1,5 +1,5 @@
 """Systems over several cards against the judge, all five architectures at once: CrossPool with its pools on cards of their own,
-FFNs whole and dealt out by layer, by every control; baselines whose engines have cards of their own or several; and what crosses."""
+FFNs whole, dealt out by layer and cut by width, by every control; baselines whose engines have cards of their own or several; and what crosses."""
 
 import pytest
 import torch
@@ -23,6 +23,8 @@ SYSTEMS = {
     "lowered": ("crosspool", 2, {"control": "lowered"}),
     "layers-lowered": ("crosspool", 3, {"control": "lowered", "ffn_sharding": "layer", "lanes": 3}),
     "layers-host": ("crosspool", 3, {"control": "host", "ffn_sharding": "layer"}),
+    "cut-lowered": ("crosspool", 3, {"control": "lowered", "ffn_sharding": "tensor", "lanes": 3}),
+    "cut-host": ("crosspool", 3, {"control": "host", "ffn_sharding": "tensor"}),
     "host": ("crosspool", 2, {"control": "host", "lanes": 1}),
     "static": ("static", 2, {}),
     "elastic": ("elastic", 2, {}),
