@@ -3,8 +3,9 @@ full results under DIR, one short table last.
 
 Sections, in this order: `doctor`, `kernels` (correctness of every kernel, by its tests), `tokens` (every system on tiny
 checkpoints against the judge), `cards` (the same over two cards), `memory` (page mapping and crossing), `engine` (the ablation of
-control and lanes, real configurations with seeded values), `apart` (the same with FFN halves on a second card), `serve` (two such
-models under open-loop load on one card, system after system). What needs two cards is skipped where there is one.
+control and lanes, real configurations with seeded values), `apart` (the same with FFN halves on a second card), `steps` (prompts in
+chunks and decode batches of such configurations, for the simulator), `serve` (two such models under open-loop load on one card,
+system after system). What needs two cards is skipped where there is one.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ SECTIONS = {
     "memory": Section(("-m", "serving.gpu_suite.memory", "--out", "{out}/memory.json"), 60),
     "engine": Section(("-m", "serving.gpu_suite.engine", "--out", "{out}/engine.json"), 400),
     "apart": Section(("-m", "serving.gpu_suite.engine", "--apart", "--out", "{out}/apart.json"), 400, cards=2),
+    "steps": Section(("-m", "serving.gpu_suite.steps", "--out", "{out}/steps.json"), 300),
     "serve": Section(("-m", "serving.gpu_suite.serve", "--out", "{out}/serve.json"), 400),
 }
 

@@ -8,7 +8,6 @@ others have FFN halves on another card, and what each side's step takes alone sa
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -18,15 +17,15 @@ import torch
 
 from serving.batching import StepLimits
 from serving.cuda.build import card, load_attention, load_ffn, open_peer_access, open_pool, prepare_process
-from serving.cuda.capture import Capture, CardModel, captured
+from serving.cuda.capture import CardModel
 from serving.cuda.ffn_parts import FFNParts
-from serving.cuda.lane import Lane
 from serving.cuda.layout import Shape, decode_numbers
 from serving.cuda.runner import StepRunner
 from serving.errors import command
 from serving.gpu_suite.results import save
 from serving.gpu_suite.seeded import seeded
-from serving.interface import Device
+from serving.gpu_suite.sides import Sides
+from serving.interface import Device, ServedModel
 from serving.memory.budget import MemoryBudget
 from serving.memory.kv_pool import KVPool, Run
 from serving.scheduler import StepPlan
@@ -36,19 +35,19 @@ _PAGE_BYTES = 2 << 20
 _KV_BYTES = 4 << 30
 _PROMPT_TOKENS, _NEW_TOKENS, _WARM_STEPS = 512, 80, 16
 _LIMIT_S = 20.0
-_SIDE_ROUNDS = 20
 _CONFIGURATIONS = tuple((control, lanes) for control in ("fused", "lowered", "host", "resident") for lanes in (1, 2))
 
 
-def load(name: str, memory_bytes: int, ffn_card: int = 0) -> tuple[CardModel, CardModel, KVPool]:
-    """A published configuration with seeded values, attention and KV on card 0: with its FFN half there, and with one on
-    `ffn_card` (the same one, if that is 0)."""
-    (model,) = seeded([name])
+def load(
+    model: ServedModel, memory_bytes: int, ffn_card: int = 0, kv_bytes: int = _KV_BYTES
+) -> tuple[CardModel, CardModel, KVPool]:
+    """`model` with attention and KV on card 0: with its FFN half there, and with one on `ffn_card` (the same one, if that
+    is 0)."""
     here, there = (Device(f"cuda:{index}", "cuda", index, memory_bytes) for index in (0, ffn_card))
     open_peer_access({card(here), card(there)})
     budget = MemoryBudget(here.name, memory_bytes)
     attention, ffn = load_attention(model, here, budget), FFNParts(load_ffn(model, here, budget))
-    pool = open_pool(_KV_BYTES // _PAGE_BYTES, _PAGE_BYTES, [model], 16, here)
+    pool = open_pool(kv_bytes // _PAGE_BYTES, _PAGE_BYTES, [model], 16, here)
     kv = pool.models[model.name]
     together = CardModel.of(attention, ffn, kv)
     if not ffn_card:
@@ -70,31 +69,9 @@ def decode_plan(runs: Seq[Run], lane: int, batch: int) -> StepPlan:
 def side_seconds(model: CardModel, runs: Seq[Run], batch: int) -> dict[str, float]:
     """Median seconds of a decode step's attention side alone and of its FFN side alone, each one graph, nothing crossing. The
     kernels of both must have run before."""
-    half, ffn, shape = model.attention, model.ffn, Shape(False, batch)
-    lane = Lane(half.device, set(ffn.cards), batch, [shape])
-    decode_numbers(
-        [sequence for sequence, _ in decode_plan(runs, 0, batch).items], lane.numbers_host[0, : shape.numbers]
-    )
-    lane.numbers.copy_(lane.numbers_host[0])
-    (attention,) = Capture(lane, model, shape).one(lambda layer, rows: rows).stages
-    (ffn_card,) = ffn.cards
-    rows = torch.randn(batch, half.spec.hidden_size, device=ffn_card, dtype=ffn.dtype)
-    stream = lane.ffn_streams[ffn_card]
-    served = captured(lane, stream, lambda: [ffn.forward(layer, rows) for layer in ffn.layers_on(ffn_card)])
-    return {"attention_s": _replayed_s(*attention), "ffn_s": _replayed_s(served, stream)}
-
-
-def _replayed_s(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> float:
-    with torch.cuda.stream(stream):
-        times = []
-        for _ in range(_SIDE_ROUNDS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(stream)
-            graph.replay()
-            end.record(stream)
-            stream.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    sequences = [sequence for sequence, _ in decode_plan(runs, 0, batch).items]
+    sides = Sides(model, Shape(False, batch))
+    return {"attention_s": sides.attention_s(lambda out: decode_numbers(sequences, out)), "ffn_s": sides.ffn_s()}
 
 
 def time_decode(runner: StepRunner, runs: Seq[Run], lanes: int, batch: int) -> dict[str, float]:
@@ -178,7 +155,7 @@ def main(argv: Seq[str] | None = None) -> int:
     rows: list[dict] = []
     for name in args.models.split(","):
         begun = time.perf_counter()
-        together, parted, pool = load(name, args.memory_gib << 30, int(args.apart))
+        together, parted, pool = load(*seeded([name]), args.memory_gib << 30, int(args.apart))
         torch.cuda.synchronize()
         print(f"row: {name} loaded in {time.perf_counter() - begun:.1f} s", flush=True)
         for row in measure(name, together, parted, batches, configurations):

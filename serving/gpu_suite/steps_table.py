@@ -1,0 +1,61 @@
+"""Rows of :mod:`serving.gpu_suite.steps` as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def steps_table(rows: Sequence[Row]) -> str:
+    """Milliseconds of steps: chunks of one prompt by rows and past; decode batches by context; and steps of several parts
+    beside the sum of what their parts take as steps of their own."""
+    prompts = [row for row in rows if row["chunks"] == 1 and not row["batch"]]
+    decodes = [row for row in rows if not row["chunks"]]
+    grids = [
+        _grid(prompts, ("rows", "past"), "rows of a prompt", "after"),
+        _grid(decodes, ("batch", "context"), "sequences that decode", "at"),
+    ]
+    return "\n\n".join([*(grid for grid in grids if grid), *_parted(rows)])
+
+
+def _grid(rows: Sequence[Row], keys: tuple[str, str], title: str, column: str) -> str:
+    """A line a model, control and size; a column a number of tokens that are there; what each side takes alone with the
+    fewest of them."""
+    if not rows:
+        return ""
+    size, there = keys
+    columns = sorted({row[there] for row in rows})
+    head = ["model", "control", title, *(f"{column} {count} tokens ms" for count in columns)]
+    head += ["attention alone ms", "FFN alone ms"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    found = {(row["model"], row["control"], row[size], row[there]): row for row in rows}
+    for model, control, count in dict.fromkeys(key[:3] for key in found):
+        mine = [found.get((model, control, count, each)) for each in columns]
+        cells = [f"{row['step_ms']:.2f}" if row else "" for row in mine]
+        fewest = next(row for row in mine if row)
+        cells += [f"{fewest[side]:.2f}" if side in fewest else "" for side in ("attention_ms", "ffn_ms")]
+        lines.append(f"| {' | '.join([model, control, str(count), *cells])} |")
+    return "\n".join(lines)
+
+
+def _parted(rows: Sequence[Row]) -> list[str]:
+    """Steps of several parts: what they take, and over what their parts take alone, where those were measured."""
+    head = ["model", "control", "decode", "at tokens", "chunks", "rows", "after tokens", "ms", "over its parts' sum"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    alone = {_key(row): row["step_ms"] for row in rows if row["batch"] == 0 or row["chunks"] == 0}
+    for row in rows:
+        if row["chunks"] + (row["batch"] > 0) < 2:
+            continue
+        parts = [alone.get(_key(row, chunks=1, batch=0, context=0))] * row["chunks"]
+        parts += [alone.get(_key(row, chunks=0, rows=0, past=0))] if row["batch"] else []
+        over = f"{row['step_ms'] / sum(parts):.2f}" if all(parts) else ""
+        step_ms = f"{row['step_ms']:.2f}"
+        lines.append(f"| {' | '.join([*map(str, _key(row)), step_ms, over])} |")
+    return ["\n".join(lines)] if len(lines) > 2 else []
+
+
+def _key(row: Row, **others: int) -> tuple:
+    told = {**row, **others}
+    return tuple(told[name] for name in ("model", "control", "batch", "context", "chunks", "rows", "past"))
