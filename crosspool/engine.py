@@ -286,11 +286,14 @@ class CrossPool(HostedSystem):
         models = placement.models
         if self.options.admission != "cap":
             raise UserError("cuda devices run with admission=cap")
-        if self.options.ffn_sharding == "tensor" or self.options.kv_devices != 1:
-            raise UserError(
-                "cuda devices run with one KV device (kv_devices=1) and FFNs that are whole or dealt out by layer "
-                "(ffn_sharding=whole, layer)"
-            )
+        if self.options.kv_devices != 1:
+            raise UserError("cuda devices run with one KV device (kv_devices=1)")
+        if self.options.ffn_sharding == "tensor":
+            if self.options.control == "resident":
+                raise UserError("control=resident has FFNs whole or dealt out by layer (ffn_sharding=whole, layer)")
+            cards = [plan.device.index for plan in weights_plans]
+            if len(set(cards)) < len(cards):
+                raise UserError(f"slices of an FFN lie on a card each; weights devices are on cards {cards}")
         pool = from_plain(placement.options["ffn"])
         parts: dict[str, list[tuple[Device, FFNPart]]] = {model.name: [] for model in models}
         for plan, held in zip(weights_plans, pool, strict=True):

@@ -109,6 +109,16 @@ def _lm_head() -> None:
     greedy(_empty(8, 151936, dtype=torch.float32))
 
 
+def _exchange() -> None:
+    from kernels.exchange import symmetric
+    from kernels.exchange.triton import collect, exchange, post
+
+    outbox, inbox = symmetric([META] * 4, 4 * 2048, torch.bfloat16)[0]
+    exchange(outbox, inbox, _empty(16, 2048), True, 1, 1000)
+    post(outbox, _empty(4, 2048))
+    collect(inbox, 4, 2048, False, 1000)
+
+
 def _mailbox() -> None:
     from kernels.mailbox import Mailbox
     from kernels.mailbox.triton import put, wait
@@ -171,6 +181,7 @@ CASES: dict[str, Callable[[], None]] = {
     "dense_ffn_2048": functools.partial(_dense, 2048, 2048, 10944),
     "lm_head": _lm_head,
     "mailbox": _mailbox,
+    "exchange": _exchange,
     "resident_ffn": functools.partial(_resident, torch.bfloat16),
     "resident_ffn_fp32": functools.partial(_resident, torch.float32),
 }

@@ -55,9 +55,21 @@ def compile_ahead(calls: list[Launch]) -> None:
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
-        for call in calls:
+        for call in _distinct(calls):
             with contextlib.suppress(Exception):  # the front end compiles in this thread, and may refuse as well
                 call.kernel.run(*call.args, grid=call.grid, warmup=True, **call.meta)
+
+
+def _distinct(calls: list[Launch]) -> list[Launch]:
+    """One call of each kind: layers launch the same kernels over and over, and asking for one to be compiled is not cheap."""
+
+    def kind(argument: object) -> object:
+        if isinstance(argument, torch.Tensor):
+            return argument.dtype, argument.data_ptr() % 16 == 0
+        return argument
+
+    found = {(id(c.kernel), tuple(map(kind, c.args)), tuple(c.meta.items())): c for c in calls}
+    return list(found.values())
 
 
 @functools.cache

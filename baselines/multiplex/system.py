@@ -70,6 +70,9 @@ class Elastic(GroupedSystem):
                 instances, devices, self.options, self.options.model(), self._admission(placement), self._evict_idle_s
             )
             return
+        if any(i.group.ranks > 1 for i in instances) and placement.devices[0].device.kind == "cuda":
+            self._start_card_engines(placement, instances)
+            return
         for plan in placement.devices:
             seated = [instance for instance in instances if plan.device.name in instance.group.devices]
             if seated:
@@ -109,6 +112,25 @@ class Elastic(GroupedSystem):
             rule,
             self.options.queue_deadline_s,
         )
+
+    def _start_card_engines(self, placement: Placement, instances: Sequence[Instance]) -> None:
+        """A process for each model, which drives the cards of its group: a ledger a card for all engines on it."""
+        if self._evict_idle_s:
+            raise UserError("idle weights of models over several cards do not leave; set idle_evict_s to 0")
+        rule = self._admission(placement)[placement.devices[0].device.name]
+        if not isinstance(rule, str):
+            raise UserError("models over several cards have a queue each; set admission to optimistic or reserved")
+        lent: list[dict[str, LentRef]] = [{} for _ in instances]
+        for plan in placement.devices:
+            seated = [number for number, i in enumerate(instances) if plan.device.name in i.group.devices]
+            num_pages = plan.kv_bytes // self.options.page_bytes
+            shape = LentShape(num_pages, len(seated), plan.device.memory_bytes - num_pages * self.options.page_bytes)
+            ledger = self._new_mailbox_region(shape.region_bytes)
+            for engine, number in enumerate(seated):
+                lent[number][plan.device.name] = LentRef(ref(ledger), ledger.fd, shape, engine)
+        devices = {plan.device.name: plan.device for plan in placement.devices}
+        for instance, refs in zip(instances, lent, strict=True):
+            self._start_card_groups([instance], devices, self.options, rule, refs)
 
     def _start_engines(self, plan: DevicePlan, instances: Sequence[Instance], admission: AdmissionQueue | str) -> None:
         """A process for each model on the device: one ledger and one set of pages for all of them."""
@@ -157,8 +179,8 @@ def _require_real(device: Device, instances: Sequence[Instance]) -> None:
     for instance in instances:
         if instance.group.ranks > 1:
             raise UserError(
-                f"{instance.model.name} is on {instance.group}; engines side by side are whole models here, and groups run "
-                "simulated only: backend=sim"
+                f"{instance.model.name} is on {instance.group}; engines side by side are whole models on CPU devices; groups "
+                "run on CUDA devices, or simulated: backend=sim"
             )
 
 

@@ -20,7 +20,7 @@ from serving.host import pool_config
 from serving.interface import Cluster, Demand, DevicePlan, Placement, ServedModel
 from serving.parallel.given import given_groups
 from serving.parallel.group import GroupPlan
-from serving.parallel.host import GroupedSystem, Instance
+from serving.parallel.host import GroupedSystem, Instance, sharing_devices
 from serving.workers.config import ModelWorkerConfig
 
 _DEFAULT_CARD = {"cpu": "cpu2", "cuda": "a100-40gb"}
@@ -62,7 +62,12 @@ class StaticPartition(GroupedSystem):
         instances = _instances(placement)
         cut = {device for i in instances if i.group.ranks > 1 for device in i.group.devices}
         grouped = [i for i in instances if cut & set(i.group.devices)]
-        self._start_groups(grouped, [plan.device for plan in placement.devices], self.options)
+        devices = {plan.device.name: plan.device for plan in placement.devices}
+        if self._backend.name == "real" and any(device.kind == "cuda" for device in devices.values()):
+            for joined in sharing_devices(grouped):
+                self._start_card_groups(joined, devices, self.options)
+        else:
+            self._start_groups(grouped, list(devices.values()), self.options)
         for plan in placement.devices:
             if plan.weights_bytes and plan.device.name not in cut:
                 self._start_whole(plan, [i for i in instances if plan.device.name in i.group.devices])

@@ -27,6 +27,7 @@ from serving.memory.budget import MemoryBudget
 from serving.memory.kv_pool import KVPool
 from serving.memory.lent import SharedBudget, SharedPageLender
 from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
+from serving.parallel.share import ShareOfWeights
 from serving.shm.region import SharedRegion
 from serving.workers.config import ModelWorkerConfig
 from serving.workers.mapped_pages import growth_over
@@ -73,10 +74,11 @@ def load_attention(model: ServedModel, device: Device, budget: MemoryBudget | Sh
 def load_ffn(
     model: ServedModel, device: Device, budget: MemoryBudget | SharedBudget, part: FFNPart = WHOLE_FFN
 ) -> CardFFNHalf:
-    """The layers of `part`, on `device`."""
-    budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(model.spec, model.dtype, part.layers))
-    with weights_of(model, card(device)) as weights:
-        return CardFFNHalf(model.spec, weights, getattr(torch, model.dtype), card(device), part.layers)
+    """The layers of `part`, as wide as it is, on `device`."""
+    spec = part.model(model).spec
+    budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(spec, model.dtype, part.layers))
+    with ShareOfWeights(weights_of(model, card(device)), part.share) as weights:
+        return CardFFNHalf(spec, weights, getattr(torch, model.dtype), card(device), part.layers)
 
 
 def open_pool(
@@ -118,7 +120,10 @@ def build_card_worker(role: ModelWorkerConfig, wires) -> CardWorker:
         lender = SharedPageLender(ledger, role.lent.shape, role.lent.engine)
     attention = [load_attention(model, role.device, budgets[role.device.name]) for model in role.models]
     ffns = [
-        FFNParts(*(load_ffn(model, device, budgets[device.name], part) for device, part in parts))
+        FFNParts(
+            *(load_ffn(model, device, budgets[device.name], part) for device, part in parts),
+            cut=parts[0][1].width.parts > 1,
+        )
         for model, parts in zip(role.models, ffn_parts, strict=True)
     ]
     pools = []

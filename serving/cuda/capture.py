@@ -9,10 +9,10 @@ import torch
 
 from kernels.lm_head import greedy
 from kernels.mailbox import put
-from serving.cuda.exchange import Exchange, InPlace, Lowered, Mailboxes
+from serving.cuda.exchange import CutBoundary, Exchange, InPlace, Lowered, Mailboxes
 from serving.cuda.ffn_parts import FFNParts
 from serving.cuda.lane import Lane
-from serving.cuda.layers import CardAttentionHalf
+from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
 from serving.cuda.layout import BLOCK_TOKENS, CardLayout, Shape
 from serving.memory.kv_pool import ModelKV
 
@@ -43,9 +43,10 @@ class CardModel:
 
 @dataclass(frozen=True)
 class Launches:
-    """What a part of one shape is: graphs, in the order of their launch, each with its stream."""
+    """What a part of one shape is: stages in the order of their launch, each of graphs that may run beside each other, with
+    their streams."""
 
-    stages: tuple[tuple[torch.cuda.CUDAGraph, torch.cuda.Stream], ...]
+    stages: tuple[tuple[tuple[torch.cuda.CUDAGraph, torch.cuda.Stream], ...], ...]
     kept: tuple[torch.Tensor, ...] = ()  # memory that stages hand on
 
 
@@ -67,7 +68,7 @@ class Capture:
 
     def one(self, exchange: Exchange | None = None) -> Launches:
         """One graph: both halves, or the attention half where `exchange` finds the other without the host."""
-        return Launches((self._whole(exchange or InPlace(self._model.ffn)),))
+        return Launches(((self._whole(exchange or InPlace(self._model.ffn)),),))
 
     def sides(self, mailboxes: Mapping[torch.device, Mailboxes], slot: int) -> Launches:
         """A graph of the attention side and one of each card with FFN halves, which meet through its `mailboxes`."""
@@ -77,7 +78,19 @@ class Capture:
             stream, boxes = self._lane.ffn_streams[card], mailboxes[card]
             served = captured(self._lane, stream, lambda boxes=boxes: boxes.serve_step(slot, ffn, self._shape.rows))
             sides.append((served, stream))
-        return Launches(tuple(sides))
+        return Launches((tuple(sides),))
+
+    def cut_sides(self, boundary: CutBoundary, slot: int) -> Launches:
+        """The same for an FFN that is cut by width, which all its cards compute at once."""
+        ffn = self._model.ffn
+        sides = [self._whole(boundary.attention_side(slot))]
+        for place, half in enumerate(ffn.halves):
+            stream = self._lane.ffn_streams[half.device]
+            served = captured(
+                self._lane, stream, lambda place=place: boundary.serve_step(slot, place, ffn, self._shape.rows)
+            )
+            sides.append((served, stream))
+        return Launches((tuple(sides),))
 
     def layers(self) -> Launches:
         """A graph a layer, both halves in each, and one of the head: for a model whose weights come unit by unit."""
@@ -100,15 +113,45 @@ class Capture:
         graphs = [
             captured(lane, lane.stream, lambda layer=layer: run(layer)) for layer in range(half.spec.num_layers + 1)
         ]
-        return Launches(tuple((graph, lane.stream) for graph in graphs), (hidden, ffn_out))
+        return Launches(tuple(((graph, lane.stream),) for graph in graphs), (hidden, ffn_out))
 
     def stages(self, mailboxes: Mapping[torch.device, Mailboxes], slot: int) -> Launches:
         """A graph a stage, whose rows cross as they do where no host is needed, but are not waited for."""
+        ffn, shape = self._model.ffn, (self._shape.rows, self._model.attention.spec.hidden_size)
+        boxes = [mailboxes[ffn.half(layer).device] for layer in range(ffn.spec.num_layers)]
+
+        def ffn_stage(layer: int, half: CardFFNHalf) -> None:
+            put(boxes[layer].outbound, slot, half.forward(layer, boxes[layer].inbound.filled(slot, *shape)))
+
+        return self._stages(
+            send=lambda layer, rows: put(boxes[layer].inbound, slot, rows),
+            result=lambda layer: boxes[layer].outbound.filled(slot, *shape),
+            ffn_stage=ffn_stage,
+        )
+
+    def cut_stages(self, boundary: CutBoundary, slot: int) -> Launches:
+        """The same for an FFN that is cut by width: its cards' graphs of a layer are one stage."""
+        ffn, shape = self._model.ffn, (self._shape.rows, self._model.attention.spec.hidden_size)
+
+        def ffn_stage(layer: int, half: CardFFNHalf) -> None:
+            place = ffn.halves.index(half)
+            boundary.reply(slot, place, half.forward(layer, boundary.received(slot, place, *shape)))
+
+        return self._stages(
+            send=lambda _, rows: boundary.put(slot, rows),
+            result=lambda _: boundary.answer(slot, *shape),
+            ffn_stage=ffn_stage,
+        )
+
+    def _stages(
+        self,
+        send: Callable[[int, torch.Tensor], None],
+        result: Callable[[int], torch.Tensor],
+        ffn_stage: Callable[[int, CardFFNHalf], None],
+    ) -> Launches:
         lane, model = self._lane, self._model
         half, ffn = model.attention, model.ffn
-        shape = self._shape.rows, half.spec.hidden_size
-        hidden = torch.zeros(shape, dtype=half.dtype, device=half.device)
-        boxes = [mailboxes[ffn.half(layer).device] for layer in range(half.spec.num_layers)]
+        hidden = torch.zeros(self._shape.rows, half.spec.hidden_size, dtype=half.dtype, device=half.device)
 
         def attention_stage(layer: int) -> None:
             layout = self._layout()
@@ -116,23 +159,26 @@ class Capture:
             if layer == 0:
                 before = half.embed(layout.token_ids)
             else:
-                ffn_out = boxes[layer - 1].outbound.filled(slot, *shape)
+                ffn_out = result(layer - 1)
             if layer == half.spec.num_layers:
                 lane.tokens_of(self._shape).copy_(greedy(half.logits(before, ffn_out, layout)))
                 return
             after, ffn_in = half.attend(layer, before, ffn_out, model.kv.layers[layer], layout)
             hidden.copy_(after)
-            put(boxes[layer].inbound, slot, ffn_in)
-
-        def ffn_stage(layer: int) -> None:
-            put(boxes[layer].outbound, slot, ffn.forward(layer, boxes[layer].inbound.filled(slot, *shape)))
+            send(layer, ffn_in)
 
         stages = []
         for layer in range(half.spec.num_layers):
-            ffn_stream = lane.ffn_streams[ffn.half(layer).device]
-            stages.append((captured(lane, lane.stream, lambda layer=layer: attention_stage(layer)), lane.stream))
-            stages.append((captured(lane, ffn_stream, lambda layer=layer: ffn_stage(layer)), ffn_stream))
-        stages.append((captured(lane, lane.stream, lambda: attention_stage(half.spec.num_layers)), lane.stream))
+            attended = captured(lane, lane.stream, lambda layer=layer: attention_stage(layer))
+            stages.append(((attended, lane.stream),))
+            beside = []
+            for held in ffn.halves_of(layer):
+                stream = lane.ffn_streams[held.device]
+                computed = captured(lane, stream, lambda layer=layer, held=held: ffn_stage(layer, held))
+                beside.append((computed, stream))
+            stages.append(tuple(beside))
+        last = captured(lane, lane.stream, lambda: attention_stage(half.spec.num_layers))
+        stages.append(((last, lane.stream),))
         return Launches(tuple(stages), (hidden,))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from kernels.exchange import Inbox, Outbox, collect, exchange, post
 from kernels.launch import num_sms
 from kernels.mailbox import Mailbox, put, wait
 from serving.cuda.ffn_parts import FFNParts
@@ -42,17 +43,21 @@ class ByEvents:
         self._ffn, self._stream, self._ffn_streams = ffn, lane.stream, lane.ffn_streams
 
     def __call__(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        half = self._ffn.half(layer)
-        ffn_stream = self._ffn_streams[half.device]
-        ffn_stream.wait_stream(self._stream)
-        with torch.cuda.stream(ffn_stream):
-            there = rows.to(half.device, non_blocking=True)
-            out = half.forward(layer, there)
-        rows.record_stream(ffn_stream)
-        self._stream.wait_stream(ffn_stream)
-        here = out.to(rows.device, non_blocking=True)
-        out.record_stream(self._stream)
-        return here
+        outputs = []
+        for half in self._ffn.halves_of(layer):
+            ffn_stream = self._ffn_streams[half.device]
+            ffn_stream.wait_stream(self._stream)
+            with torch.cuda.stream(ffn_stream):
+                there = rows.to(half.device, non_blocking=True)
+                out = half.forward(layer, there)
+            rows.record_stream(ffn_stream)
+            self._stream.wait_stream(ffn_stream)
+            outputs.append(out.to(rows.device, non_blocking=True))
+            out.record_stream(self._stream)
+        first, *others = outputs
+        for other in others:
+            first = first + other
+        return first
 
 
 class Mailboxes:
@@ -107,6 +112,87 @@ class Lowered:
 
     def __call__(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         return self._mailboxes[self._ffn.half(layer).device].ask(self._lane, rows)
+
+
+class CutBoundary:
+    """The boundary to FFNs that are cut by width over cards: the attention side asks all of them at once, and the sum of their
+    answers is the FFN's, added up in order of card. Each lane has inboxes of its own."""
+
+    def __init__(
+        self,
+        lanes: int,
+        max_rows: int,
+        max_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        ffn_devices: Sequence[torch.device],
+    ) -> None:
+        self._device, self._ffn_devices = device, list(ffn_devices)
+        elements, several = max_rows * max_width, range(len(ffn_devices))
+        self._asked = [[Inbox.allocate(1, elements, dtype, card) for card in ffn_devices] for _ in range(lanes)]
+        self._answered = [Inbox.allocate(len(ffn_devices), elements, dtype, device) for _ in range(lanes)]
+        self._ask = [Outbox.into(asked, [0] * len(asked), device) for asked in self._asked]
+        self._answer = [
+            [Outbox.into([answered], [place], ffn_devices[place]) for place in several] for answered in self._answered
+        ]
+        self._compile(dtype)
+
+    def _compile(self, dtype: torch.dtype) -> None:
+        """A question and its answers in one thread, piece by piece and in the one launch that a step has: nothing may compile
+        while a capture is under way."""
+        for _ in range(2):
+            with torch.cuda.device(self._device):
+                self.put(0, torch.zeros(1, 16, dtype=dtype, device=self._device))
+                torch.cuda.synchronize(self._device)
+            for place, card in enumerate(self._ffn_devices):
+                with torch.cuda.device(card):
+                    self.reply(0, place, self.received(0, place, 1, 16))
+                    torch.cuda.synchronize(card)
+            with torch.cuda.device(self._device):
+                self.answer(0, 1, 16)
+                torch.cuda.synchronize(self._device)
+        with torch.cuda.device(self._device):  # nobody answers in this thread, so it gives up, which is then forgotten
+            exchange(self._ask[0], self._answered[0], torch.zeros(1, 16, dtype=dtype, device=self._device), True, 0, 0)
+            torch.cuda.synchronize(self._device)
+        for box in (*self._ask, *(one for answers in self._answer for one in answers)):
+            box.sent.zero_()
+        for inbox in self._inboxes:
+            for counted in (inbox.flags, inbox.taken, inbox.error):
+                counted.zero_()
+
+    @property
+    def _inboxes(self) -> list[Inbox]:
+        return [*self._answered, *(inbox for asked in self._asked for inbox in asked)]
+
+    def put(self, lane: int, rows: torch.Tensor) -> None:
+        """Attention's rows [T, D] of one layer, to all cards."""
+        post(self._ask[lane], rows)
+
+    def answer(self, lane: int, rows: int, width: int) -> torch.Tensor:
+        """The FFN of the rows that were put last."""
+        return collect(self._answered[lane], rows, width, True)
+
+    def attention_side(self, lane: int) -> Exchange:
+        """Both at once: what a step's graph does in each layer."""
+        return lambda layer, rows: exchange(self._ask[lane], self._answered[lane], rows, True)
+
+    def received(self, lane: int, place: int, rows: int, width: int) -> torch.Tensor:
+        """What card number `place` was asked, once it is there."""
+        return collect(self._asked[lane][place], rows, width, False)
+
+    def reply(self, lane: int, place: int, partial: torch.Tensor) -> None:
+        post(self._answer[lane][place], partial)
+
+    def serve_step(self, lane: int, place: int, ffn: FFNParts, rows: int) -> None:
+        """What card number `place` does in one step of `rows` rows, on its stream."""
+        for layer in range(ffn.spec.num_layers):
+            received = self.received(lane, place, rows, ffn.spec.hidden_size)
+            self.reply(lane, place, ffn.halves[place].forward(layer, received))
+
+    def check(self) -> None:
+        """Raise RuntimeError if a side gave up waiting."""
+        if any(int(inbox.error.item()) for inbox in self._inboxes):
+            raise RuntimeError("a wait between the pools gave up")
 
 
 # Of a card's multiprocessors: kernels that want nearly all shared memory of one would wait forever for one that the executor

@@ -25,20 +25,21 @@ class Lane:
         )  # of a decode part; of a prefill part
         self.tokens_host = torch.zeros(2 * max_batch + 1, dtype=torch.int64, pin_memory=True)
         self._events = {stream: torch.cuda.Event() for stream in self.pools}
-        self._last = self._events[self.stream]
+        self._last = [self._events[self.stream]]
         self.places: list[int] = []  # in tokens_host, of the tokens that the step under way gives
 
     def tokens_of(self, shape: Shape) -> torch.Tensor:
         """Where a part of `shape` leaves its tokens."""
         return self.tokens[-1:] if shape.prefill else self.tokens[: shape.rows]
 
-    def mark(self, stream: torch.cuda.Stream) -> None:
-        """What has been launched on `stream` is now what the lane waits for."""
-        self._last = self._events[stream]
-        self._last.record(stream)
+    def mark(self, *streams: torch.cuda.Stream) -> None:
+        """What has been launched on `streams` is now what the lane waits for."""
+        self._last = [self._events[stream] for stream in streams]
+        for event, stream in zip(self._last, streams, strict=True):
+            event.record(stream)
 
     def done(self) -> bool:
-        return self._last.query()
+        return all(event.query() for event in self._last)
 
     def result(self) -> list[int]:
         """The tokens of the step that is done."""

@@ -158,14 +158,26 @@ class CardAttentionHalf:
         self, layer: int, hidden: torch.Tensor, ffn_out: torch.Tensor | None, cache: torch.Tensor, layout: CardLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One layer: residual, norm, attention, residual, norm. Returns (hidden [T, D], rows for this layer's FFN)."""
-        input_norm, post_norm = self._norms[layer]
-        eps = self.spec.norm_eps
+        attended, hidden = self.attend_heads(layer, hidden, ffn_out, cache, layout)
+        return self.after_attention(layer, attended, hidden)
+
+    def attend_heads(
+        self, layer: int, hidden: torch.Tensor, ffn_out: torch.Tensor | None, cache: torch.Tensor, layout: CardLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first part of `attend`: (attended [T, D], hidden [T, D]). Where heads are shared out over ranks, `attended` is to be
+        summed over them before `after_attention`."""
+        input_norm, eps = self._norms[layer][0], self.spec.norm_eps
         if ffn_out is None:
             normed = rms_norm(hidden, input_norm, eps)
         else:
             normed, hidden = add_rms_norm(hidden, ffn_out, input_norm, eps)
-        attended = self._layers[layer].forward(normed, cache, layout, self._table)
-        ffn_in, hidden = add_rms_norm(attended, hidden, post_norm, eps)
+        return self._layers[layer].forward(normed, cache, layout, self._table), hidden
+
+    def after_attention(
+        self, layer: int, attended: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The second part: residual and norm. Returns (hidden [T, D], rows for this layer's FFN [T, D])."""
+        ffn_in, hidden = add_rms_norm(attended, hidden, self._norms[layer][1], self.spec.norm_eps)
         return hidden, ffn_in
 
     def logits(self, hidden: torch.Tensor, ffn_out: torch.Tensor, layout: CardLayout) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from kernels.paged_kv import PagedKV
 from serving.batching import StepLimits
+from serving.scheduler import StepPlan
 from serving.sequence import Sequence
 
 BLOCK_TOKENS = 64  # one look-up of the block table serves a tile of keys
@@ -83,6 +84,12 @@ class CardLayout:
     def paged(self, cache: torch.Tensor) -> PagedKV:
         """The sequences' KV in one layer, whose slots are `cache`."""
         return PagedKV(cache, BLOCK_TOKENS, self.block_table, self.kv_lens)
+
+
+def parted(plan: StepPlan) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
+    """The sequences of a step that decode, and the others with their rows: a part of all the former, and one each of the latter."""
+    decoding = [sequence for sequence, rows in plan.items if rows == 1 == sequence.pending]
+    return decoding, [(sequence, rows) for sequence, rows in plan.items if not rows == 1 == sequence.pending]
 
 
 def decode_numbers(sequences: Seq[Sequence], out: torch.Tensor) -> None:

@@ -11,12 +11,12 @@ from typing import Protocol
 
 import torch
 
-from kernels.launch import Launch, compile_ahead, recording
+from kernels.launch import compile_ahead, recording
 from serving.batching import StepLimits
 from serving.cuda.capture import Capture, CardModel, Launches
-from serving.cuda.exchange import ByEvents, Mailboxes, Residents, bytes_crossed
+from serving.cuda.exchange import ByEvents, CutBoundary, Mailboxes, Residents, bytes_crossed
 from serving.cuda.lane import Lane
-from serving.cuda.layout import CardLayout, Shape, decode_numbers, prefill_numbers, shapes_of, smallest
+from serving.cuda.layout import CardLayout, Shape, decode_numbers, parted, prefill_numbers, shapes_of, smallest
 from serving.scheduler import StepPlan
 
 
@@ -70,26 +70,28 @@ class StepRunner:
         self.lanes = [Lane(self.device, ffn_devices, limits.max_batch, every) for _ in range(lanes)]
         self.bytes_crossed = 0
         self._mailboxes: dict[tuple[torch.device, torch.dtype, bool], Mailboxes] = {}
+        self._boundaries: dict[tuple[tuple[torch.device, ...], torch.dtype, bool], CutBoundary] = {}
         self._residents: Residents | None = None
         self._launches: dict[tuple[int, int, Shape], Launches] = {}
         self._by_layer: dict[tuple[int, int, Shape], Launches] = {}  # of models that may step while they come
         self._under_way = [_UnderWay() for _ in range(lanes)]
         if control != "fused":
-            self._open_mailboxes(ffn_devices)
+            self._open_mailboxes()
         if control == "resident":
             self._residents = Residents([m.ffn for m in models], lanes, limits.max_batch, self.device)
         self._warm_up()
 
-    def _open_mailboxes(self, ffn_devices: set[torch.device]) -> None:
+    def _open_mailboxes(self) -> None:
         """Decode and prefill have mailboxes of their own: a put has as many programs as its slot has room for."""
         widest = max(model.attention.spec.hidden_size for model in self._models)
         sizes = ((False, self._limits.max_batch), (True, self._limits.prefill_chunk))
-        for ffn_device in ffn_devices:
-            for dtype in {model.ffn.dtype for model in self._models}:
-                for prefill, rows in sizes:
-                    self._mailboxes[ffn_device, dtype, prefill] = Mailboxes(
-                        len(self.lanes), rows, widest, dtype, self.device, ffn_device
-                    )
+        for ffn, (prefill, rows) in product((model.ffn for model in self._models), sizes):
+            room = len(self.lanes), rows, widest, ffn.dtype, self.device
+            if ffn.cut and (ffn.cards, ffn.dtype, prefill) not in self._boundaries:
+                self._boundaries[ffn.cards, ffn.dtype, prefill] = CutBoundary(*room, ffn.cards)
+            for ffn_device in () if ffn.cut else ffn.cards:
+                if (ffn_device, ffn.dtype, prefill) not in self._mailboxes:
+                    self._mailboxes[ffn_device, ffn.dtype, prefill] = Mailboxes(*room, ffn_device)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
     def launch(self, lane_index: int, model_index: int, plan: StepPlan) -> None:
@@ -97,7 +99,7 @@ class StepRunner:
         lane, model = self.lanes[lane_index], self._models[model_index]
         if self._control != "fused":
             spec, dtype = model.attention.spec, model.attention.dtype
-            rows = sum(plan.query_lens)
+            rows = sum(plan.query_lens) * len(model.ffn.halves_of(0))
             self.bytes_crossed += bytes_crossed(rows, spec.hidden_size, spec.num_layers, dtype.itemsize)
         lane.places = []
         parts = list(self._parts(lane_index, model_index, plan))
@@ -109,11 +111,12 @@ class StepRunner:
         for part in parts:
             with torch.cuda.stream(lane.stream):
                 part.numbers[1].copy_(part.numbers[0], non_blocking=True)
-            for place, (graph, stream) in enumerate(part.launches.stages):
-                with torch.cuda.stream(stream):
-                    if arrivals is not None:
-                        stream.wait_event(arrivals[place])
-                    graph.replay()
+            for place, beside in enumerate(part.launches.stages):
+                for graph, stream in beside:
+                    with torch.cuda.stream(stream):
+                        if arrivals is not None:
+                            stream.wait_event(arrivals[place])
+                        graph.replay()
             self._bring_tokens(lane, part)
         lane.mark(lane.stream)
 
@@ -136,13 +139,12 @@ class StepRunner:
     def _parts(self, lane_index: int, model_index: int, plan: StepPlan) -> Iterator[_Part]:
         """The step in parts: its decode rows first, as the plan has them, then each sequence with more rows."""
         lane, shapes = self.lanes[lane_index], self._shapes[model_index]
-        decoding = [sequence for sequence, rows in plan.items if rows == 1 == sequence.pending]
+        decoding, others = parted(plan)
         if decoding:
             shape = smallest(shapes, False, len(decoding))
             decode_numbers(decoding, lane.numbers_host[0, : shape.numbers])
             lane.places.extend(range(len(decoding)))
             yield self._part(lane_index, model_index, shape, 0, range(shape.rows))
-        others = [(sequence, rows) for sequence, rows in plan.items if not rows == 1 == sequence.pending]
         for number, (sequence, rows) in enumerate(others, start=1):
             shape = smallest(shapes, True, rows)
             prefill_numbers(sequence, rows, lane.numbers_host[number, : shape.numbers])
@@ -162,17 +164,18 @@ class StepRunner:
     def _next_stage(self, lane_index: int) -> None:
         lane, under_way = self.lanes[lane_index], self._under_way[lane_index]
         part = under_way.parts[0]
-        graph, stream = part.launches.stages[under_way.stage]
-        with torch.cuda.stream(stream):
-            if under_way.stage == 0:
-                part.numbers[1].copy_(part.numbers[0], non_blocking=True)
-            graph.replay()
+        beside = part.launches.stages[under_way.stage]
+        for graph, stream in beside:
+            with torch.cuda.stream(stream):
+                if under_way.stage == 0:
+                    part.numbers[1].copy_(part.numbers[0], non_blocking=True)
+                graph.replay()
         under_way.stage += 1
         if under_way.stage == len(part.launches.stages):
             self._bring_tokens(lane, part)
             under_way.parts.pop(0)
             under_way.stage = 0
-        lane.mark(stream)
+        lane.mark(*(stream for _, stream in beside))
 
     def _bring_tokens(self, lane: Lane, part: _Part) -> None:
         if part.tokens is not None:
@@ -195,7 +198,7 @@ class StepRunner:
     def _prepare(self, models: Seq[int]) -> None:
         with recording() as calls:
             self._run_every_shape(self.lanes[:1], models)
-        compile_ahead(_distinct(calls))
+        compile_ahead(calls)
         self._run_every_shape(self.lanes, models)
         for lane_index, model_index in product(range(len(self.lanes)), models):
             for shape in reversed(self._shapes[model_index]):
@@ -233,6 +236,9 @@ class StepRunner:
             return capture.one()
         if self._residents is not None and not shape.prefill:
             return capture.one(self._residents.attention_side(lane_index, model.ffn))
+        if model.ffn.cut:
+            boundary = self._boundaries[model.ffn.cards, model.ffn.dtype, shape.prefill]
+            return (capture.cut_stages if self._control == "host" else capture.cut_sides)(boundary, lane_index)
         mailboxes = {card: self._mailboxes[card, model.ffn.dtype, shape.prefill] for card in model.ffn.cards}
         return (capture.stages if self._control == "host" else capture.sides)(mailboxes, lane_index)
 
@@ -242,17 +248,5 @@ class StepRunner:
             lane.stream.synchronize()
         for executor in self._residents.executors if self._residents else ():
             executor.stop()
-        for mailboxes in self._mailboxes.values():
-            mailboxes.check()
-
-
-def _distinct(calls: Seq[Launch]) -> list[Launch]:
-    """One call of each kind: layers launch the same kernels over and over, and asking for one to be compiled is not cheap."""
-
-    def kind(argument: object) -> object:
-        if isinstance(argument, torch.Tensor):
-            return argument.dtype, argument.data_ptr() % 16 == 0
-        return argument
-
-    found = {(id(c.kernel), tuple(map(kind, c.args)), tuple(c.meta.items())): c for c in calls}
-    return list(found.values())
+        for boundary in (*self._mailboxes.values(), *self._boundaries.values()):
+            boundary.check()

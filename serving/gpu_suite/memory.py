@@ -1,5 +1,6 @@
 """What virtual KV costs on a card: the driver's calls by page, whether they wait for a running kernel, and whether attention
-reads mapped pages as fast as one allocation; and what a crossing costs, on one card and between two."""
+reads mapped pages as fast as one allocation; and what a crossing costs, on one card
+and between two, and an exchange among several."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 
 from kernels.attention import decode_gqa
 from kernels.bench.crossing import crossing_seconds
+from kernels.bench.exchanging import question_seconds, sum_seconds
 from kernels.mailbox import Mailbox, wait
 from kernels.paged_kv import PagedKV
 from serving.cuda import driver
@@ -24,6 +26,7 @@ _PAGE_BYTES = 2 << 20
 _PAGES = 256
 _WAIT_SPINS = 400_000  # some tenths of a second
 _CROSSING_ROWS = (1, 4, 16)  # the last are 64 KiB
+_EXCHANGED_ROWS = (1, 4, 256)
 _TOKENS, _KV_HEADS, _DIM, _HEADS = 65536, 8, 128, 32
 
 
@@ -146,6 +149,21 @@ def crossings() -> dict[str, float]:
     }
 
 
+def exchanges() -> dict[str, float]:
+    """Microseconds of a sum over 2, 3... cards of bfloat16 rows of 2,048, and of a question from one card to all others with the
+    sum of their answers."""
+    cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    open_peer_access(cards)
+    found = {}
+    for count in range(2, len(cards) + 1):
+        for rows in _EXCHANGED_ROWS:
+            among = cards[:count]
+            found[f"sum over {count} cards, {rows} rows"] = sum_seconds(rows, 2048, among, torch.bfloat16) * 1e6
+            asked = question_seconds(rows, 2048, cards[0], among[1:], torch.bfloat16)
+            found[f"one card asks {count - 1}, {rows} rows"] = asked * 1e6
+    return found
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m serving.gpu_suite.memory", description=__doc__)
@@ -158,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("attention_us", mapped_against_allocated, "us"),
         ("beside_a_waiting_kernel_ms", beside_a_waiting_kernel, "ms"),
         ("crossing_us", crossings, "us"),
+        ("exchange_us", exchanges, "us"),
     ):
         try:
             results[name] = measure()

@@ -14,7 +14,15 @@ from serving.options import EngineOptions
 from serving.parallel.capacity import exchange_shape, share_model
 from serving.parallel.group import GroupPlan
 from serving.shm.region import SharedRegion
-from serving.workers.config import GroupRef, GroupSeat, GroupWorkerConfig, PoolConfig
+from serving.workers.config import (
+    CardGroup,
+    CardGroupsConfig,
+    GroupRef,
+    GroupSeat,
+    GroupWorkerConfig,
+    LentRef,
+    PoolConfig,
+)
 from serving.workers.process import ref
 
 _ORDERS_BYTES = 4 << 20
@@ -94,6 +102,36 @@ class GroupedSystem(HostedSystem):
                 pool = _pool(held[index], replica, index, options)
                 self._register_pool(worker, device, pool, [geometry], {share.name: target}, options, rule, queue)
 
+    def _start_card_groups(
+        self,
+        instances: Sequence[Instance],
+        devices: Mapping[str, Device],
+        options: EngineOptions,
+        rule: str = "",
+        lent: Mapping[str, LentRef] | None = None,
+    ) -> None:
+        """Start one process for `instances` on CUDA devices, and let requests in at every replica. With `lent`, by device, the
+        one instance is an engine that borrows its pages there."""
+        groups = []
+        for instance in instances:
+            plan = instance.group
+            pools = tuple(_pool(instance, replica, 0, options) for replica in range(plan.dp))
+            refs = tuple(lent[name] for name in plan.devices) if lent else ()
+            groups.append(CardGroup(instance.model, plan, tuple(devices[name] for name in plan.devices), pools, refs))
+        role = CardGroupsConfig(groups[0].devices[0], tuple(groups), options.limits)
+        fds = sorted({ref.ledger.fd for ref in lent.values()}) if lent else []
+        worker = self._start_worker(role.device, role, fds, "+".join(i.pool_name(0) for i in instances))
+        number = 0
+        for group in groups:
+            for replica, pool in enumerate(group.pools):
+                first_rank = group.plan.ranks_of(replica)[0]
+                share = share_model(group.model, group.plan, first_rank)
+                geometry = KVGeometry.of(share.spec, share.dtype)
+                self._register_pool(
+                    worker, group.devices[first_rank], pool, [geometry], {share.name: number}, options, rule
+                )
+                number += 1
+
     def _group_ref(self, instance: Instance, options: EngineOptions) -> tuple[GroupRef, list[SharedRegion]]:
         shape = exchange_shape(instance.model, instance.group, options.limits)
         exchange = self._new_mailbox_region(shape.region_bytes)
@@ -106,3 +144,12 @@ def _pool(instance: Instance, replica: int, index: int, options: EngineOptions) 
     """The pool of `replica` on a rank whose seat has number `index`."""
     name = instance.pool_name(replica)
     return pool_config(name, instance.kv_bytes, options.page_bytes, [index], options.max_running)
+
+
+def sharing_devices(instances: Sequence[Instance]) -> list[list[Instance]]:
+    """`instances` in lists that share no device, each as small as that allows: what one process must drive together."""
+    lists: list[list[Instance]] = []
+    for instance in instances:
+        met = [one for one in lists if any(set(i.group.devices) & set(instance.group.devices) for i in one)]
+        lists = [one for one in lists if one not in met] + [[*(i for one in met for i in one), instance]]
+    return lists

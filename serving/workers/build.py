@@ -25,6 +25,7 @@ from serving.shm.mailbox import Mailbox
 from serving.shm.region import SharedRegion
 from serving.shm.ring import Ring
 from serving.workers.config import (
+    CardGroupsConfig,
     FFNWorkerConfig,
     GroupSeat,
     GroupWorkerConfig,
@@ -85,6 +86,10 @@ def build_worker(
         return _build_ffn_worker(role, wires)
     if isinstance(role, GroupWorkerConfig):
         return _build_group_worker(role, wires)
+    if isinstance(role, CardGroupsConfig):
+        from serving.cuda.groups.build import build_card_group_worker
+
+        return build_card_group_worker(role, wires)
     if isinstance(role, SwapWorkerConfig):
         if role.device.kind == "cuda":
             from serving.cuda.build_swap import build_card_swap_worker

@@ -183,6 +183,29 @@ class GroupWorkerConfig:
 
 
 @dataclass(frozen=True)
+class CardGroup:
+    """A model on several cards, `devices` by rank of its `plan`. `pools` are its replicas', each on all cards of the replica's
+    ranks. Where `lent` (by rank), other engines borrow the pages of those devices too."""
+
+    model: ServedModel
+    plan: GroupPlan
+    devices: tuple[Device, ...]
+    pools: tuple[PoolConfig, ...]
+    lent: tuple[LentRef, ...] = ()
+
+
+@dataclass(frozen=True)
+class CardGroupsConfig:
+    """One process that drives all cards of `groups`, where kernels of different cards meet without the host. The host's model
+    number i is replica i, counted through all groups. A group whose pages are lent is the only one."""
+
+    device: Device  # that stands for all in what is counted
+    groups: tuple[CardGroup, ...]
+    limits: StepLimits
+    sample_interval_ms: float = 50.0
+
+
+@dataclass(frozen=True)
 class SwapWorkerConfig:
     """A worker whose models come and go (serving/residency): weights in an arena of `arena_bytes`, copied from the host cache
     `store` (None where simulated), on the cores `loader_cores` (empty: the device's own) and at most at `link_gbps` (None: as
@@ -209,7 +232,7 @@ class SwapWorkerConfig:
     sample_interval_ms: float = 50.0
 
 
-Role = ModelWorkerConfig | FFNWorkerConfig | RelayConfig | GroupWorkerConfig | SwapWorkerConfig
+Role = ModelWorkerConfig | FFNWorkerConfig | RelayConfig | GroupWorkerConfig | CardGroupsConfig | SwapWorkerConfig
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -186,16 +187,26 @@ class ModelWorker:
 
     def _next_plan(self, now_ns: int) -> StepPlan | None:
         """The step to begin next, its pages mapped; None where nobody may step."""
-        plan = self._scheduler.next_step(self._growth and self._growth.may_step(now_ns / 1e9))
-        if self._growth and (preempted := self._growth.take_preempted()):
+        plan = self._scheduler.next_step(self._may_step(now_ns))
+        if plan is not None:
+            self._take(plan)
+        return plan
+
+    def _may_step(self, now_ns: int) -> Callable[[Sequence], bool] | None:
+        """Who may, where growth decides it, and whoever was preempted for them reported; else None."""
+        if not self._growth:
+            return None
+        may_step = self._growth.may_step(now_ns / 1e9)
+        if preempted := self._growth.take_preempted():
             self._counters.add("preemptions", len(preempted))
             self._report(Preempted(time.monotonic_ns(), preempted))
-        if plan is None:
-            return None
+        return may_step
+
+    def _take(self, plan: StepPlan) -> None:
+        """The step `plan` begins: its pages are mapped."""
         if self._growth:
             self._growth.take(plan)
         self._map_for(self._models[plan.model], plan)
-        return plan
 
     def _earlier_chunks(self, plan: StepPlan) -> tuple[InFlight, ...]:
         shared = {sequence for sequence, _ in plan.items if sequence.in_flight > 1}

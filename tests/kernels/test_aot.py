@@ -32,6 +32,7 @@ SUBSET = (
     "decode_ffn_qwen3_64",
     "lm_head",
     "mailbox",
+    "exchange",
     "resident_ffn",
 )
 
@@ -63,6 +64,7 @@ def test_the_subset_covers_every_operator():
         "dense_ffn": "decode_ffn",  # its kernels are the routed FFN's
         "lm_head": "lm_head",
         "mailbox": "mailbox",
+        "exchange": "exchange",
         "resident_ffn": "resident",
     }
     assert folders == set(named), "an operator has no case in SUBSET"

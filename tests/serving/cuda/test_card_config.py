@@ -37,10 +37,14 @@ def test_both_pools_of_one_card_have_budgets_of_their_own(model):
     assert sum(weights.weights_bytes.values()) < 2 << 30
 
 
-def test_cards_do_not_share_a_layer_as_yet(model):
-    system = CrossPool(CrossPoolOptions(page_bytes=2 << 20, ffn_sharding="tensor"))
-    devices = tuple(Device(f"gpu{i}", "cuda", i, 1 << 30) for i in range(3))
-    with pytest.raises(UserError, match="dealt out by layer"):
+@pytest.mark.parametrize(
+    ("control", "cards", "said"),
+    [("resident", (0, 1, 2), "whole or dealt out by layer"), ("lowered", (0, 1, 1), "a card each")],
+)
+def test_slices_of_a_layer_want_a_card_each_and_launched_graphs(model, control, cards, said):
+    system = CrossPool(CrossPoolOptions(page_bytes=2 << 20, ffn_sharding="tensor", control=control))
+    devices = tuple(Device(f"gpu{i}", "cuda", card, 1 << 30) for i, card in enumerate(cards))
+    with pytest.raises(UserError, match=said):
         system.start(system.plan(Cluster(devices), [model], Demand()))
     system.stop()
 

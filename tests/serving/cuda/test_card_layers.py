@@ -27,6 +27,7 @@ from serving.cuda.layout import (
 )
 from serving.interface import ServedModel
 from serving.memory.kv_pool import KVPool
+from serving.parallel.share import Share, ShareOfWeights, Slice, share_spec
 from serving.residency.image import ShapesOnly, placed_bytes
 from serving.sequence import Sequence
 from serving.spec import ARCHITECTURES, load_spec
@@ -178,3 +179,25 @@ def test_an_image_holds_what_the_halves_keep_unit_by_unit(name):
     planned = placed_bytes(ServedModel(spec, Path(), "bfloat16", dummy=True), "cuda")
     assert planned - 0.02 * planned < used <= planned
     assert set(units) == set(range(spec.num_layers + 1))
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v2"])
+def test_slices_of_every_layer_add_up(architecture, tiny_checkpoints):
+    """Each rank reads its slice of the stored tensors; what they compute from the same rows adds up to the whole."""
+    spec, cards = load_spec(tiny_checkpoints[architecture]), (CPU, torch.device("cpu", 0))
+    with open_checkpoint(tiny_checkpoints[architecture], spec.name) as weights:
+        whole = CardFFNHalf(spec, weights, torch.float32, CPU)
+        slices = []
+        for number, place in enumerate(cards):
+            share = Share(width=Slice(number, 2))
+            slices.append(
+                CardFFNHalf(share_spec(spec, share), ShareOfWeights(weights, share), torch.float32, place)
+            )  # fmt: skip
+    parts = FFNParts(*slices, cut=True)
+    rows = torch.randn(5, spec.hidden_size)
+    for layer in range(spec.num_layers):
+        added = sum(half.forward(layer, rows) for half in parts.halves_of(layer))
+        torch.testing.assert_close(added, whole.forward(layer, rows), rtol=1e-5, atol=1e-5)
+    assert parts.layers_on(cards[1]) == list(range(spec.num_layers))
+    with pytest.raises(ValueError, match="2 slices of .* lie on 1 cards"):
+        FFNParts(slices[0], slices[0], cut=True)

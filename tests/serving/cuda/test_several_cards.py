@@ -1,10 +1,11 @@
 """Systems over several cards against the judge, all five architectures at once: CrossPool with its pools on cards of their own,
-FFNs whole and dealt out by layer, by every control; baselines whose engines have cards of their own; and what crosses."""
+FFNs whole, dealt out by layer and cut by width, by every control; baselines whose engines have cards of their own or several; and what crosses."""
 
 import pytest
 import torch
 from served import OPTIONS, check_tokens
 
+from kernels import exchange
 from kernels.bench.crossing import crossing_seconds
 from serving import registry
 from serving.checkpoints.make import make_checkpoint
@@ -22,11 +23,64 @@ SYSTEMS = {
     "lowered": ("crosspool", 2, {"control": "lowered"}),
     "layers-lowered": ("crosspool", 3, {"control": "lowered", "ffn_sharding": "layer", "lanes": 3}),
     "layers-host": ("crosspool", 3, {"control": "host", "ffn_sharding": "layer"}),
+    "cut-lowered": ("crosspool", 3, {"control": "lowered", "ffn_sharding": "tensor", "lanes": 3}),
+    "cut-host": ("crosspool", 3, {"control": "host", "ffn_sharding": "tensor"}),
     "host": ("crosspool", 2, {"control": "host", "lanes": 1}),
     "static": ("static", 2, {}),
     "elastic": ("elastic", 2, {}),
     "swap": ("swap", 2, {"weights_share": 0.001, "hysteresis_s": 0.01}),
 }
+
+
+def groups(**devices: list[int]) -> dict:
+    return {name: {"devices": numbers} for name, numbers in devices.items()}
+
+
+ON_TWO = groups(**{name: [0, 1] for name in ARCHITECTURES})
+OVERLAPPING = groups(mixtral=[0, 1], qwen3_moe=[0, 1, 2, 3], glm4_moe_lite=[1, 2], deepseek_v2=[3], deepseek=[2, 3])
+GROUPED = {
+    "static": ("static", 2, {"placement": "given", "groups": ON_TWO}),
+    "elastic": ("elastic", 2, {"groups": ON_TWO}),
+    "static-of-four": ("static", 4, {"placement": "given", "groups": OVERLAPPING}),
+    "elastic-of-four": ("elastic", 4, {"groups": OVERLAPPING}),
+}
+
+
+@pytest.mark.parametrize("cards", [2, 4])
+def test_exchanges_between_cards(cards):
+    """All cards at once, each on a stream of its own and none told to wait: sums, parts of sums and gathers, fifty times each."""
+    if torch.cuda.device_count() < cards:
+        pytest.skip(f"needs {cards} CUDA devices")
+    devices = [torch.device("cuda", index) for index in range(cards)]
+    open_peer_access(devices)
+    for rows, width in ((1, 2048), (4, 1000), (300, 2048)):
+        ends = exchange.symmetric(devices, cards * 300 * 2048, torch.bfloat16)
+        sent = [torch.randn(cards * rows, width, dtype=torch.bfloat16, device=device) for device in devices]
+        on_host = torch.stack([x.cpu() for x in sent]).float()
+        own = on_host.sum(0).to(torch.bfloat16).chunk(cards)
+        for end, x in zip(
+            ends, sent, strict=True
+        ):  # each compiles and gives up at once: nobody waits while another compiles
+            exchange.exchange(*end, x, True, 1, max_spins=0)
+            exchange.exchange(*end, x, False, max_spins=0)
+            torch.cuda.synchronize(x.device)
+        for outbox, inbox in ends:
+            for counted in (outbox.sent, inbox.flags, inbox.taken, inbox.error):
+                counted.zero_()
+                torch.cuda.synchronize(counted.device)
+        results = [[] for _ in devices]
+        for _ in range(50):
+            for end, x, out in zip(ends, sent, results, strict=True):
+                with torch.cuda.device(x.device):
+                    out.append(exchange.exchange(*end, x, True, 1))
+                    out.append(exchange.exchange(*end, x[:rows], False))
+        for device in devices:
+            torch.cuda.synchronize(device)
+        for number, out in enumerate(results):
+            for total, gathered in zip(out[::2], out[1::2], strict=True):
+                assert torch.equal(total.cpu(), own[number])
+                assert torch.equal(gathered.cpu(), torch.cat([x[:rows].cpu() for x in sent]))
+        assert not any(int(inbox.error.item()) for _, inbox in ends)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 500])
@@ -60,3 +114,13 @@ def test_tokens_equal_the_judge(system_name, tiny_checkpoints):
     name, devices, options = SYSTEMS[system_name]
     system = registry.create(name, {**OPTIONS, **options})
     check_tokens(system, cuda_cluster(devices, MEMORY_BYTES), ARCHITECTURES, tiny_checkpoints, system_name)
+
+
+@pytest.mark.parametrize("system_name", GROUPED)
+def test_tokens_of_models_over_several_cards_equal_the_judge(system_name, tiny_checkpoints):
+    """Tensor-parallel and data-parallel attention; static groups that share cards in one process, elastic ones in one each."""
+    name, devices, options = GROUPED[system_name]
+    if torch.cuda.device_count() < devices:
+        pytest.skip(f"needs {devices} CUDA devices")
+    system = registry.create(name, {**OPTIONS, **options})
+    check_tokens(system, cuda_cluster(devices, MEMORY_BYTES), ARCHITECTURES, tiny_checkpoints, f"groups-{system_name}")
