@@ -13,7 +13,7 @@ from pathlib import Path
 
 from serving.cost import facts
 from serving.cost.calibrated import CalibratedStages, Calibration, read_calibration
-from serving.cost.stages import Stage
+from serving.cost.stages import NOTHING, Stage
 from serving.cost.table1 import published_spec
 from serving.errors import UserError
 from serving.spec import ModelSpec
@@ -31,18 +31,27 @@ def graph_rows(rows: int, chunk: bool) -> int:
 
 class CardStages(CalibratedStages):
     """Stages of one model as this project's engine runs them on a card: a step in parts, decode rows first, then each prompt's,
-    each of the size of a graph. A layer's stage holds its share of all that its side does once (embedding, head, launches).
+    each of the size of a graph and with a pass of its own through the FFNs. A layer's stages hold their share of all that is
+    done once a part (embedding, head, launches).
 
+    An FFN is asked for all rows of a step at once; what the parts' passes take beyond that is counted with the step's attention.
     Raises UserError for a model that was not measured, whatever it is called."""
-
-    in_parts = True
 
     def __init__(self, spec: ModelSpec, found: Calibration) -> None:
         super().__init__(dataclasses.replace(spec, name=_measured_name(spec, found)), found)
 
-    def passes(self, batch: int, chunk_rows: Sequence[int]) -> tuple[int, ...]:
-        decode = (graph_rows(batch, chunk=False),) if batch else ()
-        return (*decode, *(graph_rows(rows, chunk=True) for rows in chunk_rows))
+    def mixed_attention(self, batch: int, context_tokens: float, chunks: Sequence[tuple[int, int]]) -> Stage:
+        parts = [self.prefill_attention(new, past) for new, past in chunks]
+        passes = [graph_rows(new, chunk=True) for new, _ in chunks]
+        if batch:
+            parts.append(self.attention(batch, context_tokens))
+            passes.append(graph_rows(batch, chunk=False))
+        if not parts:
+            return NOTHING
+        further = sum((self._all_ffns(rows) for rows in passes), NOTHING)
+        further += self._all_ffns(batch + sum(new for new, _ in chunks)).times(-1)
+        each = 1.0 / self.spec.num_layers
+        return sum(parts, Stage(each * further.device_s, further.work.times(each), 0))
 
     def head(self, rows: int) -> Stage:
         return Stage(0.0, facts.head_work(self.spec, rows, self.dtype), 0)

@@ -71,7 +71,6 @@ class SharedStages(ModelStages):
     def __init__(self, whole: ModelStages, parts: int):
         super().__init__(whole.spec, whole.dtype, whole.hardware)
         self._whole, self._parts = whole, parts
-        self.in_parts, self.passes = whole.in_parts, whole.passes
 
     def share(self, parts: int) -> SharedStages:
         return SharedStages(self._whole, self._parts * parts)

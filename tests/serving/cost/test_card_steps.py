@@ -82,14 +82,12 @@ def test_a_step_in_parts_reads_the_experts_once_a_part(file):
     both = stages.mixed_step(3, 3072, [(100, 512)])
     assert both.device_s == pytest.approx(apart[0].device_s + apart[1].device_s)
     assert apart[1].device_s == apart[2].device_s  # the graph of 128 rows
-    assert stages.passes(3, [100, 7]) == (4, 128, 16)
     assert stages.share(2).mixed_step(3, 3072, [(100, 512)]).device_s < both.device_s
     assert stages.decode_step(3, 3072).device_s == apart[0].device_s > stages.decode_step(2, 3072).device_s
 
 
 def test_a_whole_step_of_other_costs_is_one_pass_of_all_rows():
     stages = StageCosts(published_spec(MODELS[0]), _cost())
-    assert stages.passes(3, [100, 7]) == (110,)
     apart = stages.decode_step(3, 600), stages.prefill_step(64, 128)
     assert stages.mixed_step(3, 600, [(64, 128)]).device_s < 0.9 * sum(step.device_s for step in apart)
 
