@@ -42,7 +42,7 @@ def fit(rows: Sequence[Row]) -> Fit:
     static, elastic = ([row for row in fitting if row.case.label == label] for label in ("static", "elastic"))
     if not (static and elastic):
         raise UserError(f"{FIT_FILE} has no rows of static and elastic, to which the fit is made")
-    by_prompts = {prompts: _distance(static, Assumed(prompts)) for prompts in _PROMPTS}
+    by_prompts = {prompts: _distance(static, Assumed(prompts=prompts)) for prompts in _PROMPTS}
     prompts = min(by_prompts, key=by_prompts.__getitem__)
     by_switch = {share: _distance(elastic, _with_switch(prompts, share)) for share in _SWITCHES}
     return Fit(_with_switch(prompts, min(by_switch, key=by_switch.__getitem__)), by_prompts, by_switch)
@@ -50,7 +50,7 @@ def fit(rows: Sequence[Row]) -> Fit:
 
 def _with_switch(prompts: float, share: float) -> Assumed:
     """A switch takes `share` of a slice."""
-    return Assumed(prompts, Contention("time_slice", switch_s=share * Contention().slice_s))
+    return Assumed(prompts=prompts, contention=Contention("time_slice", switch_s=share * Contention().slice_s))
 
 
 def _distance(rows: Sequence[Row], assumed: Assumed) -> float:

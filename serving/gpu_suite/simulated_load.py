@@ -1,5 +1,5 @@
 """One such load on the simulated backend: the same requests, systems, budgets and limits, on a card with the costs that were
-fitted to other people's kernels.
+fitted to other people's kernels, or with those of our engine's measured steps.
 
 Elastic engines are processes without MPS, so that the card runs them in turns (`time_slice`, serving/cost/contention.py); of
 CrossPool both pools are on the one card, and their stages slow each other as engines do that share it.
@@ -13,9 +13,10 @@ from typing import Any
 
 from serving import registry
 from serving.cost.contention import Contention, Load, slowdowns
-from serving.cost.hardware import load_hardware
+from serving.cost.hardware import known_hardware, load_hardware
+from serving.cost.measured_card import CardStages, known_measured, shipped_measured
 from serving.cost.operators import CostModel
-from serving.cost.stages import Stage, StageCosts
+from serving.cost.stages import ModelStages, Stage, StageCosts
 from serving.cost.table1 import published_spec
 from serving.gpu_suite.loads import Case
 from serving.gpu_suite.seeded import seeded
@@ -24,27 +25,37 @@ from serving.interface import Cluster, Demand, Device
 from serving.sim.backend import SimulatedBackend
 
 CARD = "h200"
+MEASURED_CARD = "h200-measured"
 _LIMIT_S = 600.0
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """What a simulation assumes of the card beside the costs of other people's kernels: that steps with prompts in them take
-    `prompts` times as long with ours, and how engines contend."""
+    """What a simulation assumes of the card: whose costs stages have (`card`, as for `backend.card`), that with those of other
+    people's kernels steps with prompts in them take `prompts` times as long, and how engines contend."""
 
+    card: str = CARD
     prompts: float = 1.0
     contention: Contention = field(default_factory=lambda: Contention(mode="time_slice"))
 
 
+def has_costs(case: Case, assumed: Assumed) -> bool:
+    """Whether the costs that are assumed are known of all models: steps are measured of some."""
+    if assumed.card in known_hardware():
+        return True
+    return assumed.card in known_measured() and set(case.models) <= set(shipped_measured(assumed.card).models())
+
+
 def simulate(case: Case, assumed: Assumed) -> dict[str, Any]:
-    """As a row of :mod:`serving.gpu_suite.serve`: P99 by model, and the summary of all."""
+    """As a row of :mod:`serving.gpu_suite.serve`: P99 by model, and the summary of all. Raises UserError where there are no such
+    costs of a model."""
     name, options = SYSTEMS[case.label]
     if name == "elastic":
         told = {key: getattr(assumed.contention, key) for key in ("interference", "slice_s", "switch_s")}
         options = {**options, "contention": assumed.contention.mode, **told}
     system = registry.create(name, {**OPTIONS, **options})
     backend = SimulatedBackend(
-        CARD, lambda model, device: _stages(model.spec.name, name == "crosspool", assumed.prompts)
+        assumed.card, lambda model, device: _stages(model.spec.name, assumed.card, name == "crosspool", assumed.prompts)
     )
     system.start(system.plan(_cluster(name, case.pools_bytes), seeded(case.models), Demand()), backend)
     try:
@@ -55,24 +66,29 @@ def simulate(case: Case, assumed: Assumed) -> dict[str, Any]:
     return {"p99_by_model": p99_by_model(times, arrivals), **summary(times)}
 
 
-class _CardStages(StageCosts):
-    """Whole models on one card; stages of more rows than a decode step can have take `prompts` times as long. Where
-    `halves_share`, stages of both halves of a model may run at once: beside another that streams its memory, each takes as
-    much longer as a kernel of an engine beside that of another (`share`)."""
+class _OneCard:
+    """Stages of whole models on one card. Where `halves_share`, stages of both halves of a model may run at once: beside another
+    that streams its memory, each takes as much longer as a kernel of an engine beside that of another (`share`)."""
 
-    def __init__(self, name: str, halves_share: bool, prompts: float) -> None:
-        super().__init__(published_spec(name), CostModel(load_hardware(CARD)))
-        self._halves_share, self._prompts = halves_share, prompts
+    halves_share = False
 
-    def share(self, parts: int) -> StageCosts:
+    def share(self, parts: int) -> ModelStages:
         return self if parts == 1 else super().share(parts)
 
     def beside_stream(self, operator: str) -> float:
-        if not self._halves_share:
+        if not self.halves_share:
             return 1.0
         stage = self.attention(1, 64) if operator == "stage_decode" else self.ffn(self.spec.num_layers - 1, 1)
         stream = Load(1.0, self.hardware.memory_bandwidth, 0.0)
         return slowdowns([stage.load(), stream], self.hardware, Contention(), self.dtype)[0]
+
+
+class _FittedStages(_OneCard, StageCosts):
+    """Those of other people's kernels; stages of more rows than a decode step can have take `prompts` times as long."""
+
+    def __init__(self, name: str, card: str, prompts: float) -> None:
+        super().__init__(published_spec(name), CostModel(load_hardware(card)))
+        self._prompts = prompts
 
     def _prefill_attention_layer(self, new_tokens: int, past_tokens: int) -> Stage:
         return self._longer(super()._prefill_attention_layer(new_tokens, past_tokens))
@@ -85,7 +101,18 @@ class _CardStages(StageCosts):
         return Stage(self._prompts * stage.device_s, stage.work, stage.kernels)
 
 
-_stages = functools.lru_cache(maxsize=8)(_CardStages)  # costs are remembered with them
+class _MeasuredStages(_OneCard, CardStages):
+    """Those of our engine, as measured."""
+
+
+@functools.lru_cache(maxsize=16)  # costs are remembered with them
+def _stages(name: str, card: str, halves_share: bool, prompts: float) -> ModelStages:
+    if card in known_measured():
+        stages = _MeasuredStages(published_spec(name), shipped_measured(card))
+    else:
+        stages = _FittedStages(name, card, prompts)
+    stages.halves_share = halves_share
+    return stages
 
 
 def _cluster(name: str, pools_bytes: tuple[int, int]) -> Cluster:

@@ -58,7 +58,7 @@ def test_prompts_that_take_longer_and_dearer_switches_slow_what_they_should():
 
 
 def test_a_fit_is_written_with_what_it_rests_on_and_read_back(tmp_path):
-    chosen = Assumed(1.5, Contention("time_slice", switch_s=3e-4))
+    chosen = Assumed(prompts=1.5, contention=Contention("time_slice", switch_s=3e-4))
     simulate.write_fit(tmp_path / "fit.json", Fit(chosen, {1.5: 0.1}, {0.15: 0.2}), read_rows(H200))
     assert read_fit(tmp_path / "fit.json") == chosen
     assert "12 measured rows" in json.loads((tmp_path / "fit.json").read_text())["provenance"]["rows"]
@@ -75,16 +75,16 @@ def test_tables_show_every_row_measured_and_simulated(tmp_path, capsys, monkeypa
     monkeypatch.setattr(simulate, "simulate", lambda case, assumed: result)
     assert simulate.main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "| elastic_seeds.json | static | 12 | 4 | 20 | 10.0 | 20.0 | 20.0 |" in printed
-    assert f"| {QUICK.models[0]} | 1.00 | 1.00 | 1.00 |" in printed
-    assert "| static | 1 held out | simulated | 2.00 | 2.00 |" in printed
-    assert "| static | 1 | 1.00 | 1.00 | 1.00 | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in printed
+    assert "| elastic_seeds.json | static | 12 | 4 | 20 | 10.0 | 20.0 | 20.0 | 20.0 |" in printed
+    assert f"| {QUICK.models[0]} | 1.00 | 1.00 | 1.00 | 1.00 |" in printed
+    assert "| static | 1 held out | with measured steps | 2.00 | 2.00 |" in printed
+    assert "| static | fitted | 1 | 1.00 | 1.00 | 1.00 (1.00 to 1.00) |" in printed
     assert simulate.main([str(tmp_path), "--fit", str(tmp_path / "fit.json")]) == 2
     assert "no rows of static and elastic" in capsys.readouterr().err
 
 
 def test_the_fit_finds_what_rows_were_made_with(monkeypatch):
-    made = Assumed(1.3, Contention("time_slice", switch_s=3e-4))
+    made = Assumed(prompts=1.3, contention=Contention("time_slice", switch_s=3e-4))
     engines = Case("elastic", *[getattr(QUICK, name) for name in list(vars(QUICK))[1:]])
     rows = [Row("elastic.json", case, simulate.simulate(case, made)) for case in (QUICK, engines)]
     monkeypatch.setattr(fit_loads, "_PROMPTS", (1.0, 1.3, 1.6))
