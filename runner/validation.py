@@ -20,6 +20,7 @@ from runner.records import COMPLETE, Record, read_records
 from serving.errors import UserError, command
 
 BOUNDS = {"mean_itl_ms": 0.10, "p99_itl_ms": 0.20, "mean_ttft_ms": 0.20, "output_throughput": 0.08}
+SIMULATED_ALONE = ("contention", "interference", "slice_s", "switch_s")  # options that say nothing to a real system
 QUIET = 0.02  # of the cores: what more other programs take while a cell is measured is told
 
 
@@ -69,8 +70,9 @@ def _taken(records: Iterable[Record]) -> float:
 def _cell(record: Record) -> tuple[str, str, str]:
     """(system, what a person calls the cell, identity of all that was asked)."""
     config = record.content["config"]
-    asked = {key: config[key] for key in ("system", "models", "devices", "workload")}
+    asked = {key: config[key] for key in ("models", "devices", "workload")}
     workload, options = config["workload"], config["system"]["options"]
+    asked["system"] = {name: value for name, value in options.items() if name not in SIMULATED_ALONE}
     lengths = workload["lengths"]
     parts = [f"{workload['arrivals']['rate_rps']:g} req/s"]
     for name in ("prompt", "output"):

@@ -7,15 +7,24 @@ import json
 
 import pytest
 
+from serving import registry
 from serving.batching import StepLimits
+from serving.cost import measured_card
 from serving.cost.__main__ import main
 from serving.cost.calibrated import read_calibration
 from serving.cost.card_steps import calibrate_card, fitting_half, judge, read_steps
-from serving.cost.measured_card import CardStages, graph_rows
+from serving.cost.cards import hardware_of, stages_on
+from serving.cost.hardware import load_hardware
+from serving.cost.measured_card import CardStages, graph_rows, shipped_measured
+from serving.cost.operators import CostModel
 from serving.cost.stages import StageCosts
 from serving.cost.table1 import published_spec
 from serving.cuda.layout import shapes_of, smallest
 from serving.errors import UserError
+from serving.gpu_suite.seeded import seeded
+from serving.gpu_suite.serve import replay
+from serving.interface import Cluster, Demand, Device, Request
+from serving.sim.backend import simulate_card
 
 pytestmark = pytest.mark.cpu
 
@@ -87,16 +96,9 @@ def test_a_step_in_parts_reads_the_experts_once_a_part(file):
 
 
 def test_a_whole_step_of_other_costs_is_one_pass_of_all_rows():
-    stages = StageCosts(published_spec(MODELS[0]), _cost())
+    stages = StageCosts(published_spec(MODELS[0]), CostModel(load_hardware("h200")))
     apart = stages.decode_step(3, 600), stages.prefill_step(64, 128)
     assert stages.mixed_step(3, 600, [(64, 128)]).device_s < 0.9 * sum(step.device_s for step in apart)
-
-
-def _cost():
-    from serving.cost.hardware import load_hardware
-    from serving.cost.operators import CostModel
-
-    return CostModel(load_hardware("h200"))
 
 
 @pytest.mark.parametrize("chunk", [False, True])
@@ -116,6 +118,27 @@ def test_the_command_judges_and_writes_what_it_made(file, tmp_path, capsys):
     assert found.fitted.provenance["measured_on"]["driver"] == "1"
     with pytest.raises(UserError, match="steps of mixtral-8x7b were not measured on h200; known models: deepseek"):
         CardStages(published_spec("mixtral-8x7b"), found)
+
+
+def test_measured_steps_are_a_card_to_whoever_simulates(file, tmp_path, monkeypatch):
+    assert main(["card", str(file), "--out", str(tmp_path / "toy-measured.json")]) == 0
+    monkeypatch.setattr(measured_card, "MEASURED_DIRECTORY", tmp_path)
+    (model,) = seeded(MODELS[:1])
+    assert hardware_of("toy-measured") == shipped_measured("toy-measured").hardware
+    assert isinstance(stages_on("toy-measured", model), CardStages)
+    with pytest.raises(UserError, match=r"unknown hardware 'b300'; known: .*h200, .*toy-measured"):
+        hardware_of("b300")
+    request = Request(0, model.name, (1,) * 300, 3)
+    ended = {}
+    for card in ("h200", "toy-measured"):
+        backend, system = simulate_card(card), registry.create("static", {"max_batch": 4, "prefill_chunk": 256})
+        system.start(system.plan(Cluster((Device("gpu0", "cuda", 0, 60 << 30),)), [model], Demand()), backend)
+        ended[card] = replay(system, [(0.0, request)], 10.0, backend.clock)[0]
+        system.stop()
+    stages = stages_on("toy-measured", model)
+    prompt_s = stages.prefill_step(256, 0).device_s + stages.prefill_step(44, 256).device_s
+    assert ended["toy-measured"][1] == pytest.approx(prompt_s, rel=0.01)
+    assert ended["toy-measured"] != ended["h200"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"model": "m", "control": "fused"}]}', '{"rows": []}'])
