@@ -1,4 +1,4 @@
-"""`python -m serving.cost COMMAND`: table1, figures, hardware, fit, check, calibrate, join."""
+"""`python -m serving.cost COMMAND`: table1, figures, hardware, fit, check, card, calibrate, join."""
 
 from __future__ import annotations
 
@@ -49,6 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--refit", action="store_true", help="fit anew instead of judging the shipped coefficients")
     judge.add_argument("--kernels", action="store_true", help="a line for each measured kernel too")
     judge.add_argument("--json", metavar="FILE", help="write the cells as JSON as well")
+    card = add("card", _card, "calibrate a card by measured steps of our engine, and judge that by steps held out")
+    card.add_argument("steps", metavar="FILE", help="what python -m serving.gpu_suite.steps wrote")
+    card.add_argument("--card", default="h200", help="its name in conf/hardware (default: h200)")
+    card.add_argument("--out", metavar="FILE", help="write the calibration there")
     measure = add("calibrate", _calibrate, "measure this machine and the stages of models on it")
     measure.add_argument("--out", metavar="FILE", required=True, help="the JSON file to write")
     measure.add_argument(
@@ -109,6 +113,27 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         Path(options.json).write_text(json.dumps([cell.record() for cell in cells], indent=1) + "\n")
     return 0 if all(cell.roofline.within_target for cell in cells if cell.has_target) else 1
+
+
+def _card(options: argparse.Namespace) -> int:
+    from serving.cost.calibrated import write_calibration
+    from serving.cost.card_steps import calibrate_card, errors_table, fitting_half, judge, read_steps
+
+    load_hardware(options.card)
+    steps, measured_on = read_steps(options.steps)
+    half = fitting_half(steps)
+    provenance = {
+        "steps": f"{len(half)} of {len(steps)} steps of {Path(options.steps).name}, fused control; the others are held out",
+        "measured_on": measured_on,
+        "date": datetime.date.today().isoformat(),
+        "command": f"python -m serving.cost card {options.steps} --card {options.card}",
+    }
+    found = calibrate_card(options.card, half, provenance)
+    print(errors_table(judge(options.card, steps, found), options.card))
+    if options.out:
+        write_calibration(Path(options.out), found, {})
+        print(f"wrote {options.out}")
+    return 0
 
 
 def _stream(options: argparse.Namespace) -> int:

@@ -79,15 +79,16 @@ def calibration(
     rows: Mapping[str, Rows],
     provenance: Mapping[str, object],
     beside_stream: Mapping[str, Mapping[str, float]] | None = None,
+    card: str = CPU,
 ) -> Calibration:
-    """A calibration from measured rates and rows: coefficients are fitted to all rows."""
-    hardware = _measured_hardware(rates, provenance)
+    """A calibration of `card` from measured rates and rows: coefficients are fitted to all rows."""
+    hardware = _measured_hardware(card, rates, provenance)
     fits = [fit for mine in rows.values() for fit in fit_rows(mine, hardware)]
-    return Calibration(hardware, dtype, fitted_set(CPU, fits, provenance), dict(rows), beside_stream or {})
+    return Calibration(hardware, dtype, fitted_set(card, fits, provenance), dict(rows), beside_stream or {})
 
 
-def _measured_hardware(rates: Mapping[str, float], provenance: Mapping[str, object]) -> Hardware:
-    card = load_hardware(CPU)
+def _measured_hardware(name: str, rates: Mapping[str, float], provenance: Mapping[str, object]) -> Hardware:
+    card = load_hardware(name)
     note = f"measured by calibrate on {provenance.get('machine', 'this machine')}, {provenance.get('date', '')}"
     return dataclasses.replace(card, **rates, sources={**card.sources, **dict.fromkeys(rates, note)})
 
@@ -95,7 +96,7 @@ def _measured_hardware(rates: Mapping[str, float], provenance: Mapping[str, obje
 def write_calibration(path: Path, found: Calibration, rates: Mapping[str, float]) -> None:
     """Write to `path`, whole or not at all."""
     content = {
-        "card": CPU,
+        "card": found.fitted.card,
         "dtype": found.dtype,
         "provenance": found.fitted.provenance,
         "machine": dict(rates),
@@ -121,8 +122,8 @@ def read_calibration(path: str | Path) -> Calibration:
     path = Path(path)
     try:
         content = json.loads(path.read_text())
-        hardware = _measured_hardware(content["machine"], content["provenance"])
-        fitted = fitted_set(CPU, [Fitted(**entry) for entry in content["fits"]], content["provenance"])
+        hardware = _measured_hardware(content["card"], content["machine"], content["provenance"])
+        fitted = fitted_set(content["card"], [Fitted(**entry) for entry in content["fits"]], content["provenance"])
         rows = {name: _rows(name, table) for name, table in content["rows"].items()}
         return Calibration(hardware, content["dtype"], fitted, rows, content["beside_stream"])
     except FileNotFoundError:

@@ -126,12 +126,16 @@ class ModelStages:
 
     def prefill_step(self, new_tokens: int, past_tokens: int = 0) -> Stage:
         """A whole chunk of one sequence through all layers; the head for its last position."""
-        attention = self.prefill_attention(new_tokens, past_tokens).times(self.spec.num_layers)
-        return self.embedding(new_tokens) + attention + self._all_ffns(new_tokens) + self.head(1)
+        return self.mixed_step(0, 0, [(new_tokens, past_tokens)])
+
+    def mixed_step(self, batch: int, context_tokens: float, chunks: Sequence[tuple[int, int]]) -> Stage:
+        """A whole step on one device that decodes `batch` sequences and prefills `chunks` of (new, past) tokens to their ends."""
+        attention = self.mixed_attention(batch, context_tokens, chunks).times(self.spec.num_layers)
+        rows = batch + sum(new for new, _ in chunks)
+        return self.embedding(rows) + attention + self._all_ffns(rows) + self.head(batch + len(chunks))
 
     def _decode_step(self, batch: int, context_tokens: int) -> Stage:
-        attention = self.attention(batch, context_tokens).times(self.spec.num_layers)
-        return self.embedding(batch) + attention + self._all_ffns(batch) + self.head(batch)
+        return self.mixed_step(batch, context_tokens, ())
 
     def _alike(self, layer: int) -> int:
         """The first layer whose FFN has the same shape as `layer`'s, so that alike layers are costed once."""

@@ -24,7 +24,7 @@ class Sides:
         self._lane = lane = Lane(half.device, set(ffn.cards), shape.rows, [shape])
         self._shape = shape
         self._set_numbers(lambda out: out.zero_())
-        (self._attention,) = Capture(lane, model, shape).one(lambda layer, rows: rows).stages
+        ((self._attention,),) = Capture(lane, model, shape).one(lambda layer, rows: rows).stages
         self._rows = torch.randn(shape.rows, half.spec.hidden_size, device=ffn_card, dtype=ffn.dtype)
         stream = lane.ffn_streams[ffn_card]
 

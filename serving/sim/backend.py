@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from serving.cost.calibrated import CalibratedStages, read_calibration
-from serving.cost.cards import stages_on
-from serving.cost.hardware import load_hardware
+from serving.cost.cards import hardware_of, stages_on
+from serving.cost.measured_card import CardStages, known_measured, shipped_measured
 from serving.cost.operators import CostModel
 from serving.cost.stages import ModelStages, StageCosts
 from serving.errors import CapacityError, UserError
@@ -150,30 +150,37 @@ class SimulatedBackend:
 
 
 def simulate_card(card: str, compiled: bool = True, prefill: bool = True) -> SimulatedBackend:
-    """A backend with the fitted costs of `card` (conf/hardware), and of other cards where devices name theirs. Raises
-    UserError for an unknown one, listing the known, and CapacityError for a device with more memory than its card has."""
+    """A backend with the fitted costs of `card` (conf/hardware), or what was measured of our engine on it (`h200-measured`), and
+    with those of other cards where devices name theirs. Raises UserError for an unknown one, listing the known, and CapacityError
+    for a device with more memory than its card has."""
 
-    known: dict[tuple[ModelSpec, str], StageCosts] = {}  # models that differ in name alone cost the same
+    known: dict[tuple[ModelSpec, str], ModelStages] = {}  # models that differ in name alone cost the same
 
-    def costs_of(model: ServedModel, device: Device) -> StageCosts:
-        hardware = load_hardware(device.card or card)
+    def costs_of(model: ServedModel, device: Device) -> ModelStages:
+        name = device.card or card
+        hardware = hardware_of(name)
         if device.memory_bytes > hardware.memory_bytes:
             missing = device.memory_bytes - hardware.memory_bytes
             raise CapacityError(
                 f"{device.name}: a budget of {device.memory_bytes} bytes is {missing} bytes more than {hardware.name} has"
             )
-        key = (dataclasses.replace(model.spec, name=""), hardware.name)
+        key = (dataclasses.replace(model.spec, name=""), name)
         if key not in known:
-            known[key] = StageCosts(model.spec, CostModel(hardware))
+            measured = name in known_measured()
+            known[key] = (
+                CardStages(model.spec, shipped_measured(name))
+                if measured
+                else StageCosts(model.spec, CostModel(hardware))
+            )
         return known[key]
 
-    load_hardware(card)
-    return SimulatedBackend(card, costs_of, compiled=compiled, prefill=prefill)
+    hardware_of(card)
+    return SimulatedBackend(card, costs_of, card not in known_measured(), compiled, prefill)
 
 
 def simulate_datasheet(card: str) -> SimulatedBackend:
     """A backend for searches, not for results: `card` with its fitted costs, or by its datasheet where nothing was fitted."""
-    load_hardware(card)
+    hardware_of(card)
     return SimulatedBackend(
         f"{card} (to compare settings)", lambda model, device: stages_on(device.card or card, model)
     )

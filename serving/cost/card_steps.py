@@ -1,0 +1,169 @@
+"""A calibration of this project's engine on a card, from steps that `python -m serving.gpu_suite.steps` measured there.
+
+Of a step of one part each side was measured alone; the whole step's time is shared out between its layers by that. Every other
+point of a model's grid of sizes and tokens that are there is fitted to, the points between are held out, and so are all steps of
+several parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serving.cost.calibrated import Calibration, MeasuredRow, calibration, rows_by_operator
+from serving.cost.check import Errors, errors
+from serving.cost.hardware import load_hardware
+from serving.cost.measured_card import CardStages, graph_rows
+from serving.cost.operators import CostModel
+from serving.cost.stages import ModelStages, StageCosts
+from serving.cost.table1 import published_spec
+from serving.errors import UserError
+
+DTYPE = "bfloat16"
+KINDS = ("decode", "prompt", "several parts")
+_CONTROL = "fused"
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """One measured step: `batch` sequences of `context` tokens each once it is done decode, `chunks` prompts have `rows` tokens
+    after `past` computed. Seconds of the whole, and of a step of one part those of each side alone."""
+
+    model: str
+    batch: int
+    context: int
+    chunks: int
+    rows: int
+    past: int
+    seconds: float
+    attention_s: float = 0.0
+    ffn_s: float = 0.0
+    dense_s: float = 0.0  # of `ffn_s`, in layers without experts
+
+    @property
+    def kind(self) -> str:
+        """One of :data:`KINDS`."""
+        if self.chunks + (self.batch > 0) > 1:
+            return "several parts"
+        return "prompt" if self.chunks else "decode"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of a step of one part: its rows, and the tokens that are there."""
+        return (self.rows, self.past) if self.chunks else (self.batch, self.context)
+
+
+def read_steps(path: str | Path) -> tuple[list[MeasuredStep], dict[str, Any]]:
+    """The steps in `path` that ran as one graph, and what they were measured on. Raises UserError where it holds none."""
+    try:
+        content = json.loads(Path(path).read_text())
+        rows = content.pop("rows")
+        steps = [_step(row) for row in rows if row.get("control") == _CONTROL]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a result of python -m serving.gpu_suite.steps") from None
+    if not steps:
+        raise UserError(f"{path}: holds no step under {_CONTROL} control")
+    return steps, content
+
+
+def _step(row: Mapping[str, Any]) -> MeasuredStep:
+    shape = {name: row[name] for name in ("model", "batch", "context", "chunks", "rows", "past")}
+    step = MeasuredStep(**shape, seconds=row["step_ms"] / 1e3)
+    if step.kind == "several parts":
+        return step
+    sides = {f"{side}_s": row[f"{side}_ms"] / 1e3 for side in ("attention", "ffn", "dense")}
+    return dataclasses.replace(step, **sides)
+
+
+def fitting_half(steps: Sequence[MeasuredStep]) -> list[MeasuredStep]:
+    """Every other point of each model's grid of decode steps and of prompts, as on a chessboard."""
+    chosen = []
+    for model, kind in dict.fromkeys((step.model, step.kind) for step in steps if step.kind != "several parts"):
+        mine = [step for step in steps if (step.model, step.kind) == (model, kind)]
+        sizes, there = (sorted({step.size[axis] for step in mine}) for axis in (0, 1))
+        chosen += [step for step in mine if (sizes.index(step.size[0]) + there.index(step.size[1])) % 2 == 0]
+    return chosen
+
+
+def calibrate_card(card: str, steps: Iterable[MeasuredStep], provenance: Mapping[str, object]) -> Calibration:
+    """A calibration of `card` from those of `steps` that are of one part."""
+    rows = rows_by_operator(row for step in steps if step.kind != "several parts" for row in _layers(step))
+    return calibration({}, DTYPE, rows, provenance, card=card)
+
+
+def _layers(step: MeasuredStep) -> Iterator[MeasuredRow]:
+    """What a layer's stages take of a step of one part."""
+    spec = published_spec(step.model)
+    dense = len(spec.dense_layers)
+    common, stretch = {"hidden_size": float(spec.hidden_size)}, step.seconds / (step.attention_s + step.ffn_s)
+    rows = graph_rows(step.size[0], chunk=step.chunks > 0)
+    if step.chunks:
+        operator, sizes = "stage_prefill", {"isl": float(rows), "past": float(step.past)}
+    else:
+        operator, sizes = "stage_decode", {"batch_size": float(step.batch), "context": float(step.context)}
+    yield MeasuredRow(operator, step.model, common | sizes, stretch * step.attention_s / spec.num_layers)
+    routed = {"num_tokens": float(rows), "distinct": spec.moe.distinct_experts(rows)}
+    routed_s = (step.ffn_s - step.dense_s) / (spec.num_layers - dense)
+    yield MeasuredRow("stage_routed", step.model, common | routed, stretch * routed_s)
+    if dense:
+        yield MeasuredRow("stage_dense", step.model, common | {"rows": float(rows)}, stretch * step.dense_s / dense)
+
+
+@dataclass(frozen=True)
+class StepErrors:
+    """Whole steps of one model and kind, held out or fitted to: errors with the costs that the card had before, and with the
+    calibration, and by how much each is too long (the median of predicted / measured - 1)."""
+
+    model: str
+    kind: str
+    held_out: bool
+    before: Errors
+    after: Errors
+    bias_before: float
+    bias_after: float
+
+
+def judge(card: str, steps: Sequence[MeasuredStep], found: Calibration) -> list[StepErrors]:
+    """Errors on the fitting half of `steps` and on the others."""
+    fitted_to, cost = set(fitting_half(steps)), CostModel(load_hardware(card), DTYPE)
+    cells: dict[tuple[str, str, bool], list[MeasuredStep]] = {}
+    for step in steps:
+        cells.setdefault((step.model, step.kind, step not in fitted_to), []).append(step)
+    judged = []
+    for (model, kind, held_out), mine in sorted(cells.items()):
+        spec = published_spec(model)
+        measured = np.array([step.seconds for step in mine])
+        before, after = (
+            np.array([_predicted_s(stages, step) for step in mine])
+            for stages in (StageCosts(spec, cost), CardStages(spec, found))
+        )
+        biases = [float(np.median(predicted / measured - 1)) for predicted in (before, after)]
+        judged.append(
+            StepErrors(model, kind, held_out, errors(before, measured), errors(after, measured), *biases)
+        )  # fmt: skip
+    return judged
+
+
+def _predicted_s(stages: ModelStages, step: MeasuredStep) -> float:
+    chunks = [(step.rows, step.past)] * step.chunks
+    return stages.launched_s(stages.mixed_step(step.batch, step.batch * step.context, chunks))
+
+
+def errors_table(judged: Sequence[StepErrors], card: str) -> str:
+    """As Markdown."""
+    head = ["model", "steps", "", "count"]
+    head += [f"{card}: {what}" for what in ("bias", "median error", "P90")]
+    head += [f"measured: {what}" for what in ("bias", "median error", "P90")]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for one in judged:
+        cells = [one.model, one.kind, "held out" if one.held_out else "fitted to", str(one.before.rows)]
+        for bias, error in ((one.bias_before, one.before), (one.bias_after, one.after)):
+            cells += [f"{bias:+.0%}", f"{error.median:.1%}", f"{error.p90:.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

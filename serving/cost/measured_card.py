@@ -1,0 +1,83 @@
+"""Costs of this project's own engine on a card, where its steps were measured there (:mod:`serving.cost.card_steps`).
+
+Shipped calibrations are cards of their own to whoever simulates: `h200-measured` is `h200` with what our kernels and graphs take
+on it. They know the models that were measured, under whatever name these are served.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from serving.cost import facts
+from serving.cost.calibrated import CalibratedStages, Calibration, read_calibration
+from serving.cost.stages import NOTHING, Stage
+from serving.cost.table1 import published_spec
+from serving.errors import UserError
+from serving.spec import ModelSpec
+
+MEASURED_DIRECTORY = Path(__file__).resolve().parent / "measured"
+SUFFIX = "-measured"
+_FEWEST_CHUNK_ROWS = 16
+
+
+def graph_rows(rows: int, chunk: bool) -> int:
+    """Rows of the smallest graph that holds a part of `rows` rows: the engine captures powers of two, for chunks of prompts from
+    16 on, and lets what is left over idle."""
+    return max(1 << max(rows - 1, 0).bit_length(), _FEWEST_CHUNK_ROWS if chunk else 1)
+
+
+class CardStages(CalibratedStages):
+    """Stages of one model as this project's engine runs them on a card: a step in parts, decode rows first, then each prompt's,
+    each of the size of a graph and with a pass of its own through the FFNs. A layer's stages hold their share of all that is
+    done once a part (embedding, head, launches).
+
+    An FFN is asked for all rows of a step at once; what the parts' passes take beyond that is counted with the step's attention.
+    Raises UserError for a model that was not measured, whatever it is called."""
+
+    def __init__(self, spec: ModelSpec, found: Calibration) -> None:
+        super().__init__(dataclasses.replace(spec, name=_measured_name(spec, found)), found)
+
+    def mixed_attention(self, batch: int, context_tokens: float, chunks: Sequence[tuple[int, int]]) -> Stage:
+        parts = [self.prefill_attention(new, past) for new, past in chunks]
+        passes = [graph_rows(new, chunk=True) for new, _ in chunks]
+        if batch:
+            parts.append(self.attention(batch, context_tokens))
+            passes.append(graph_rows(batch, chunk=False))
+        if not parts:
+            return NOTHING
+        further = sum((self._all_ffns(rows) for rows in passes), NOTHING)
+        further += self._all_ffns(batch + sum(new for new, _ in chunks)).times(-1)
+        each = 1.0 / self.spec.num_layers
+        return sum(parts, Stage(each * further.device_s, further.work.times(each), 0))
+
+    def head(self, rows: int) -> Stage:
+        return Stage(0.0, facts.head_work(self.spec, rows, self.dtype), 0)
+
+    def embedding(self, tokens: int) -> Stage:
+        return Stage(0.0, facts.embedding_work(self.spec, tokens, self.dtype), 0)
+
+    def _prefill_attention_layer(self, new_tokens: int, past_tokens: int) -> Stage:
+        return super()._prefill_attention_layer(graph_rows(new_tokens, chunk=True), past_tokens)
+
+
+def _measured_name(spec: ModelSpec, found: Calibration) -> str:
+    """The name under which the model was measured."""
+    for name in found.models():
+        if dataclasses.replace(published_spec(name), name=spec.name) == spec:
+            return name
+    known = ", ".join(found.models())
+    raise UserError(f"steps of {spec.name} were not measured on {found.hardware.name}; known models: {known}")
+
+
+def known_measured() -> tuple[str, ...]:
+    """Names of the shipped calibrations of cards."""
+    return tuple(sorted(path.stem for path in MEASURED_DIRECTORY.glob(f"*{SUFFIX}.json")))
+
+
+@functools.cache
+def shipped_measured(name: str) -> Calibration:
+    """The shipped calibration of that name, one of :func:`known_measured`."""
+    return read_calibration(MEASURED_DIRECTORY / f"{name}.json")

@@ -1,0 +1,125 @@
+"""Our engine's costs on a card, from made-up steps: those come back, and a step in parts costs what its parts do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from serving.batching import StepLimits
+from serving.cost.__main__ import main
+from serving.cost.calibrated import read_calibration
+from serving.cost.card_steps import calibrate_card, fitting_half, judge, read_steps
+from serving.cost.measured_card import CardStages, graph_rows
+from serving.cost.stages import StageCosts
+from serving.cost.table1 import published_spec
+from serving.cuda.layout import shapes_of, smallest
+from serving.errors import UserError
+
+pytestmark = pytest.mark.cpu
+
+MODELS = ("deepseek-v2-lite", "qwen3-30b-a3b")
+HOST_MS = 0.1  # of a part, beside its sides
+
+
+def part_ms(spec, rows: int, there: int, chunk: bool) -> dict[str, float]:
+    """A step of one part as a made-up card takes it: microseconds of a layer that grow with rows, tokens and experts."""
+    padded = graph_rows(rows, chunk)
+    attention_us = 40 + 0.2 * padded + (0.002 * padded * (there + padded) if chunk else 0.0005 * rows * there)
+    routed_us, dense = 20 + 0.1 * padded + 3 * spec.moe.distinct_experts(padded), len(spec.dense_layers)
+    dense_ms = dense * (30 + 0.5 * padded) / 1e3
+    attention_ms, ffn_ms = spec.num_layers * attention_us / 1e3, (spec.num_layers - dense) * routed_us / 1e3 + dense_ms
+    sides = {"attention_ms": attention_ms, "ffn_ms": ffn_ms, "dense_ms": dense_ms}
+    return {"step_ms": attention_ms + ffn_ms + HOST_MS, **sides}
+
+
+def made_row(name: str, batch: int = 0, context: int = 0, chunks: int = 0, rows: int = 0, past: int = 0) -> dict:
+    spec = published_spec(name)
+    parts = [part_ms(spec, rows, past, True)] * chunks + ([part_ms(spec, batch, context, False)] if batch else [])
+    shape = {"batch": batch, "context": context, "chunks": chunks, "rows": rows, "past": past}
+    told = parts[0] if len(parts) == 1 else {"step_ms": sum(part["step_ms"] for part in parts)}
+    return {"model": name, "control": "fused", **shape, **told}
+
+
+@pytest.fixture
+def file(tmp_path):
+    rows = []
+    for name in MODELS:
+        rows += [made_row(name, 0, 0, 1, n, past) for n in (16, 32, 64, 100, 128, 256) for past in (0, 512, 2048)]
+        rows += [made_row(name, batch, context) for batch in (1, 2, 3, 4) for context in (128, 1024, 8192)]
+        rows += [made_row(name, 3, 1024, 1, 256, 512), made_row(name, 0, 0, 2, 100, 512)]
+    rows += [{**made_row(MODELS[0], 1, 128), "control": "host", "step_ms": 99.0}, {"model": "x", "error": "no"}]
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps({"hardware": ["made up"], "driver": "1", "rows": rows}))
+    return path
+
+
+def test_steps_held_out_are_predicted_and_the_card_before_is_judged_too(file):
+    steps, measured_on = read_steps(file)
+    assert len(steps) == 2 * 32 and measured_on == {"hardware": ["made up"], "driver": "1"}
+    half = fitting_half(steps)
+    assert 0.4 < len(half) / len(steps) < 0.6 and all(step.kind != "several parts" for step in half)
+    judged = judge("h200", steps, calibrate_card("h200", half, {}))
+    assert {(one.model, one.kind) for one in judged if one.held_out} == {
+        (name, kind) for name in MODELS for kind in ("decode", "prompt", "several parts")
+    }
+    assert all(one.after.median < 0.02 and one.after.p90 < 0.05 for one in judged), judged
+    assert sum(one.before.rows for one in judged) == len(steps)
+    assert any(abs(one.bias_before) > 0.1 for one in judged)
+
+
+def test_a_step_in_parts_reads_the_experts_once_a_part(file):
+    steps, _ = read_steps(file)
+    stages = CardStages(
+        dataclasses.replace(published_spec(MODELS[1]), name="any name"), calibrate_card("h200", steps, {})
+    )
+    apart = [
+        stages.mixed_step(3, 3072, []),
+        stages.mixed_step(0, 0, [(100, 512)]),
+        stages.mixed_step(0, 0, [(128, 512)]),
+    ]
+    both = stages.mixed_step(3, 3072, [(100, 512)])
+    assert both.device_s == pytest.approx(apart[0].device_s + apart[1].device_s)
+    assert apart[1].device_s == apart[2].device_s  # the graph of 128 rows
+    assert stages.share(2).mixed_step(3, 3072, [(100, 512)]).device_s < both.device_s
+    assert stages.decode_step(3, 3072).device_s == apart[0].device_s > stages.decode_step(2, 3072).device_s
+
+
+def test_a_whole_step_of_other_costs_is_one_pass_of_all_rows():
+    stages = StageCosts(published_spec(MODELS[0]), _cost())
+    apart = stages.decode_step(3, 600), stages.prefill_step(64, 128)
+    assert stages.mixed_step(3, 600, [(64, 128)]).device_s < 0.9 * sum(step.device_s for step in apart)
+
+
+def _cost():
+    from serving.cost.hardware import load_hardware
+    from serving.cost.operators import CostModel
+
+    return CostModel(load_hardware("h200"))
+
+
+@pytest.mark.parametrize("chunk", [False, True])
+def test_parts_have_the_rows_of_the_engines_graphs(chunk):
+    shapes = shapes_of(StepLimits(max_batch=8, prefill_chunk=256), 1 << 20)
+    for rows in (1, 2, 3, 5, 8, *((16, 17, 100, 129, 256) if chunk else ())):
+        assert graph_rows(rows, chunk) == smallest(shapes, chunk, rows).rows
+
+
+def test_the_command_judges_and_writes_what_it_made(file, tmp_path, capsys):
+    out = tmp_path / "made-measured.json"
+    assert main(["card", str(file), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert f"| {MODELS[0]} | several parts | held out | 2 |" in printed and f"wrote {out}" in printed
+    found = read_calibration(out)
+    assert found.hardware.name == "h200" and found.models() == MODELS
+    assert found.fitted.provenance["measured_on"]["driver"] == "1"
+    with pytest.raises(UserError, match="steps of mixtral-8x7b were not measured on h200; known models: deepseek"):
+        CardStages(published_spec("mixtral-8x7b"), found)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"model": "m", "control": "fused"}]}', '{"rows": []}'])
+def test_a_file_without_steps_is_refused(tmp_path, capsys, content):
+    (tmp_path / "steps.json").write_text(content)
+    assert main(["card", str(tmp_path / "steps.json")]) == 2
+    assert "steps.json" in capsys.readouterr().err
