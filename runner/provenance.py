@@ -19,7 +19,9 @@ def provenance() -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any]:
-    told = os.environ.get("CROSSPOOL_REVISION")  # of a copy that runs without its history, on a machine that is only lent
+    told = os.environ.get(
+        "CROSSPOOL_REVISION"
+    )  # of a copy that runs without its history, on a machine that is only lent
     if told:
         return {"revision": told, "dirty": None}
     revision = _output("git", "rev-parse", "HEAD")
