@@ -81,7 +81,9 @@ def sortable(value: Any) -> tuple:
 def _label(keys: Sequence[str], values: Sequence[Any]) -> str:
     """The first two of what differs. Of lists that differ their members' own settings say nothing more, and of models their
     number has room where their names have not."""
-    told = [(key, value) for key, value in zip(keys, values, strict=True) if not any(key.startswith(f"{k}.") for k in keys)]
+    told = [
+        (key, value) for key, value in zip(keys, values, strict=True) if not any(key.startswith(f"{k}.") for k in keys)
+    ]
     return ", ".join(
         f"{value.count(',') + 1} models" if key == "models" else f"{short_key(key)} {value}" for key, value in told[:2]
     )

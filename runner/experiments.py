@@ -20,6 +20,15 @@ _CAPPED = ("elastic-cap", "elastic-placement-cap", "quota-cap")
 _UNCAPPED = ("crosspool", "static", "static-searched", "elastic", "elastic-placement", "quota", "swap", "swap-token")
 _ALL = (*_UNCAPPED, "swap-zero-cost", *_CAPPED)
 _PAPER_THREE = ("paper-crosspool", "paper-static", "paper-elastic")
+_GPU_TBT_FIGURES = (
+    "tbt_vs_rate",
+    "tbt_by_model",
+    "latency_vs_rate",
+    "kv_capacity",
+    "placement",
+    "outcomes",
+    "summary",
+)
 _GPU_THREE = ("gpu-crosspool", "gpu-static", "gpu-elastic")
 _PAPER_RATES = (0.2, 0.5, 0.8, 1.0)
 
@@ -254,13 +263,52 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         question="The paper's TBT experiment on two GPUs that are given the memory of its five, measured.",
         base=("conf=gpu-tbt",),
         sweeps={"full": {_RATE: (0.5, 0.8, 1.0), _SEED: (0, 1, 2)}},
-        figures=("tbt_vs_rate", "tbt_by_model", "latency_vs_rate", "kv_capacity", "placement", "outcomes", "summary"),
+        figures=_GPU_TBT_FIGURES,
         cell_s=75,
         memory_gib=16,
         gpus=2,
         gpu_gib=102,
         paper="Fig. 7",
         systems=_GPU_THREE,
+    ),
+    Experiment(
+        name="gpu-tbt-groups",
+        question="The same with the baselines' models over both GPUs, as the paper spreads them over several.",
+        base=("conf=gpu-tbt-groups",),
+        sweeps={"full": {_RATE: (0.5, 0.8, 1.0), _SEED: (0, 1, 2)}},
+        figures=_GPU_TBT_FIGURES,
+        cell_s=75,
+        memory_gib=16,
+        gpus=2,
+        gpu_gib=102,
+        paper="Fig. 7",
+        systems=("gpu-crosspool", "gpu2-static", "gpu2-elastic"),
+    ),
+    Experiment(
+        name="gpu4-tbt",
+        question="The paper's TBT experiment on four GPUs that are given the memory of its five, with placements after Table 2.",
+        base=("conf=gpu4-tbt",),
+        sweeps={"full": {_RATE: _PAPER_RATES, _SEED: (0, 1, 2)}},
+        figures=_GPU_TBT_FIGURES,
+        cell_s=75,
+        memory_gib=16,
+        gpus=4,
+        gpu_gib=52,
+        paper="Fig. 7",
+        systems=("gpu-crosspool-cut", "gpu4-static", "gpu4-elastic"),
+    ),
+    Experiment(
+        name="gpu5-tbt",
+        question="The paper's TBT experiment on five GPUs capped to 40 GiB, with its placements, measured.",
+        base=("conf=gpu5-tbt",),
+        sweeps={"full": {_RATE: _PAPER_RATES, _SEED: (0, 1, 2)}},
+        figures=_GPU_TBT_FIGURES,
+        cell_s=75,
+        memory_gib=16,
+        gpus=5,
+        gpu_gib=42,
+        paper="Fig. 7",
+        systems=("gpu-crosspool-cut", "gpu5-static", "gpu5-elastic"),
     ),
     Experiment(
         name="gpu-mixtral",

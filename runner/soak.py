@@ -223,9 +223,9 @@ def configuration(system_name: str) -> BenchConfig:
 
 
 def systems() -> list[str]:
-    """Every system that computes here: those of conf/system but the paper's settings on cards."""
+    """Every system that computes here: those of conf/system but what is set for cards."""
     names = sorted(path.stem for path in (_CONFIGURATION / "system").glob("*.yaml"))
-    return [name for name in names if not name.startswith("paper-")]
+    return [name for name in names if not name.startswith(("gpu-", "paper-"))]
 
 
 @command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import judges
 
 from serving.generate import generate
-from serving.interface import Cluster, Demand, Request, ServedModel, System
+from serving.interface import Cluster, Demand, Placement, Request, ServedModel, System
 from serving.spec import load_spec
 
 CHUNK = 16
@@ -22,12 +23,29 @@ def _requests_for(model: ServedModel, rng: random.Random, first_id: int) -> list
     return [Request(first_id + i, model.name, prompt, rng.randint(2, 9)) for i, prompt in enumerate(prompts)]
 
 
+def served(checkpoints: Mapping[str, Path], architectures: Sequence[str]) -> list[ServedModel]:
+    """One model of each of `architectures`, named after it, in float32."""
+    return [ServedModel(load_spec(checkpoints[a], name=a), checkpoints[a], "float32") for a in architectures]
+
+
+def with_kv_pages(placement: Placement, pages: int, page_bytes: int) -> Placement:
+    """`placement` with every KV pool cut to `pages` pages."""
+    kv_bytes = pages * page_bytes
+    devices = tuple(
+        dataclasses.replace(
+            plan, kv_bytes=kv_bytes if plan.kv_bytes else 0, kv_quota_bytes=dict.fromkeys(plan.kv_quota_bytes, kv_bytes)
+        )
+        for plan in placement.devices
+    )
+    return dataclasses.replace(placement, devices=devices)
+
+
 def check_tokens(
     system: System, cluster: Cluster, architectures: Sequence[str], checkpoints: Mapping[str, Path], seed: str
 ) -> None:
     """Serve five requests of each of `architectures` in float32, all at once and mixed. Raises AssertionError where a token is
     not the judge's, or where KV or a process is left."""
-    models = [ServedModel(load_spec(checkpoints[a], name=a), checkpoints[a], "float32") for a in architectures]
+    models = served(checkpoints, architectures)
     rng = random.Random(seed)
     requests = [request for i, model in enumerate(models) for request in _requests_for(model, rng, 100 * i)]
     rng.shuffle(requests)

@@ -12,11 +12,12 @@ import time
 
 import judges
 import pytest
+from served import served, with_kv_pages
 
 from serving import registry
 from serving.generate import cpu_cluster, generate
-from serving.interface import Demand, Request, ServedModel
-from serving.spec import ARCHITECTURES, load_spec
+from serving.interface import Demand, Request
+from serving.spec import ARCHITECTURES
 
 pytestmark = pytest.mark.cpu
 
@@ -40,12 +41,6 @@ def open_descriptors():
     return len(os.listdir("/proc/self/fd"))
 
 
-def served(checkpoints, architectures):
-    return [
-        ServedModel(load_spec(checkpoints[name], name=name), checkpoints[name], "float32") for name in architectures
-    ]
-
-
 def ragged_requests(model, count, rng, first_id=0):
     """`count` requests of different lengths; the first is one token long, the second longer than two chunks."""
     lengths = ([1, 2 * CHUNK + 5] + [rng.randint(2, 3 * CHUNK) for _ in range(count)])[:count]
@@ -58,18 +53,6 @@ def ragged_requests(model, count, rng, first_id=0):
         )
         for i, length in enumerate(lengths)
     ]
-
-
-def with_kv_pages(placement, pages):
-    """`placement` with every KV pool cut to `pages` pages."""
-    kv_bytes = pages * OPTIONS["page_bytes"]
-    devices = tuple(
-        dataclasses.replace(
-            plan, kv_bytes=kv_bytes if plan.kv_bytes else 0, kv_quota_bytes=dict.fromkeys(plan.kv_quota_bytes, kv_bytes)
-        )
-        for plan in placement.devices
-    )
-    return dataclasses.replace(placement, devices=devices)
 
 
 def pages_are_returned(system, within_s=5.0):
@@ -128,7 +111,7 @@ def test_scarce_kv_queues_and_still_computes_the_same(system_name, tiny_checkpoi
     models = served(tiny_checkpoints, ["mixtral", "qwen3_moe"])
     system = registry.create(system_name, OPTIONS)
     placement = system.plan(cpu_cluster(2, MEMORY_BYTES), models, Demand())
-    placement = with_kv_pages(placement, SCARCE_PAGES)
+    placement = with_kv_pages(placement, SCARCE_PAGES, OPTIONS["page_bytes"])
     rng = random.Random(7)
     requests = ragged_requests(models[0], 7, rng) + ragged_requests(models[1], 7, rng, first_id=50)
     try:
@@ -146,7 +129,8 @@ def test_preemption_and_recomputation_change_no_token(system_name, pair, tiny_ch
     """Engines that take what they find run out of pages: the youngest lose theirs, and are computed again."""
     models = served(tiny_checkpoints, pair)
     system = registry.create(system_name, {**OPTIONS, "admission": "optimistic"})
-    placement = with_kv_pages(system.plan(cpu_cluster(1, MEMORY_BYTES), models, Demand()), SCARCE_PAGES // 2)
+    placement = system.plan(cpu_cluster(1, MEMORY_BYTES), models, Demand())
+    placement = with_kv_pages(placement, SCARCE_PAGES // 2, OPTIONS["page_bytes"])
     rng = random.Random(11)
     requests = [
         dataclasses.replace(request, prompt=request.prompt[:9], max_new_tokens=24)
@@ -169,7 +153,8 @@ def test_weights_that_left_and_came_back_in_mid_trace_change_no_token(pair, tiny
     where the other's KV has grown."""
     models = served(tiny_checkpoints, pair)
     system = registry.create("elastic-placement", {**OPTIONS, "idle_evict_s": 0.2, "prompts_at_once": 8})
-    placement = with_kv_pages(system.plan(cpu_cluster(1, MEMORY_BYTES), models, Demand()), SCARCE_PAGES)
+    placement = system.plan(cpu_cluster(1, MEMORY_BYTES), models, Demand())
+    placement = with_kv_pages(placement, SCARCE_PAGES, OPTIONS["page_bytes"])
     rng = random.Random(13)
     bursts = [ragged_requests(models[turn % 2], 6, rng, first_id=10 * turn) for turn in range(4)]
     both = ragged_requests(models[0], 4, rng, first_id=100) + ragged_requests(models[1], 4, rng, first_id=200)

@@ -17,7 +17,7 @@ from kernels.mailbox.triton import spin_until
 
 
 @triton.jit(
-    do_not_specialize=["part_elements", "turn_elements", "slot_elements", "max_spins"],
+    do_not_specialize=["part_elements", "sent_turn_elements", "read_turn_elements", "slot_elements", "max_spins"],
     do_not_specialize_on_alignment=["x_ptr", "out_ptr"],
 )
 def _exchange_kernel(
@@ -31,7 +31,8 @@ def _exchange_kernel(
     taken_ptr,
     error_ptr,
     part_elements,  # that each target is sent, and each source posts
-    turn_elements,  # from one filling of an inbox to the other
+    sent_turn_elements,  # from one filling of a target's inbox to the other
+    read_turn_elements,  # and of the own one
     slot_elements,
     max_spins,
     TARGETS: tl.constexpr,  # 0: nothing is posted
@@ -47,7 +48,7 @@ def _exchange_kernel(
     kind = out_ptr.dtype.element_ty
     if TARGETS > 0:
         count = tl.load(sent_ptr + program) + 1
-        turn_at = tl.cast(count % 2, tl.int64) * turn_elements
+        turn_at = tl.cast(count % 2, tl.int64) * sent_turn_elements
         for target in tl.static_range(TARGETS):
             slot_ptr = tl.load(slots_at_ptr + target).to(tl.pointer_type(kind)) + turn_at
             source_ptr = x_ptr
@@ -64,7 +65,7 @@ def _exchange_kernel(
         tl.store(sent_ptr + program, count)
     if SOURCES > 0:
         wanted = tl.load(taken_ptr + program) + 1
-        read_ptr = slots_ptr + tl.cast(wanted % 2, tl.int64) * turn_elements
+        read_ptr = slots_ptr + tl.cast(wanted % 2, tl.int64) * read_turn_elements
         for source in tl.static_range(SOURCES):
             if not spin_until(flags_ptr + source * PROGRAMS + program, wanted, max_spins):
                 tl.store(error_ptr, CODE)
@@ -125,11 +126,11 @@ def _run(
     per_part: int,
     max_spins: int,
 ) -> None:
-    shape = (inbox or outbox.inboxes[0]).slots
+    slot_elements = (inbox or outbox.inboxes[0]).slots.shape[2]
     unused = inbox.taken if inbox else outbox.sent  # a pointer that nothing reads
     sending = (outbox.slots_at, outbox.flags_at, outbox.sent) if outbox else (unused,) * 3
     reading = (inbox.slots, inbox.flags, inbox.taken, inbox.error) if inbox else (unused,) * 4
-    programs = programs_for(shape.shape[2])
+    programs = programs_for(slot_elements)
     launch(
         _exchange_kernel,
         (programs,),
@@ -138,8 +139,9 @@ def _run(
         *sending,
         *reading,
         part_elements,
-        shape.stride(0),
-        shape.stride(1),
+        outbox.inboxes[0].slots.stride(0) if outbox else 0,
+        inbox.slots.stride(0) if inbox else 0,
+        slot_elements,
         max_spins,
         TARGETS=len(outbox.inboxes) if outbox else 0,
         SOURCES=inbox.sources if inbox else 0,

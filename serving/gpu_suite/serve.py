@@ -2,7 +2,7 @@
 requests. Both pools of CrossPool are on the one card under budgets of their own.
 
 Processes on one card take turns on it unless MPS runs: the engines of `elastic`, which take KV from one shared ledger as
-they find it. `static` is one process with a partition of KV for each model.
+they find it. `static` is one process with a partition of KV for each model, `quota` one with a pool that they share by quota.
 All systems get the same bytes: what the weights of both halves need, and `--kv-gib` for KV and workspaces, so that a little
 of it makes KV scarce. Rates are of each model. With `--against NAME` each row also says by how much that system's P99 TBT is
 longer or shorter, by model.
@@ -35,10 +35,12 @@ SYSTEMS = {
     "static": ("static", {}),
     "elastic": ("elastic", {}),
     "elastic cap": ("elastic", {"admission": "cap"}),
+    "quota": ("quota", {}),
     "swap": ("swap", {}),
     "swap token": ("swap", {"mode": "token"}),
 }
-_DEFAULT = tuple(name for name in SYSTEMS if not name.startswith("swap"))  # where all models fit, nothing is swapped
+# What the suite has time for.
+_DEFAULT = ("crosspool lowered", "crosspool host", "crosspool lowered 1 lane", "static", "elastic", "elastic cap")
 _NEW_TOKENS = (32, 128)
 _POLL_S = 5e-4
 

@@ -79,6 +79,14 @@ def test_a_question_to_several_and_their_answers_added_up(form, device, check):
             form.post(reply, factor * form.collect(inbox, rows, 128, False, 10))
         check("answer", form.collect(answers, rows, 128, True, 10), 6 * x)
     assert not answers.error.item()
+    x = torch.randn(5, 128, device=device)
+    form.exchange(
+        question, answers, x, True, 0, 10
+    )  # asked in the one launch that a step has, it gives up in this thread
+    for inbox in asked:
+        check("question", form.collect(inbox, 5, 128, False, 10), x)
+    assert answers.error.item() == TIMED_OUT
+    assert not any(inbox.error.item() for inbox in asked)
 
 
 def test_a_wait_for_nothing_gives_up_with_a_code(form, device):

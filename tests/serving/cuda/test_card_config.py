@@ -1,11 +1,15 @@
 """What is decided about cards before one is touched: which options they take, and what is said where there is none."""
 
 import ctypes
+from types import SimpleNamespace
 
 import pytest
 import torch
+from served import served
 
 from crosspool.engine import CrossPool, CrossPoolOptions
+from serving import registry
+from serving.backend import MonotonicClock
 from serving.cuda import driver
 from serving.cuda.build import card
 from serving.cuda.exchange import bytes_crossed
@@ -19,9 +23,18 @@ pytestmark = pytest.mark.cpu
 without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a card")
 
 
+PAGE_BYTES = 2 << 20
+CARD = Cluster((Device("gpu0", "cuda", 0, 1 << 30),))
+
+
 @pytest.fixture
 def model(tiny_checkpoints):
     return ServedModel(load_spec(tiny_checkpoints["mixtral"]), tiny_checkpoints["mixtral"])
+
+
+@pytest.fixture
+def models(tiny_checkpoints):
+    return served(tiny_checkpoints, ("mixtral", "qwen3_moe"))
 
 
 def test_resident_control_is_refused_on_the_cpu(model):
@@ -47,6 +60,39 @@ def test_slices_of_a_layer_want_a_card_each_and_launched_graphs(model, control, 
     with pytest.raises(UserError, match=said):
         system.start(system.plan(Cluster(devices), [model], Demand()))
     system.stop()
+
+
+class Recording:
+    """A backend that keeps what its workers are told, and whose workers do nothing."""
+
+    name, clock = "real", MonotonicClock()
+
+    def __init__(self):
+        self.roles = {}
+
+    def start_worker(self, name, core, role, inherited_fds, timeline):
+        self.roles[name] = role
+        return SimpleNamespace(name=name, wait_ready=lambda deadline_s: None, stop=lambda: None)
+
+
+def roles_of(system, placement):
+    backend = Recording()
+    try:
+        system.start(placement, backend)
+    finally:
+        system.stop()
+    return backend.roles
+
+
+def test_quotas_share_one_pool_of_a_card(models):
+    system = registry.create("quota", {"page_bytes": PAGE_BYTES, "quotas": {"mixtral": 0.75, "qwen3_moe": 0.25}})
+    placement = system.plan(CARD, models, Demand())
+    (role,) = roles_of(system, placement).values()
+    (pool,) = role.pools
+    assert role.device.kind == "cuda" and role.lanes == 1 and role.growth == "preempt" and role.prefill_first
+    assert pool.models == (0, 1) and pool.page_bytes == PAGE_BYTES
+    assert 0 < pool.num_pages * PAGE_BYTES == placement.devices[0].kv_bytes < CARD.memory_bytes
+    assert dict(zip([model.name for model in role.models], role.quotas.shares, strict=True)) == system.options.quotas
 
 
 @without_card

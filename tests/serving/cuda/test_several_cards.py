@@ -5,8 +5,8 @@ import pytest
 import torch
 from served import OPTIONS, check_tokens
 
-from kernels import exchange
 from kernels.bench.crossing import crossing_seconds
+from kernels.bench.exchanging import question_seconds, sum_seconds
 from serving import registry
 from serving.checkpoints.make import make_checkpoint
 from serving.cuda.build import open_peer_access
@@ -28,6 +28,7 @@ SYSTEMS = {
     "host": ("crosspool", 2, {"control": "host", "lanes": 1}),
     "static": ("static", 2, {}),
     "elastic": ("elastic", 2, {}),
+    "quota": ("quota", 2, {}),
     "swap": ("swap", 2, {"weights_share": 0.001, "hysteresis_s": 0.01}),
 }
 
@@ -47,40 +48,15 @@ GROUPED = {
 
 
 @pytest.mark.parametrize("cards", [2, 4])
-def test_exchanges_between_cards(cards):
-    """All cards at once, each on a stream of its own and none told to wait: sums, parts of sums and gathers, fifty times each."""
+@pytest.mark.parametrize("rows", [1, 300])
+def test_rows_are_added_up_over_cards_that_run_at_once(rows, cards):
+    """Fifty sums over all, and fifty questions of one card to the others, with no host between them."""
     if torch.cuda.device_count() < cards:
         pytest.skip(f"needs {cards} CUDA devices")
     devices = [torch.device("cuda", index) for index in range(cards)]
     open_peer_access(devices)
-    for rows, width in ((1, 2048), (4, 1000), (300, 2048)):
-        ends = exchange.symmetric(devices, cards * 300 * 2048, torch.bfloat16)
-        sent = [torch.randn(cards * rows, width, dtype=torch.bfloat16, device=device) for device in devices]
-        on_host = torch.stack([x.cpu() for x in sent]).float()
-        own = on_host.sum(0).to(torch.bfloat16).chunk(cards)
-        for end, x in zip(
-            ends, sent, strict=True
-        ):  # each compiles and gives up at once: nobody waits while another compiles
-            exchange.exchange(*end, x, True, 1, max_spins=0)
-            exchange.exchange(*end, x, False, max_spins=0)
-            torch.cuda.synchronize(x.device)
-        for outbox, inbox in ends:
-            for counted in (outbox.sent, inbox.flags, inbox.taken, inbox.error):
-                counted.zero_()
-                torch.cuda.synchronize(counted.device)
-        results = [[] for _ in devices]
-        for _ in range(50):
-            for end, x, out in zip(ends, sent, results, strict=True):
-                with torch.cuda.device(x.device):
-                    out.append(exchange.exchange(*end, x, True, 1))
-                    out.append(exchange.exchange(*end, x[:rows], False))
-        for device in devices:
-            torch.cuda.synchronize(device)
-        for number, out in enumerate(results):
-            for total, gathered in zip(out[::2], out[1::2], strict=True):
-                assert torch.equal(total.cpu(), own[number])
-                assert torch.equal(gathered.cpu(), torch.cat([x[:rows].cpu() for x in sent]))
-        assert not any(int(inbox.error.item()) for _, inbox in ends)
+    assert sum_seconds(rows, 2048, devices, torch.bfloat16) < 1e-3
+    assert question_seconds(rows, 2048, devices[0], devices[1:], torch.bfloat16) < 1e-3
 
 
 @pytest.mark.parametrize("rows", [1, 16, 500])
