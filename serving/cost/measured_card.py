@@ -13,7 +13,7 @@ from pathlib import Path
 
 from serving.cost import facts
 from serving.cost.calibrated import CalibratedStages, Calibration, read_calibration
-from serving.cost.stages import NOTHING, Stage
+from serving.cost.stages import NOTHING, ModelStages, Stage
 from serving.cost.table1 import published_spec
 from serving.errors import UserError
 from serving.spec import ModelSpec
@@ -29,16 +29,11 @@ def graph_rows(rows: int, chunk: bool) -> int:
     return max(1 << max(rows - 1, 0).bit_length(), _FEWEST_CHUNK_ROWS if chunk else 1)
 
 
-class CardStages(CalibratedStages):
-    """Stages of one model as this project's engine runs them on a card: a step in parts, decode rows first, then each prompt's,
-    each of the size of a graph and with a pass of its own through the FFNs. A layer's stages hold their share of all that is
-    done once a part (embedding, head, launches).
+class InParts(ModelStages):
+    """A step as this project's engine runs it on a card: in parts, decode rows first, then each prompt's, each of the size of a
+    graph and with a pass of its own through the FFNs. Mixed into stages that say what a part's layers cost.
 
-    An FFN is asked for all rows of a step at once; what the parts' passes take beyond that is counted with the step's attention.
-    Raises UserError for a model that was not measured, whatever it is called."""
-
-    def __init__(self, spec: ModelSpec, found: Calibration) -> None:
-        super().__init__(dataclasses.replace(spec, name=_measured_name(spec, found)), found)
+    An FFN is asked for all rows of a step at once; what the parts' passes take beyond that is counted with the step's attention."""
 
     def mixed_attention(self, batch: int, context_tokens: float, chunks: Sequence[tuple[int, int]]) -> Stage:
         parts = [self.prefill_attention(new, past) for new, past in chunks]
@@ -53,14 +48,22 @@ class CardStages(CalibratedStages):
         each = 1.0 / self.spec.num_layers
         return sum(parts, Stage(each * further.device_s, further.work.times(each), 0))
 
+    def _prefill_attention_layer(self, new_tokens: int, past_tokens: int) -> Stage:
+        return super()._prefill_attention_layer(graph_rows(new_tokens, chunk=True), past_tokens)
+
+
+class CardStages(InParts, CalibratedStages):
+    """Stages of one model as they were measured of this project's engine on a card. A layer's stages hold their share of all that
+    is done once a part (embedding, head, launches). Raises UserError for a model that was not measured, whatever it is called."""
+
+    def __init__(self, spec: ModelSpec, found: Calibration) -> None:
+        super().__init__(dataclasses.replace(spec, name=_measured_name(spec, found)), found)
+
     def head(self, rows: int) -> Stage:
         return Stage(0.0, facts.head_work(self.spec, rows, self.dtype), 0)
 
     def embedding(self, tokens: int) -> Stage:
         return Stage(0.0, facts.embedding_work(self.spec, tokens, self.dtype), 0)
-
-    def _prefill_attention_layer(self, new_tokens: int, past_tokens: int) -> Stage:
-        return super()._prefill_attention_layer(graph_rows(new_tokens, chunk=True), past_tokens)
 
 
 def _measured_name(spec: ModelSpec, found: Calibration) -> str:

@@ -1,8 +1,8 @@
 """`python -m serving.gpu_suite.simulate DIR`: the loads that systems served on one card, simulated, beside what was measured.
 
-Each measured row of :mod:`serving.gpu_suite.serve` is run again on the simulated backend: with costs of other people's kernels as
-assumed, with those of our engine's measured steps (of models that have them), and with what `--fit FILE` fits to some of the rows
-(:mod:`serving.gpu_suite.fit_loads`).
+Each measured row of :mod:`serving.gpu_suite.serve` is run again on the simulated backend: with costs of other people's kernels, as
+assumed and of steps in parts as our engine does them; with those of our engine's measured steps (of models that have them); and
+with what `--fit FILE` fits to some of the rows (:mod:`serving.gpu_suite.fit_loads`).
 """
 
 from __future__ import annotations
@@ -131,7 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.fit:
         write_fit(args.fit, fit(rows), rows)
     found = read_fit(args.fit or FITTED)
-    assumed = {"simulated": Assumed(), "with measured steps": Assumed(card=MEASURED_CARD), "fitted": found}
+    assumed = {
+        "simulated": Assumed(),
+        "in parts": Assumed(in_parts=True),
+        "measured steps": Assumed(card=MEASURED_CARD),
+        "fitted": found,
+    }
     ways = {
         how: {row.case: simulate(row.case, each) for row in rows if has_costs(row.case, each)}
         for how, each in assumed.items()

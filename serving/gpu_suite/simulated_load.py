@@ -14,7 +14,7 @@ from typing import Any
 from serving import registry
 from serving.cost.contention import Contention, Load, slowdowns
 from serving.cost.hardware import known_hardware, load_hardware
-from serving.cost.measured_card import CardStages, known_measured, shipped_measured
+from serving.cost.measured_card import CardStages, InParts, known_measured, shipped_measured
 from serving.cost.operators import CostModel
 from serving.cost.stages import ModelStages, Stage, StageCosts
 from serving.cost.table1 import published_spec
@@ -31,10 +31,12 @@ _LIMIT_S = 600.0
 
 @dataclass(frozen=True)
 class Assumed:
-    """What a simulation assumes of the card: whose costs stages have (`card`, as for `backend.card`), that with those of other
-    people's kernels steps with prompts in them take `prompts` times as long, and how engines contend."""
+    """What a simulation assumes of the card: whose costs stages have (`card`, as for `backend.card`), and of those of other
+    people's kernels whether steps are done `in_parts` as with measured ones, and that stages with prompts in them take `prompts`
+    times as long; and how engines contend."""
 
     card: str = CARD
+    in_parts: bool = False
     prompts: float = 1.0
     contention: Contention = field(default_factory=lambda: Contention(mode="time_slice"))
 
@@ -55,7 +57,10 @@ def simulate(case: Case, assumed: Assumed) -> dict[str, Any]:
         options = {**options, "contention": assumed.contention.mode, **told}
     system = registry.create(name, {**OPTIONS, **options})
     backend = SimulatedBackend(
-        assumed.card, lambda model, device: _stages(model.spec.name, assumed.card, name == "crosspool", assumed.prompts)
+        assumed.card,
+        lambda model, device: _stages(
+            model.spec.name, assumed.card, name == "crosspool", assumed.in_parts, assumed.prompts
+        ),
     )
     system.start(system.plan(_cluster(name, case.pools_bytes), seeded(case.models), Demand()), backend)
     try:
@@ -101,16 +106,20 @@ class _FittedStages(_OneCard, StageCosts):
         return Stage(self._prompts * stage.device_s, stage.work, stage.kernels)
 
 
+class _PartedStages(InParts, _FittedStages):
+    """The same, of steps in parts."""
+
+
 class _MeasuredStages(_OneCard, CardStages):
     """Those of our engine, as measured."""
 
 
-@functools.lru_cache(maxsize=16)  # costs are remembered with them
-def _stages(name: str, card: str, halves_share: bool, prompts: float) -> ModelStages:
+@functools.lru_cache(maxsize=32)  # costs are remembered with them
+def _stages(name: str, card: str, halves_share: bool, in_parts: bool, prompts: float) -> ModelStages:
     if card in known_measured():
         stages = _MeasuredStages(published_spec(name), shipped_measured(card))
     else:
-        stages = _FittedStages(name, card, prompts)
+        stages = (_PartedStages if in_parts else _FittedStages)(name, card, prompts)
     stages.halves_share = halves_share
     return stages
 

@@ -57,6 +57,14 @@ def test_prompts_that_take_longer_and_dearer_switches_slow_what_they_should():
     assert simulate.simulate(engines, dear)["tbt_mean_s"] > simulate.simulate(engines, Assumed())["tbt_mean_s"]
 
 
+def test_steps_in_parts_take_longer_where_prompts_and_decode_rows_meet():
+    usual, parted = simulate.simulate(QUICK, Assumed()), simulate.simulate(QUICK, Assumed(in_parts=True))
+    assert parted["tbt_p99_s"] > 1.1 * usual["tbt_p99_s"]
+    alone = Case(QUICK.label, QUICK.models, QUICK.pools_bytes, QUICK.rate_rps, 1, QUICK.seed, (64, 64), 0.0)
+    times = [simulate.simulate(alone, Assumed(in_parts=each))["ttft_mean_s"] for each in (False, True)]
+    assert times[1] == pytest.approx(times[0], rel=0.01)
+
+
 def test_a_fit_is_written_with_what_it_rests_on_and_read_back(tmp_path):
     chosen = Assumed(prompts=1.5, contention=Contention("time_slice", switch_s=3e-4))
     simulate.write_fit(tmp_path / "fit.json", Fit(chosen, {1.5: 0.1}, {0.15: 0.2}), read_rows(H200))
@@ -75,9 +83,9 @@ def test_tables_show_every_row_measured_and_simulated(tmp_path, capsys, monkeypa
     monkeypatch.setattr(simulate, "simulate", lambda case, assumed: result)
     assert simulate.main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "| elastic_seeds.json | static | 12 | 4 | 20 | 10.0 | 20.0 | 20.0 | 20.0 |" in printed
-    assert f"| {QUICK.models[0]} | 1.00 | 1.00 | 1.00 | 1.00 |" in printed
-    assert "| static | 1 held out | with measured steps | 2.00 | 2.00 |" in printed
+    assert "| elastic_seeds.json | static | 12 | 4 | 20 | 10.0 | 20.0 | 20.0 | 20.0 | 20.0 |" in printed
+    assert f"| {QUICK.models[0]} | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |" in printed
+    assert "| static | 1 held out | measured steps | 2.00 | 2.00 |" in printed
     assert "| static | fitted | 1 | 1.00 | 1.00 | 1.00 (1.00 to 1.00) |" in printed
     assert simulate.main([str(tmp_path), "--fit", str(tmp_path / "fit.json")]) == 2
     assert "no rows of static and elastic" in capsys.readouterr().err
