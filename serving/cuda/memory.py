@@ -65,10 +65,6 @@ class LentPages(PhysicalPages):
         self._most_spare = most_spare
         super().__init__(num_pages, page_bytes, device)
 
-    @property
-    def created_pages(self) -> int:
-        return len(self._handles) + len(self._spare)
-
     def handle(self, page: int) -> int:
         if page not in self._handles and self._spare:
             self._handles[page] = self._spare.pop()
