@@ -3,7 +3,8 @@ pages are mapped on demand from what is left of each device, for whoever comes f
 
 No arbiter: engines launch when they have work and slow each other, none has a quota, and one that finds no page preempts its
 youngest request and computes it again later. On CPU devices engines are processes that share their device's core, one ledger
-and one page table (serving/memory/lent.py); on a card each has a context and streams of its own; simulated, they share it as serving/cost/contention.py says.
+and one page table (serving/memory/lent.py); on a card each has a context, streams and memory of its own, as much as the ledger
+grants it; simulated, they share it as serving/cost/contention.py says.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from baselines.multiplex.layout import Seated, emptiest, plan_devices
+from baselines.multiplex.layout import Seated, WeightsBytes, emptiest, plan_devices
 from baselines.multiplex.options import ElasticOptions
 from serving.admission import AdmissionLimits, AdmissionQueue
 from serving.errors import UserError
@@ -49,7 +50,7 @@ class Elastic(GroupedSystem):
         if self.options.admission == "cap" and any(group.ranks > 1 for _, group in seated):
             raise UserError("option admission is 'cap'; it wants every model on one device")
         plans = plan_devices(
-            cluster, seated, self.options.limits, self.options.page_bytes, weights_bytes=self._weights_bytes
+            cluster, seated, self.options.limits, self.options.page_bytes, weights_bytes=self._weights_bytes_on(cluster)
         )
         instances = [{"model": m.name, "devices": list(g.devices), "tp": g.tp, "dp": g.dp} for m, g in seated]
         return Placement(self.name, tuple(models), plans, {**asdict(self.options), "instances": instances})
@@ -58,9 +59,9 @@ class Elastic(GroupedSystem):
         """Each whole on the emptiest device."""
         return emptiest(cluster, models)
 
-    def _weights_bytes(self, model: ServedModel, group: GroupPlan, rank: int) -> int:
+    def _weights_bytes_on(self, cluster: Cluster) -> WeightsBytes:
         """What the weights of a share take of its device."""
-        return share_weights_bytes(model, group, rank)
+        return share_weights_bytes
 
     def _launch(self, placement: Placement) -> None:
         instances = _instances(placement)
@@ -137,10 +138,6 @@ class Elastic(GroupedSystem):
         device, page_bytes = plan.device, self.options.page_bytes
         num_pages = plan.kv_bytes // page_bytes
         if self._evict_idle_s:  # weights lie in pages too
-            if device.kind != "cpu":
-                raise UserError(
-                    f"{device.name}: idle weights leave CPU devices only, or simulated ones; set idle_evict_s to 0"
-                )
             num_pages += sum(plan.weights_bytes.values()) // page_bytes
         # Pages are charged here, once: what engines charge is theirs to hold beside them.
         shape = LentShape(num_pages, len(instances), device.memory_bytes - num_pages * page_bytes)

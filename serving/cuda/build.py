@@ -29,7 +29,7 @@ from serving.memory.lent import SharedBudget, SharedPageLender
 from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
 from serving.parallel.share import ShareOfWeights
 from serving.shm.region import SharedRegion
-from serving.workers.config import ModelWorkerConfig
+from serving.workers.config import LentRef, ModelWorkerConfig
 from serving.workers.mapped_pages import growth_over
 from serving.workers.model_worker import HostedModel
 
@@ -57,6 +57,12 @@ def open_peer_access(cards: Collection[torch.device]) -> None:
         with torch.cuda.device(one):
             torch.zeros(1, device=one)
             driver.allow_peer(one.index, other.index)
+
+
+def borrow(lent: LentRef) -> tuple[SharedBudget, SharedPageLender]:
+    """An engine's part in memory that it shares with others."""
+    ledger = SharedRegion(lent.ledger.size_bytes, fd=lent.ledger.fd)
+    return SharedBudget(ledger, lent.shape, lent.engine), SharedPageLender(ledger, lent.shape, lent.engine)
 
 
 def weights_of(model: ServedModel, device: torch.device) -> Weights:
@@ -115,9 +121,7 @@ def build_card_worker(role: ModelWorkerConfig, wires) -> CardWorker:
     }
     lender = None
     if role.lent is not None:
-        ledger = SharedRegion(role.lent.ledger.size_bytes, fd=role.lent.ledger.fd)
-        budgets[role.device.name] = SharedBudget(ledger, role.lent.shape, role.lent.engine)
-        lender = SharedPageLender(ledger, role.lent.shape, role.lent.engine)
+        budgets[role.device.name], lender = borrow(role.lent)
     attention = [load_attention(model, role.device, budgets[role.device.name]) for model in role.models]
     ffns = [
         FFNParts(
