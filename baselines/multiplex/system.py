@@ -15,6 +15,7 @@ from dataclasses import asdict
 from baselines.multiplex.layout import Seated, WeightsBytes, emptiest, plan_devices
 from baselines.multiplex.options import ElasticOptions
 from serving.admission import AdmissionLimits, AdmissionQueue
+from serving.cuda.mps import MultiProcessService
 from serving.errors import UserError
 from serving.host import pool_config
 from serving.interface import Cluster, Demand, Device, DevicePlan, Placement, ServedModel
@@ -40,6 +41,7 @@ class Elastic(GroupedSystem):
     def __init__(self, options: ElasticOptions | None = None) -> None:
         self.options = options or ElasticOptions()
         self._physical: list[PhysicalPages] = []
+        self._mps: MultiProcessService | None = None
         super().__init__(self.options.timeline_dir)
 
     def plan(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Placement:
@@ -71,6 +73,10 @@ class Elastic(GroupedSystem):
                 instances, devices, self.options, self.options.model(), self._admission(placement), self._evict_idle_s
             )
             return
+        if self.options.mps:
+            if any(plan.device.kind != "cuda" for plan in placement.devices):
+                raise UserError("option mps is of cuda devices; engines on others share their cores as the system does")
+            self._mps = MultiProcessService()
         if any(i.group.ranks > 1 for i in instances) and placement.devices[0].device.kind == "cuda":
             self._start_card_engines(placement, instances)
             return
@@ -93,6 +99,13 @@ class Elastic(GroupedSystem):
         super().stop()
         while self._physical:
             self._physical.pop().close()
+        mps, self._mps = self._mps, None
+        if mps is not None:
+            mps.stop()
+
+    @property
+    def _mps_pipe_dir(self) -> str:
+        return self._mps.pipe_dir if self._mps else ""
 
     def _admission(self, placement: Placement) -> dict[str, AdmissionQueue | str]:
         """By device: the rule of each engine's queue, or the one queue of all."""
@@ -131,7 +144,7 @@ class Elastic(GroupedSystem):
                 lent[number][plan.device.name] = LentRef(ref(ledger), ledger.fd, shape, engine)
         devices = {plan.device.name: plan.device for plan in placement.devices}
         for instance, refs in zip(instances, lent, strict=True):
-            self._start_card_groups([instance], devices, self.options, rule, refs)
+            self._start_card_groups([instance], devices, self.options, rule, refs, self._mps_pipe_dir)
 
     def _start_engines(self, plan: DevicePlan, instances: Sequence[Instance], admission: AdmissionQueue | str) -> None:
         """A process for each model on the device: one ledger and one set of pages for all of them."""
@@ -159,6 +172,7 @@ class Elastic(GroupedSystem):
                 growth="preempt",
                 lent=LentRef(ref(ledger), fds[-1], shape, engine),
                 evict_idle_s=self._evict_idle_s,
+                mps_pipe_dir=self._mps_pipe_dir,
             )
             worker = self._start_worker(device, role, fds, instance.model.name)
             rule, queue = (admission, None) if isinstance(admission, str) else ("", admission)

@@ -53,7 +53,7 @@ class CardWeights:
 def build_lent_weights_worker(role: ModelWorkerConfig, wires) -> CardWorker:
     """A loaded, warmed-up worker of one model. Raises CapacityError where the ledger has no pages for its weights, or the host no
     memory to pin for their copy."""
-    prepare_process()
+    prepare_process(role.mps_pipe_dir)
     device = card(role.device)
     torch.cuda.set_device(device)
     (model,), (config,) = role.models, role.pools

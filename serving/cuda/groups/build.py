@@ -54,7 +54,7 @@ class _Loaded:
 def build_card_group_worker(role: CardGroupsConfig, wires) -> CardGroupWorker:
     """A loaded, warmed-up worker. Weights and KV are charged to every rank's device, or to what its engines share; raises
     CapacityError where one cannot hold its share."""
-    prepare_process()
+    prepare_process(role.mps_pipe_dir)
     devices = {device.name: device for group in role.groups for device in group.devices}
     cards = {card(device) for device in devices.values()}
     torch.cuda.set_device(card(role.device))
