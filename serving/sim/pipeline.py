@@ -100,6 +100,14 @@ class Pipeline:
         if not self._devices[device.number * events.DEVICE_FIELDS + events.BUSY]:
             self._drive(_NO_EVENT_NS, device.number, self._clock.now_ns())
 
+    def end_earlier(self, device: AttentionDevice, end_ns: int) -> None:
+        """The step of `device`, under way as one stage in its only lane, ends at `end_ns` instead of later."""
+        record = device.number * events.DEVICE_FIELDS
+        lane = self._devices[record + events.FIRST_LANE] * events.LANE_FIELDS
+        self._devices[record + events.BUSY_NS] -= self._lanes[lane + events.DUE] - end_ns
+        self._devices[record + events.FREE_NS] = self._lanes[lane + events.DUE] = end_ns
+        self._counters[events.NEXT_NS] = min(self._counters[events.NEXT_NS], end_ns)
+
     def run(self, until_ns: int) -> None:
         """Events up to `until_ns`, or until there is news for the host."""
         if not self._clock.has_news:
