@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +21,7 @@ _NOBODY = -1
 _NO_EVENT_NS = -1  # a limit before everything that can happen
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """What one step costs its devices. `route` and `jobs` are what `Pipeline.keep_route` and `keep_jobs` gave for the FFN of
     each layer. Without them the FFN lies on the attention device itself, and the whole step is one stage of `first_ns`."""
 
@@ -53,6 +53,7 @@ class Pipeline:
         self._begin: list[Callable[[], Step | None]] = []  # by device
         self._complete: list[Callable[[object], None]] = []
         self._payloads: list[object] = []  # by lane
+        self._device_of: list[int] = []  # by lane
         clock.attach(self)
 
     def add_ffn(self) -> FFNDevice:
@@ -73,6 +74,7 @@ class Pipeline:
         lane = [0] * events.LANE_FIELDS
         lane[events.DEVICE] = number
         self._payloads += [None] * lanes
+        self._device_of += [number] * lanes
         self._devices = self._flat([*self._devices, *device], int)
         self._lanes = self._flat([*self._lanes, *lane * lanes], int)
         self._device_runs = self._flat([*self._device_runs, ALONE.beside, ALONE.draws], float)
@@ -138,7 +140,7 @@ class Pipeline:
             )
             if why == events.IDLE:
                 return
-            wakes = self._lanes[lane * events.LANE_FIELDS + events.DEVICE]
+            wakes = self._device_of[lane]
             if why == events.MAY_BEGIN:
                 step = self._begin[wakes]()
                 if step is None:

@@ -215,7 +215,8 @@ class SimulatedModelWorker(SimulatedWorker):
         now_ns = self._clock.now_ns()
         self._counters["steps"] += 1
         if produced:
-            self._outbox.append(Tokens(now_ns, tuple((s.request_id, token, last) for s, token, last in produced)))
+            tell = self._outbox.append if ended else self._outbox.append_tokens
+            tell(Tokens(now_ns, tuple([(s.request_id, token, last) for s, token, last in produced])))
         if ended or now_ns >= self._next_sample_ns:
             self._sample(now_ns)
 
