@@ -285,6 +285,18 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         systems=("gpu-crosspool", "gpu2-static", "gpu2-elastic"),
     ),
     Experiment(
+        name="gpu-tbt-mps",
+        question="What becomes of those engines when the kernels of all of them may run at once on a GPU (MPS)?",
+        base=("conf=gpu-tbt-mps",),
+        sweeps={"full": {_RATE: (0.5, 0.8, 1.0), _SEED: (0, 1, 2)}},
+        figures=("tbt_vs_rate", "tbt_by_model", "outcomes", "summary"),
+        cell_s=75,
+        memory_gib=16,
+        gpus=2,
+        gpu_gib=102,
+        systems=("gpu2-elastic-mps",),
+    ),
+    Experiment(
         name="gpu4-tbt",
         question="The paper's TBT experiment on four GPUs that are given the memory of its five, with placements after Table 2.",
         base=("conf=gpu4-tbt",),

@@ -121,11 +121,11 @@ class Replay:
         if row.outcome:
             raise RuntimeError(f"request {event.request_id} ended as {row.outcome} and then had {event.kind.value}")
         time_ns = event.time_ns - self._origin_ns
-        if event.kind is EventKind.ADMITTED:
+        if event.kind is EventKind.TOKENS:
+            row.token_times_ns += [time_ns] * len(event.tokens)
+            row.token_ids += event.tokens
+        elif event.kind is EventKind.ADMITTED:
             row.admitted_ns = time_ns
-        elif event.kind is EventKind.TOKENS:
-            row.token_times_ns.extend([time_ns] * len(event.tokens))
-            row.token_ids.extend(event.tokens)
         elif event.kind is EventKind.PREEMPTED:
             row.preemptions += 1
         else:

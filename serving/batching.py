@@ -49,4 +49,5 @@ def least_recently_served(ready: Sequence[int], served_at: Mapping[int, int]) ->
 
     Starvation-free: a ready model waits for at most one step of every other.
     """
-    return min(ready, key=lambda model: (served_at.get(model, -1), model))
+    never = [model for model in ready if model not in served_at]
+    return min(never) if never else min(ready, key=served_at.__getitem__)  # no two were served by the same step

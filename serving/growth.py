@@ -152,14 +152,21 @@ class PreemptingGrowth:
             return frozenset().__contains__
         if not at_work:
             return frozenset().__contains__
-        if self._quotas is not None and self._quotas.due(now_s):
-            self._quotas.adapt(self.held_pages, self._backlogs())
+        self._adapt_in_time(now_s)
         allowed = self._settle()
         if self._quotas is not None and not allowed:
             # Nobody holds a page, so whoever is first can be given what it needs, whatever its quota was.
             self._quotas.adapt(self.held_pages, self._backlogs())
             allowed = self._settle()
         return allowed.__contains__
+
+    def repeat(self, now_s: float) -> None:
+        """A step begins of all live sequences, which hold the pages of their tokens so far."""
+        self._adapt_in_time(now_s)
+
+    def _adapt_in_time(self, now_s: float) -> None:
+        if self._quotas is not None and self._quotas.due(now_s):
+            self._quotas.adapt(self.held_pages, self._backlogs())
 
     def _settle(self) -> set[LiveSequence]:
         allowed: set[LiveSequence] = set()

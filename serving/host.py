@@ -308,14 +308,14 @@ class HostedSystem:
         pool.worker.send(Submit(request_id, index, request.prompt, request.max_new_tokens, stop_ids, live.since_ns))
 
     def _take_tokens(self, message: Tokens) -> bool:
-        ended = False
+        ended, time_ns = False, message.time_ns
         for request_id, token, last in message.items:
-            self._emit(request_id, EventKind.TOKENS, message.time_ns, tokens=(token,))
+            self._events.append(Event(request_id, EventKind.TOKENS, time_ns, (token,)))
             if last:
                 live = self._live.pop(request_id)
                 live.pool.queue.finish(request_id)
                 kind = EventKind.CANCELLED if live.cancelled else EventKind.COMPLETED
-                self._emit(request_id, kind, message.time_ns)
+                self._emit(request_id, kind, time_ns)
                 ended = True
         return ended
 

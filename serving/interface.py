@@ -14,7 +14,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from serving.spec import ModelSpec
 
@@ -50,8 +50,7 @@ class EventKind(enum.Enum):
         return self in (EventKind.COMPLETED, EventKind.REJECTED, EventKind.FAILED, EventKind.CANCELLED)
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One thing that happened to one request, at `time_ns`. `reason` says why for rejected, failed and preempted."""
 
     request_id: int

@@ -84,6 +84,9 @@ class PausedGrowth:
             pages = self._pages_of(sequence.model, tokens)
             self._held[sequence] = max(self._held[sequence], pages)
 
+    def repeat(self, now_s: float) -> None:
+        """A step begins of all live sequences, which hold the pages of their tokens so far: nothing changes."""
+
     def take_preempted(self) -> tuple[int, ...]:
         """Nobody, ever."""
         return ()

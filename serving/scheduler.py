@@ -29,16 +29,16 @@ class StepPlan:
     @classmethod
     def following(cls, model: int, items: tuple[tuple[Sequence, int], ...]) -> StepPlan:
         """The step of `items` that goes on where their cache, and the steps under way, end."""
-        return cls(model, items, tuple(sequence.cached + sequence.rows_in_flight for sequence, _ in items))
+        return cls(model, items, tuple([sequence.cached + sequence.rows_in_flight for sequence, _ in items]))
 
     @property
     def query_lens(self) -> tuple[int, ...]:
-        return tuple(rows for _, rows in self.items)
+        return tuple([rows for _, rows in self.items])
 
     @property
     def kv_lens(self) -> tuple[int, ...]:
         """Tokens in each sequence's cache once the step has written its rows."""
-        return tuple(start + rows for (_, rows), start in zip(self.items, self.starts, strict=True))
+        return tuple([start + rows for (_, rows), start in zip(self.items, self.starts, strict=True)])
 
     @property
     def token_ids(self) -> list[int]:
@@ -116,12 +116,10 @@ class StepScheduler:
 
     def next_step(self, may_step: Callable[[Sequence], bool] | None = None) -> StepPlan | None:
         """The next step, of sequences that `may_step` where that is given, marked in flight; None when nothing is ready."""
-        ready = [
-            model
-            for model in self._occupied
-            if len(self._sequences[model]) > self._taken[model]
-            and (may_step is None or any(may_step(one) for one in self._sequences[model] if self._available(one)))
-        ]
+        sequences, taken = self._sequences, self._taken
+        ready = [model for model in self._occupied if len(sequences[model]) > taken[model]]
+        if may_step is not None:
+            ready = [m for m in ready if any(may_step(one) for one in sequences[m] if self._available(one))]
         if not ready:
             return None
         if self._prefill_first:
@@ -140,7 +138,7 @@ class StepScheduler:
         ]
         chosen = compose_step([sequence.unscheduled for sequence in waiting], self._limits)
         self._under_way[model] += 1
-        plan = StepPlan.following(model, tuple((waiting[index], rows) for index, rows in chosen))
+        plan = StepPlan.following(model, tuple([(waiting[index], rows) for index, rows in chosen]))
         for sequence, rows in plan.items:
             sequence.in_flight += 1
             sequence.rows_in_flight += rows

@@ -32,7 +32,7 @@ class Sequence:
     @property
     def unscheduled(self) -> int:
         """Of the pending tokens, those that no step under way computes."""
-        return self.pending - self.rows_in_flight
+        return len(self.tokens) - self.cached - self.rows_in_flight
 
     @property
     def most_cached(self) -> int:

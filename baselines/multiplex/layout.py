@@ -11,6 +11,7 @@ from serving.parallel.capacity import exchange_shape, share_model, share_weights
 from serving.parallel.group import GroupPlan
 
 Seated = Sequence[tuple[ServedModel, GroupPlan]]
+WeightsBytes = Callable[[ServedModel, GroupPlan, int], int]  # of a model's share, by its group and rank
 
 
 def emptiest(cluster: Cluster, models: Sequence[ServedModel]) -> Seated:
@@ -35,7 +36,7 @@ def plan_devices(
     limits: StepLimits,
     page_bytes: int,
     together: bool = True,
-    weights_bytes: Callable[[ServedModel, GroupPlan, int], int] = share_weights_bytes,
+    weights_bytes: WeightsBytes = share_weights_bytes,
 ) -> tuple[DevicePlan, ...]:
     """Raises CapacityError where weights, which take `weights_bytes` of a share, do not fit, or leave too little KV. Workspaces
     of engines that run `together` add up; of models that take turns the largest counts."""

@@ -22,7 +22,8 @@ def _require(known: tuple[str, ...], name: str, value: str) -> None:
 class ElasticOptions(EngineOptions):
     """Beside what every engine has: `groups`, which says on which devices each model lies (as for static; devices may be
     shared), and how engines that share one contend in the simulator: `contention` (`share` | `time_slice`), `interference`,
-    `slice_s`, `switch_s` (serving/cost/contention.py says what each means and rests on).
+    `slice_s`, `switch_s` (serving/cost/contention.py says what each means and rests on). On CUDA devices they take turns, or with
+    `mps` run at once through CUDA's Multi-Process Service.
 
     `admission` is what the host lets in: `optimistic` (all, up to `max_running`; engines take what they find), `reserved` (an
     engine lets in what it could promise in full if the device were its own), or `cap` (CrossPool's concurrency cap: promises
@@ -34,6 +35,7 @@ class ElasticOptions(EngineOptions):
     slice_s: float = 2e-3
     switch_s: float = 1e-4
     admission: str = "reserved"
+    mps: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,8 +3,9 @@ is least scarce, behind one queue a device that is ordered by deadline, with wei
 
 Placement (pressure.py) is decided once, from the rates and lengths that the planner is told. The queue (deadlines.py) holds
 requests of all models of a device and lets a few prompts through at once; once in, engines are as uncoordinated as ever. Weights of a model that had no request for
-`idle_evict_s` give their bytes to KV of the others, and are copied back from host memory when a request comes (serving/idle.py):
-all models of a device fit it together, so that nothing waits for room for ever.
+`idle_evict_s` give their bytes to KV of the others, and are copied back from host memory when a request comes (serving/idle.py),
+on a card from pinned memory, its first layers running while later ones come: all models of a device fit it together, so that
+nothing waits for room for ever.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from baselines.multiplex.deadlines import DeadlineQueue
-from baselines.multiplex.layout import Seated
+from baselines.multiplex.layout import Seated, WeightsBytes
 from baselines.multiplex.options import PlacementOptions
 from baselines.multiplex.pressure import Pressing, place
 from baselines.multiplex.system import Elastic, geometries_of
 from serving.admission import AdmissionQueue
 from serving.errors import UserError
 from serving.interface import Cluster, Demand, Placement, ServedModel
+from serving.memory.host import require_available
 from serving.memory.kv_pool import KVGeometry
 from serving.parallel.capacity import share_workspace_bytes
 from serving.parallel.group import GroupPlan
-from serving.residency.image import image_bytes
+from serving.residency.image import placed_bytes
 from serving.workers.messages import Tokens
 
 __all__ = ["ElasticPlacement", "PlacementOptions"]
@@ -45,11 +47,12 @@ class ElasticPlacement(Elastic):
             raise UserError(
                 f"option slo_scales names {', '.join(sorted(unknown))}; served: {', '.join(m.name for m in models)}"
             )
-        pressing = [self._pressing(model, demand) for model in models]
+        weights_bytes = self._weights_bytes_on(cluster)
+        pressing = [self._pressing(model, demand, weights_bytes) for model in models]
         placed = place(pressing, {device.name: device.memory_bytes for device in cluster.devices})
         return [(model, GroupPlan((placed[model.name],))) for model in models]
 
-    def _pressing(self, model: ServedModel, demand: Demand) -> Pressing:
+    def _pressing(self, model: ServedModel, demand: Demand, weights_bytes: WeightsBytes) -> Pressing:
         geometry, page_bytes = KVGeometry.of(model.spec, model.dtype), self.options.page_bytes
         lengths = demand.lengths.get(model.name) or [(0, 1)]
         tokens = sum(prompt + output for prompt, output in lengths) / len(lengths)
@@ -57,16 +60,24 @@ class ElasticPlacement(Elastic):
         slo_s = self.options.tpot_slo_ms / 1e3 * self._slo_scale(model.name)
         return Pressing(
             model.name,
-            self._weights_bytes(model, GroupPlan(("any",)), 0)
+            weights_bytes(model, GroupPlan(("any",)), 0)
             + share_workspace_bytes(model, GroupPlan(("any",)), 0, self.options.limits),
             geometry.pages(1, page_bytes) * page_bytes,
             rate_rps * tokens * geometry.num_layers * geometry.token_bytes / slo_s,
         )
 
-    def _weights_bytes(self, model: ServedModel, group: GroupPlan, rank: int) -> int:
-        if self._evict_idle_s:
-            return image_bytes(model, self.options.page_bytes)
-        return super()._weights_bytes(model, group, rank)
+    def _weights_bytes_on(self, cluster: Cluster) -> WeightsBytes:
+        """Whole pages, where weights are to leave."""
+        if not self._evict_idle_s:
+            return super()._weights_bytes_on(cluster)
+        kind, page_bytes = cluster.devices[0].kind, self.options.page_bytes
+        return lambda model, group, rank: placed_bytes(model, kind, page_bytes)
+
+    def _launch(self, placement: Placement) -> None:
+        if self._evict_idle_s and self._backend.name == "real":
+            copies_bytes = sum(sum(plan.weights_bytes.values()) for plan in placement.devices)
+            require_available("the copies that weights come back from (idle_evict_s 0 makes none)", copies_bytes)
+        super()._launch(placement)
 
     @property
     def _evict_idle_s(self) -> float:

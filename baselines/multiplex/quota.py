@@ -8,9 +8,9 @@ A model that finds no page within its quota preempts its youngest request, which
 Deviations: MuxServe divides a pool into blocks of one head's KV, here pages are shared by models of any KV width
 (serving/memory/kv_pool.py), which serves the same end. Its prefill and decode jobs run side by side on shares of a GPU's
 multiprocessors; here they take turns, on a CPU device because that is one core, on a card because a step is a graph that was
-captured once: a kernel's share of the multiprocessors is that of the stream it was captured on, so every share would want graphs
-of its own for every shape, and who may step is decided while nothing is in flight, which preempts without waiting for a card. Its
-placement search is not part of this: whole models lie largest first on the emptiest device.
+captured once: a share of the multiprocessors is a process's (MPS) or a context's, so each job and share would want graphs, or a
+process, of its own; and who may step is decided while nothing is in flight, so that whoever is preempted can be. Its placement
+search is not part of this: whole models lie largest first on the emptiest device.
 """
 
 from __future__ import annotations

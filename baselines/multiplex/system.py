@@ -3,7 +3,8 @@ pages are mapped on demand from what is left of each device, for whoever comes f
 
 No arbiter: engines launch when they have work and slow each other, none has a quota, and one that finds no page preempts its
 youngest request and computes it again later. On CPU devices engines are processes that share their device's core, one ledger
-and one page table (serving/memory/lent.py); on a card each has a context and streams of its own; simulated, they share it as serving/cost/contention.py says.
+and one page table (serving/memory/lent.py); on a card each has a context, streams and memory of its own, as much as the ledger
+grants it; simulated, they share it as serving/cost/contention.py says.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from baselines.multiplex.layout import Seated, emptiest, plan_devices
+from baselines.multiplex.layout import Seated, WeightsBytes, emptiest, plan_devices
 from baselines.multiplex.options import ElasticOptions
 from serving.admission import AdmissionLimits, AdmissionQueue
+from serving.cuda.mps import MultiProcessService
 from serving.errors import UserError
 from serving.host import pool_config
 from serving.interface import Cluster, Demand, Device, DevicePlan, Placement, ServedModel
@@ -39,6 +41,7 @@ class Elastic(GroupedSystem):
     def __init__(self, options: ElasticOptions | None = None) -> None:
         self.options = options or ElasticOptions()
         self._physical: list[PhysicalPages] = []
+        self._mps: MultiProcessService | None = None
         super().__init__(self.options.timeline_dir)
 
     def plan(self, cluster: Cluster, models: Sequence[ServedModel], demand: Demand) -> Placement:
@@ -49,7 +52,7 @@ class Elastic(GroupedSystem):
         if self.options.admission == "cap" and any(group.ranks > 1 for _, group in seated):
             raise UserError("option admission is 'cap'; it wants every model on one device")
         plans = plan_devices(
-            cluster, seated, self.options.limits, self.options.page_bytes, weights_bytes=self._weights_bytes
+            cluster, seated, self.options.limits, self.options.page_bytes, weights_bytes=self._weights_bytes_on(cluster)
         )
         instances = [{"model": m.name, "devices": list(g.devices), "tp": g.tp, "dp": g.dp} for m, g in seated]
         return Placement(self.name, tuple(models), plans, {**asdict(self.options), "instances": instances})
@@ -58,9 +61,9 @@ class Elastic(GroupedSystem):
         """Each whole on the emptiest device."""
         return emptiest(cluster, models)
 
-    def _weights_bytes(self, model: ServedModel, group: GroupPlan, rank: int) -> int:
+    def _weights_bytes_on(self, cluster: Cluster) -> WeightsBytes:
         """What the weights of a share take of its device."""
-        return share_weights_bytes(model, group, rank)
+        return share_weights_bytes
 
     def _launch(self, placement: Placement) -> None:
         instances = _instances(placement)
@@ -70,6 +73,10 @@ class Elastic(GroupedSystem):
                 instances, devices, self.options, self.options.model(), self._admission(placement), self._evict_idle_s
             )
             return
+        if self.options.mps:
+            if any(plan.device.kind != "cuda" for plan in placement.devices):
+                raise UserError("option mps is of cuda devices; engines on others share their cores as the system does")
+            self._mps = MultiProcessService()
         if any(i.group.ranks > 1 for i in instances) and placement.devices[0].device.kind == "cuda":
             self._start_card_engines(placement, instances)
             return
@@ -92,6 +99,13 @@ class Elastic(GroupedSystem):
         super().stop()
         while self._physical:
             self._physical.pop().close()
+        mps, self._mps = self._mps, None
+        if mps is not None:
+            mps.stop()
+
+    @property
+    def _mps_pipe_dir(self) -> str:
+        return self._mps.pipe_dir if self._mps else ""
 
     def _admission(self, placement: Placement) -> dict[str, AdmissionQueue | str]:
         """By device: the rule of each engine's queue, or the one queue of all."""
@@ -130,17 +144,13 @@ class Elastic(GroupedSystem):
                 lent[number][plan.device.name] = LentRef(ref(ledger), ledger.fd, shape, engine)
         devices = {plan.device.name: plan.device for plan in placement.devices}
         for instance, refs in zip(instances, lent, strict=True):
-            self._start_card_groups([instance], devices, self.options, rule, refs)
+            self._start_card_groups([instance], devices, self.options, rule, refs, self._mps_pipe_dir)
 
     def _start_engines(self, plan: DevicePlan, instances: Sequence[Instance], admission: AdmissionQueue | str) -> None:
         """A process for each model on the device: one ledger and one set of pages for all of them."""
         device, page_bytes = plan.device, self.options.page_bytes
         num_pages = plan.kv_bytes // page_bytes
         if self._evict_idle_s:  # weights lie in pages too
-            if device.kind != "cpu":
-                raise UserError(
-                    f"{device.name}: idle weights leave CPU devices only, or simulated ones; set idle_evict_s to 0"
-                )
             num_pages += sum(plan.weights_bytes.values()) // page_bytes
         # Pages are charged here, once: what engines charge is theirs to hold beside them.
         shape = LentShape(num_pages, len(instances), device.memory_bytes - num_pages * page_bytes)
@@ -162,6 +172,7 @@ class Elastic(GroupedSystem):
                 growth="preempt",
                 lent=LentRef(ref(ledger), fds[-1], shape, engine),
                 evict_idle_s=self._evict_idle_s,
+                mps_pipe_dir=self._mps_pipe_dir,
             )
             worker = self._start_worker(device, role, fds, instance.model.name)
             rule, queue = (admission, None) if isinstance(admission, str) else ("", admission)

@@ -18,6 +18,7 @@ from serving.cuda.ffn_parts import FFNParts
 from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
 from serving.cuda.layout import BLOCK_TOKENS
 from serving.cuda.memory import CardMemory
+from serving.cuda.mps import PIPE_VARIABLE
 from serving.cuda.runner import StepRunner
 from serving.cuda.worker import CardWorker
 from serving.errors import UserError
@@ -29,14 +30,16 @@ from serving.memory.lent import SharedBudget, SharedPageLender
 from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
 from serving.parallel.share import ShareOfWeights
 from serving.shm.region import SharedRegion
-from serving.workers.config import ModelWorkerConfig
+from serving.workers.config import LentRef, ModelWorkerConfig
 from serving.workers.mapped_pages import growth_over
 from serving.workers.model_worker import HostedModel
 
 
-def prepare_process() -> None:
+def prepare_process(mps_pipe_dir: str = "") -> None:
     """What must be set before the driver starts: nothing may load beside a kernel that waits, and streams that wait for
-    each other must not share a hardware queue."""
+    each other must not share a hardware queue. With `mps_pipe_dir` the process is a client of that service."""
+    if mps_pipe_dir:
+        os.environ[PIPE_VARIABLE] = mps_pipe_dir
     os.environ["CUDA_MODULE_LOADING"] = "EAGER"
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
     if not torch.cuda.is_available():
@@ -57,6 +60,12 @@ def open_peer_access(cards: Collection[torch.device]) -> None:
         with torch.cuda.device(one):
             torch.zeros(1, device=one)
             driver.allow_peer(one.index, other.index)
+
+
+def borrow(lent: LentRef) -> tuple[SharedBudget, SharedPageLender]:
+    """An engine's part in memory that it shares with others."""
+    ledger = SharedRegion(lent.ledger.size_bytes, fd=lent.ledger.fd)
+    return SharedBudget(ledger, lent.shape, lent.engine), SharedPageLender(ledger, lent.shape, lent.engine)
 
 
 def weights_of(model: ServedModel, device: torch.device) -> Weights:
@@ -103,7 +112,7 @@ def open_pool(
 def build_card_worker(role: ModelWorkerConfig, wires) -> CardWorker:
     """A loaded, warmed-up worker; `wires` is what every worker has towards its host. Weights and KV are charged to the
     devices' budgets; what the driver, the vendor's libraries and graphs need comes on top, and a page that anchors a pool."""
-    prepare_process()
+    prepare_process(role.mps_pipe_dir)
     torch.cuda.set_device(card(role.device))
     crosspool = isinstance(role, CardWorkerConfig)
     in_place = ((role.device, WHOLE_FFN),)
@@ -115,9 +124,7 @@ def build_card_worker(role: ModelWorkerConfig, wires) -> CardWorker:
     }
     lender = None
     if role.lent is not None:
-        ledger = SharedRegion(role.lent.ledger.size_bytes, fd=role.lent.ledger.fd)
-        budgets[role.device.name] = SharedBudget(ledger, role.lent.shape, role.lent.engine)
-        lender = SharedPageLender(ledger, role.lent.shape, role.lent.engine)
+        budgets[role.device.name], lender = borrow(role.lent)
     attention = [load_attention(model, role.device, budgets[role.device.name]) for model in role.models]
     ffns = [
         FFNParts(

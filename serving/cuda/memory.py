@@ -1,6 +1,7 @@
 """A card's form of :mod:`serving.memory.virtual`: created pages in a pool, address space that they are mapped into.
 
-Creating a page costs more than mapping one, so a pool's pages are created when it opens, or once where engines share them.
+Creating a page costs more than mapping one, so a pool's pages are created when it opens, or, where engines of several processes
+share them, as they are needed, with some kept ready.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import torch
 
 from serving.cuda import driver
 from serving.errors import UserError
+
+_MOST_SPARE_PAGES = 256  # 512 MiB; as many as a few sequences of 64 layers grow by at once
 
 
 class PhysicalPages:
@@ -40,17 +43,46 @@ class PhysicalPages:
             self._handles[page] = driver.create(self._index, self.page_bytes)
         return self._handles[page]
 
+    def let_go(self, pages: list[int]) -> None:
+        """Nothing maps `pages` any more. They stay created."""
+
     def close(self) -> None:
         while self._handles:
             driver.release(self._handles.popitem()[1])
 
 
 class LentPages(PhysicalPages):
-    """Pages of a device that engines of several processes share. Memory of one process is not seen by another, so each creates
-    what a shared ledger first grants it, and keeps it created, as engines keep a pool of pages ready. The ledger bounds what is
-    mapped at a time by the device's budget; what is created and not mapped lies beyond it, in what the card has more."""
+    """Pages that a ledger lends to engines of several processes. Memory of one process is not seen by another, so each creates what
+    it maps, and destroys what it lets go of but for `most_spare` pages, which it keeps ready as kvcached's engines do. The ledger
+    bounds what is mapped by the device's budget; spare pages lie beyond it, in what the card has more."""
 
     _on_demand = True
+
+    def __init__(
+        self, num_pages: int, page_bytes: int, device: torch.device, most_spare: int = _MOST_SPARE_PAGES
+    ) -> None:
+        self._spare: list[int] = []  # handles
+        self._most_spare = most_spare
+        super().__init__(num_pages, page_bytes, device)
+
+    def handle(self, page: int) -> int:
+        if page not in self._handles and self._spare:
+            self._handles[page] = self._spare.pop()
+        return super().handle(page)
+
+    def let_go(self, pages: list[int]) -> None:
+        """Nothing maps `pages` any more: their memory is spare, or goes."""
+        for page in pages:
+            handle = self._handles.pop(page)
+            if len(self._spare) < self._most_spare:
+                self._spare.append(handle)
+            else:
+                driver.release(handle)
+
+    def close(self) -> None:
+        super().close()
+        while self._spare:
+            driver.release(self._spare.pop())
 
 
 class VirtualRange:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
-from serving.cuda.memory import PhysicalPages, VirtualRange
+from serving.cuda.memory import LentPages, PhysicalPages, VirtualRange
 from serving.errors import CapacityError
 from serving.interface import ServedModel
 from serving.memory.budget import format_bytes
@@ -60,6 +60,7 @@ class CardImage:
                 f"{self.model.name}: {format_bytes(self._used_bytes)} of host memory could not be pinned (CUDA error {failed})"
             )
         self.host.copy_(self.bytes[: self._used_bytes])
+        torch.cuda.empty_cache()  # what loading took beside the image is for whoever else is on the card
 
     def _keep(self, unit: int, tensor: torch.Tensor) -> torch.Tensor:
         start = -(-self._used_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
@@ -84,11 +85,16 @@ class CardImage:
 
 
 class CardArena:
-    """Images of `models` in `num_frames` pages of a card, which are there from the start."""
+    """Images of `models` in `num_frames` pages of a card, which are there from the start, or, if not `kept`, while a model has
+    them."""
 
-    def __init__(self, num_frames: int, models: Sequence[ServedModel], device: torch.device) -> None:
+    def __init__(self, num_frames: int, models: Sequence[ServedModel], device: torch.device, kept: bool = True) -> None:
         self._lender = PageLender(num_frames)
-        self._physical = PhysicalPages(num_frames, CARD_FRAME_BYTES, device)
+        self._physical = (
+            PhysicalPages(num_frames, CARD_FRAME_BYTES, device)
+            if kept
+            else LentPages(num_frames, CARD_FRAME_BYTES, device, most_spare=0)
+        )
         self.images = [CardImage(model, device) for model in models]
         self._lent: list[list[int]] = [[] for _ in models]
 
@@ -102,6 +108,7 @@ class CardArena:
     def evict(self, model: int) -> None:
         """Take the pages away. No step of the model may be under way."""
         self.images[model].unmap()
+        self._physical.let_go(self._lent[model])
         self._lender.give_back(self._lent[model])
         self._lent[model] = []
 
@@ -153,9 +160,15 @@ class CardLoader:
     def load_now(self, model: int) -> Loaded:
         """Load `model` and wait for it."""
         self.start(model)
-        while (done := self.poll()) is None:
+        return self.finish()
+
+    def finish(self) -> Loaded | None:
+        """Wait for the load that is under way, if one is."""
+        while self.busy:
+            if (done := self.poll()) is not None:
+                return done
             self.wait(_LOOK_AGAIN_S)
-        return done
+        return None
 
     def arriving(self, model: int) -> list[torch.cuda.Event] | None:
         """An event a unit where `model` is being loaded."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from serving.cuda.runner import StepRunner
 from serving.memory.kv_pool import KVPool
+from serving.residency.lent_weights import LentWeights
 from serving.scheduler import StepPlan
 from serving.workers.model_worker import HostedModel, ModelWorker
 from serving.workers.swap_worker import Swapping
@@ -25,13 +26,19 @@ class Launched:
 
 class CardWorker(ModelWorker):
     """Runs steps through `runner`; everything else is the CPU worker's. Its busy time is the time from a step's launch to
-    its end as the host sees it, of one lane at least."""
+    its end as the host sees it, of one lane at least. `weights` are those that may come while steps run, if any do."""
 
     def __init__(
-        self, runner: StepRunner, models: Sequence[HostedModel], pools: Sequence[tuple[str, KVPool]], *rest, **options
+        self,
+        runner: StepRunner,
+        models: Sequence[HostedModel],
+        pools: Sequence[tuple[str, KVPool]],
+        *rest,
+        weights: LentWeights | None = None,
+        **options,
     ):
         super().__init__(models, pools, *rest, **options)
-        self._runner = runner
+        self._runner, self._weights = runner, weights
         self._busy_since_ns = 0
 
     def run(self) -> None:
@@ -39,6 +46,8 @@ class CardWorker(ModelWorker):
         self._runner.close()
 
     def _poll(self) -> bool:
+        if self._weights is not None:
+            self._weights.poll()
         progressed = self._take_control() if not self._control.empty else False
         for lane, step in enumerate(self._lanes):
             if step is None:

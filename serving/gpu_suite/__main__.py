@@ -2,7 +2,8 @@
 full results under DIR, one short table last.
 
 Sections, in this order: `doctor`, `kernels` (correctness of every kernel, by its tests), `tokens` (every system on tiny
-checkpoints against the judge), `cards` (the same over two cards), `memory` (page mapping and crossing), `engine` (the ablation of
+checkpoints against the judge), `cards` (the same over two cards), `scarce` (multiplexed engines where KV is scarce and weights come
+and go), `memory` (page mapping and crossing), `engine` (the ablation of
 control and lanes, real configurations with seeded values), `apart` (the same with FFN halves on a second card), `steps` (prompts in
 chunks and decode batches of such configurations, for the simulator), `serve` (two such models under open-loop load on one card,
 system after system). What needs two cards is skipped where there is one.
@@ -45,6 +46,9 @@ SECTIONS = {
     "kernels": Section((*_PYTEST, "tests/kernels/test_gpu.py", "tests/kernels/test_mailbox.py"), 240),
     "tokens": Section((*_PYTEST, "tests/serving/cuda/test_card_systems.py"), 400),
     "cards": Section((*_PYTEST, "tests/serving/cuda/test_several_cards.py"), 400, cards=2),
+    "scarce": Section(
+        (*_PYTEST, "tests/serving/cuda/test_card_scarce.py", "tests/serving/cuda/test_card_idle.py"), 400
+    ),
     "memory": Section(("-m", "serving.gpu_suite.memory", "--out", "{out}/memory.json"), 60),
     "engine": Section(("-m", "serving.gpu_suite.engine", "--out", "{out}/engine.json"), 400),
     "apart": Section(("-m", "serving.gpu_suite.engine", "--apart", "--out", "{out}/apart.json"), 400, cards=2),

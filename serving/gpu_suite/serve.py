@@ -35,6 +35,8 @@ SYSTEMS = {
     "static": ("static", {}),
     "elastic": ("elastic", {}),
     "elastic cap": ("elastic", {"admission": "cap"}),
+    "elastic placement": ("elastic-placement", {}),
+    "elastic placement 5 s": ("elastic-placement", {"idle_evict_s": 5.0}),
     "quota": ("quota", {}),
     "swap": ("swap", {}),
     "swap token": ("swap", {"mode": "token"}),

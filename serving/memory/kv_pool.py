@@ -126,6 +126,7 @@ class ModelKV:
             length = run.mapped_pages * self._pool.page_bytes
             for layer in range(self.geometry.num_layers):
                 self._range.unmap(layer * self._layer_bytes + run.index * self._run_bytes, length)
+        self._pool.physical.let_go(run.pages)  # before anybody else is lent them
         self._pool.lender.give_back(run.pages)
         self.pages_in_use -= len(run.pages)
         run.pages = []

@@ -62,6 +62,9 @@ class PhysicalPages:
     def fd(self) -> int:
         return self._fd
 
+    def let_go(self, pages: list[int]) -> None:
+        """Nothing of this process maps `pages` any more. They stay in the file."""
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

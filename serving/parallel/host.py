@@ -109,16 +109,17 @@ class GroupedSystem(HostedSystem):
         options: EngineOptions,
         rule: str = "",
         lent: Mapping[str, LentRef] | None = None,
+        mps_pipe_dir: str = "",
     ) -> None:
         """Start one process for `instances` on CUDA devices, and let requests in at every replica. With `lent`, by device, the
-        one instance is an engine that borrows its pages there."""
+        one instance is an engine that borrows its pages there, a client of the service at `mps_pipe_dir` where that is given."""
         groups = []
         for instance in instances:
             plan = instance.group
             pools = tuple(_pool(instance, replica, 0, options) for replica in range(plan.dp))
             refs = tuple(lent[name] for name in plan.devices) if lent else ()
             groups.append(CardGroup(instance.model, plan, tuple(devices[name] for name in plan.devices), pools, refs))
-        role = CardGroupsConfig(groups[0].devices[0], tuple(groups), options.limits)
+        role = CardGroupsConfig(groups[0].devices[0], tuple(groups), options.limits, mps_pipe_dir=mps_pipe_dir)
         fds = sorted({ref.ledger.fd for ref in lent.values()}) if lent else []
         worker = self._start_worker(role.device, role, fds, "+".join(i.pool_name(0) for i in instances))
         number = 0

@@ -36,15 +36,17 @@ _CARD_ALIGN_BYTES = 256
 _CARD_TENSORS_PER_LAYER = 32  # at most
 
 
-def placed_bytes(model: ServedModel, kind: str) -> int:
-    """Bytes of an arena that the model's image takes on a device of `kind`. A card keeps routers in its own dtype too."""
+def placed_bytes(model: ServedModel, kind: str, page_bytes: int = PAGE_BYTES) -> int:
+    """Bytes that the model's image takes on a device of `kind`, whole pages. A card keeps routers in its own dtype too, and takes
+    whole frames."""
     if kind != "cuda":
-        return image_bytes(model)
+        return image_bytes(model, page_bytes)
     spec = model.spec
     routers = spec.num_layers * spec.moe.num_experts * spec.hidden_size * getattr(torch, model.dtype).itemsize
     aligned = (spec.num_layers + 1) * _CARD_TENSORS_PER_LAYER * _CARD_ALIGN_BYTES
     needed = attention_bytes(model) + ffn_bytes(model) + routers + aligned
-    return -(-needed // CARD_FRAME_BYTES) * CARD_FRAME_BYTES
+    frames_bytes = -(-needed // CARD_FRAME_BYTES) * CARD_FRAME_BYTES
+    return -(-frames_bytes // page_bytes) * page_bytes
 
 
 def num_units(model: ServedModel) -> int:

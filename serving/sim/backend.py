@@ -116,6 +116,7 @@ class SimulatedBackend:
                     role.optimistic,
                     role.evict_idle_s,
                     role.pools[0].page_bytes,
+                    role.device.kind,
                 )
         return self._groups[key]
 

@@ -38,11 +38,13 @@ class StageTimes:
         self.attention_beside = self._neighbourly("stage_decode", stages.attention)
         last = stages.spec.num_layers - 1
         self.ffn_beside = self._neighbourly("stage_routed", lambda rows, _: stages.ffn(last, rows))
+        self.alone = self.attention_beside is ALONE and self.ffn_beside is ALONE  # whether no neighbour matters
         self._attention = functools.lru_cache(maxsize=None)(self._attention_ns)
         self.ffn_ns = functools.lru_cache(maxsize=None)(self._ffn_ns)
         self.embedding_ns = functools.lru_cache(maxsize=None)(lambda rows: self._ns(stages.embedding(rows)))
         self.head_ns = functools.lru_cache(maxsize=None)(lambda rows: self._ns(stages.head(rows)) if rows else 0)
         self.sum_ns = functools.lru_cache(maxsize=None)(self._sum_ns)
+        self.ffns_ns = functools.lru_cache(maxsize=None)(self._ffns_ns)
 
     def attention_ns(self, query_lens: Sequence[int], kv_lens: Sequence[int]) -> int:
         """One attention layer of a step whose sequences have so many rows, and tokens once it is done."""
@@ -60,6 +62,11 @@ class StageTimes:
         """The same of a step that decodes `batch` sequences with so many tokens in all once it is done."""
         return self._attention(batch, rounded(context_tokens), ())
 
+    def whole_ns(self, rows: int, wanted: int, attention_ns: int) -> int:
+        """A step of `rows` rows, of which `wanted` get a token, on one device that does all of it; `attention_ns` a layer."""
+        layers = self.stages.spec.num_layers
+        return self.embedding_ns(rows) + layers * attention_ns + self.ffns_ns(rows) + self.head_ns(wanted)
+
     def _neighbourly(self, operator: str, stage_of: Callable[[int, int], Stage]) -> Neighbourly:
         beside = self.stages.beside_stream(operator)
         if beside <= 1.0:
@@ -72,6 +79,10 @@ class StageTimes:
 
     def _ffn_ns(self, layer: int, rows: int) -> int:
         return self._ns(self.stages.ffn(layer, rows))
+
+    def _ffns_ns(self, rows: int) -> int:
+        """The FFNs of all layers."""
+        return sum(self.ffn_ns(layer, rows) for layer in range(self.stages.spec.num_layers))
 
     def _sum_ns(self, rows: int, parts: int) -> int:
         return self._ns(self.stages.partial_sum(rows, parts)) if parts > 1 else 0

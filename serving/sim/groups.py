@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from serving.batching import StepLimits
 from serving.cost.contention import Load
@@ -36,7 +36,6 @@ class _Repeats:
     told: tuple[tuple[int, int, bool], ...]  # what each tells the host
     batches: list[int]  # sequences by replica
     contexts: list[int]  # tokens by replica
-    demands: dict[tuple[int, ...], Load | Stages] = field(default_factory=dict)  # by contexts as costs see them
     done: int = 0
 
 
@@ -57,6 +56,8 @@ class SimulatedGroup:
         self._page_bytes = 0
         self._plans: list[StepPlan | None] | None = None
         self._repeats: _Repeats | None = None
+        # Of decode steps that repeat, by the replicas' sequences and their contexts as costs see them.
+        self._demands: dict[tuple[int, ...], Load | Stages] = {}
         self._posted: list[tuple[SimulatedGroupWorker, int]] = []  # bytes that ranks post in the step under way
 
     def join(self, rank: int, worker: SimulatedGroupWorker, page_bytes: int) -> None:
@@ -207,11 +208,11 @@ class SimulatedGroup:
         contexts = repeats.contexts
         for replica, batch in enumerate(repeats.batches):
             contexts[replica] += batch
-        key = tuple(map(rounded, contexts))
-        demand = repeats.demands.get(key)
+        key = (*repeats.batches, *map(rounded, contexts))
+        demand = self._demands.get(key)
         if demand is None:
             shapes = [StepShape(*own) for own in zip(repeats.batches, contexts, strict=True)]
-            demand = repeats.demands[key] = self._demand(shapes, repeats.batches)
+            demand = self._demands[key] = self._demand(shapes, repeats.batches)
         self._occupy(demand)
 
     def _end_repeats(self) -> None:

@@ -6,26 +6,27 @@ from collections.abc import Callable
 
 from serving.cost.transfers import page_unmap_s, weight_load_s
 from serving.interface import ServedModel
-from serving.residency.image import image_bytes, num_units
+from serving.residency.image import num_units, placed_bytes
 from serving.sim.clock import VirtualClock
 from serving.sim.shared import SharedDevice
 
 
 class SimulatedWeights:
-    """The weights of `model` in pages of `device`, there at first. `again()` is called when it is worth asking whether they are
+    """The weights of `model` in pages of `device`, which is planned as one of `kind`, there at first. `again()` is called when it is worth asking whether they are
     there, `count(name, amount)` with what a record wants to know. A load takes the host link and nothing of the device."""
 
     def __init__(
         self,
         model: ServedModel,
         device: SharedDevice,
+        kind: str,
         page_bytes: int,
         clock: VirtualClock,
         again: Callable[[], None],
         count: Callable[[str, int], None],
     ) -> None:
         self._device, self._clock, self._again, self._count = device, clock, again, count
-        self._bytes = image_bytes(model, page_bytes)
+        self._bytes = placed_bytes(model, kind, page_bytes)
         self._pages = self._bytes // page_bytes
         self._load_s = weight_load_s(device.hardware, self._bytes, num_units(model))
         self._wanted_ns: int | None = None

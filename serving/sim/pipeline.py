@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +21,7 @@ _NOBODY = -1
 _NO_EVENT_NS = -1  # a limit before everything that can happen
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """What one step costs its devices. `route` and `jobs` are what `Pipeline.keep_route` and `keep_jobs` gave for the FFN of
     each layer. Without them the FFN lies on the attention device itself, and the whole step is one stage of `first_ns`."""
 
@@ -53,6 +53,7 @@ class Pipeline:
         self._begin: list[Callable[[], Step | None]] = []  # by device
         self._complete: list[Callable[[object], None]] = []
         self._payloads: list[object] = []  # by lane
+        self._device_of: list[int] = []  # by lane
         clock.attach(self)
 
     def add_ffn(self) -> FFNDevice:
@@ -73,6 +74,7 @@ class Pipeline:
         lane = [0] * events.LANE_FIELDS
         lane[events.DEVICE] = number
         self._payloads += [None] * lanes
+        self._device_of += [number] * lanes
         self._devices = self._flat([*self._devices, *device], int)
         self._lanes = self._flat([*self._lanes, *lane * lanes], int)
         self._device_runs = self._flat([*self._device_runs, ALONE.beside, ALONE.draws], float)
@@ -99,6 +101,14 @@ class Pipeline:
         self._devices[device.number * events.DEVICE_FIELDS + events.ASKS] = 1
         if not self._devices[device.number * events.DEVICE_FIELDS + events.BUSY]:
             self._drive(_NO_EVENT_NS, device.number, self._clock.now_ns())
+
+    def end_earlier(self, device: AttentionDevice, end_ns: int) -> None:
+        """The step of `device`, under way as one stage in its only lane, ends at `end_ns` instead of later."""
+        record = device.number * events.DEVICE_FIELDS
+        lane = self._devices[record + events.FIRST_LANE] * events.LANE_FIELDS
+        self._devices[record + events.BUSY_NS] -= self._lanes[lane + events.DUE] - end_ns
+        self._devices[record + events.FREE_NS] = self._lanes[lane + events.DUE] = end_ns
+        self._counters[events.NEXT_NS] = min(self._counters[events.NEXT_NS], end_ns)
 
     def run(self, until_ns: int) -> None:
         """Events up to `until_ns`, or until there is news for the host."""
@@ -130,7 +140,7 @@ class Pipeline:
             )
             if why == events.IDLE:
                 return
-            wakes = self._lanes[lane * events.LANE_FIELDS + events.DEVICE]
+            wakes = self._device_of[lane]
             if why == events.MAY_BEGIN:
                 step = self._begin[wakes]()
                 if step is None:

@@ -56,6 +56,7 @@ class Crowd:
         self._jobs: list[_Job] = []
         self._steps_on: dict[str, int] = {}  # devices with any, and how many
         self._crowded = 0  # devices with several
+        self._slowed = False  # whether any step is not at its full rate
         self._seen_s = 0.0
         self._plans = 0
         self._ending = False
@@ -89,9 +90,11 @@ class Crowd:
 
     def _replan(self) -> None:
         """Rates from now on, and when the first step will end at them."""
-        for job in self._jobs:
-            job.rate = 1.0
-        if self._crowded:
+        if self._slowed:
+            for job in self._jobs:
+                job.rate = 1.0
+        self._slowed = self._crowded > 0
+        if self._slowed:
             self._slow_down()
         self._plans += 1
         if self._jobs:
@@ -121,9 +124,11 @@ class Crowd:
         if plan != self._plans:
             return  # something began meanwhile, and there is a newer plan
         self._advance()
-        soonest_s = max(min([job.left_s / job.rate for job in self._jobs]), 0.0) + _DONE_S
-        ended = [job for job in self._jobs if job.left_s / job.rate <= soonest_s]
-        self._jobs = [job for job in self._jobs if job not in ended]
+        lefts_s = [job.left_s / job.rate for job in self._jobs]
+        soonest_s = max(min(lefts_s), 0.0) + _DONE_S
+        ended = [job for job, left_s in zip(self._jobs, lefts_s, strict=True) if left_s <= soonest_s]
+        for job in ended:
+            self._jobs.remove(job)
         for job in ended:
             self._leave(job.devices)
         self._ending = True

@@ -32,15 +32,17 @@ class UncoordinatedGroup(SimulatedGroup):
         optimistic: bool = False,
         evict_idle_s: float = 0.0,
         page_bytes: int = 0,
+        kind: str = "",
     ) -> None:
-        """Weights leave after `evict_idle_s` without work (0: they stay); then KV comes in pages of `page_bytes`."""
+        """Weights leave after `evict_idle_s` without work (0: they stay); then KV comes in pages of `page_bytes`, and devices are
+        of `kind`."""
         super().__init__(seat, costs, limits, clock, prefill)
         self._crowd = crowd
         self._idle: IdleWeights | None = None
         self._looks_again = False
         if evict_idle_s:
             device = crowd.devices[self._plan.devices[0]]
-            weights = SimulatedWeights(seat.model, device, page_bytes, clock, self._again, self._count)
+            weights = SimulatedWeights(seat.model, device, kind, page_bytes, clock, self._again, self._count)
             self._idle = IdleWeights(evict_idle_s, weights)
             clock.after(0.0, self._again)
         self._most_running = limits.max_batch if optimistic else None

@@ -15,6 +15,7 @@ from serving.scheduler import StepPlan, StepScheduler
 from serving.sequence import Sequence as LiveSequence
 from serving.sim.clock import VirtualClock
 from serving.sim.costs import ALONE, StageTimes
+from serving.sim.leaps import LONGEST_STEPS, Leap
 from serving.sim.pipeline import FFNDevice, Pipeline, Step
 from serving.sim.route import Route
 from serving.workers.config import FFNWorkerConfig, ModelWorkerConfig
@@ -137,8 +138,12 @@ class SimulatedModelWorker(SimulatedWorker):
         self._next_sample_ns = 0
         self._routes = [Route.of(role, index, ffn_workers, pipeline) for index in range(len(role.models))]
         self._device = pipeline.add_attention(self._begin, self._complete, role.lanes)
+        # Whether nobody else has a say in when a step that is one stage ends, and what comes after it.
+        self._leaps = role.lanes == 1 and all(one.alone for one in times)
+        self._leap: Leap | None = None  # the steps under way where they are more than one
 
     def send(self, message: Submit | Cancel | Stop) -> None:
+        self._end_leap()
         if isinstance(message, Submit):
             prompt = list(message.prompt)
             sequence = LiveSequence(message.request_id, message.model, prompt, len(prompt), message.max_new_tokens)
@@ -151,7 +156,12 @@ class SimulatedModelWorker(SimulatedWorker):
         elif isinstance(message, Cancel):
             self._scheduler.cancel(message.request_id, message.model)
 
+    def receive(self) -> list[Tokens | PoolUse]:
+        self._tell()
+        return super().receive()
+
     def read_counters(self) -> dict[str, int]:
+        self._end_leap()  # for what it has not reached yet
         device = self._device
         return {**self._counters, "busy_ns": device.busy_ns, "bytes_crossed": device.crossed_bytes}
 
@@ -171,9 +181,10 @@ class SimulatedModelWorker(SimulatedWorker):
         attention_ns = times.attention_ns(query_lens, plan.kv_lens)
         route = self._routes[plan.model]
         if route is None:
-            ffns_ns = sum(times.ffn_ns(layer, rows) for layer in range(layers))
-            whole_ns = times.embedding_ns(rows) + layers * attention_ns + ffns_ns + times.head_ns(wanted)
-            beside = times.attention_beside.mean(layers * attention_ns, times.ffn_beside, ffns_ns)
+            whole_ns = times.whole_ns(rows, wanted, attention_ns)
+            if self._leaps:
+                return Step((plan, wanted), self._leap_ns(plan, whole_ns), 0, 0, layers)
+            beside = times.attention_beside.mean(layers * attention_ns, times.ffn_beside, times.ffns_ns(rows))
             return Step((plan, wanted), whole_ns, 0, 0, layers, attention_beside=ALONE if beside == ALONE else beside)
         sum_ns = times.sum_ns(rows, route.parts)
         inline_ns = route.inline_ns(times.stages, rows)
@@ -193,6 +204,8 @@ class SimulatedModelWorker(SimulatedWorker):
 
     def _complete(self, payload: tuple[StepPlan, int]) -> None:
         plan, wanted = payload
+        if self._leap is not None:
+            plan = self._land()
         produced = self._scheduler.complete(plan, iter([SIMULATED_TOKEN] * wanted))
         ended = [sequence for sequence, _, last in produced if last]
         for sequence in ended:
@@ -202,7 +215,8 @@ class SimulatedModelWorker(SimulatedWorker):
         now_ns = self._clock.now_ns()
         self._counters["steps"] += 1
         if produced:
-            self._outbox.append(Tokens(now_ns, tuple((s.request_id, token, last) for s, token, last in produced)))
+            tell = self._outbox.append if ended else self._outbox.append_tokens
+            tell(Tokens(now_ns, tuple([(s.request_id, token, last) for s, token, last in produced])))
         if ended or now_ns >= self._next_sample_ns:
             self._sample(now_ns)
 
@@ -215,11 +229,64 @@ class SimulatedModelWorker(SimulatedWorker):
         self._counters["preemptions"] += len(request_ids)
         self._outbox.append(Preempted(self._clock.now_ns(), request_ids))
 
+    # -- steps that repeat ---------------------------------------------------------------------------------------------
+    def _leap_ns(self, plan: StepPlan, first_ns: int) -> int:
+        """Nanoseconds of the step `plan`, which takes `first_ns`, and of those that are sure to repeat it."""
+        further = min(self._scheduler.repeats(plan), LONGEST_STEPS - 1)
+        if self._growth:  # it is asked for every page
+            further = min(further, *self._tokens_left(plan))
+        if further < 1:
+            return first_ns
+        batch, times, first = len(plan.items), self._times[plan.model], sum(plan.kv_lens)
+        contexts = range(first + batch, first + further * batch + 1, batch)
+        later_ns = (times.whole_ns(batch, batch, times.decode_attention_ns(batch, tokens)) for tokens in contexts)
+        told = tuple((sequence.request_id, SIMULATED_TOKEN, False) for sequence, _ in plan.items)
+        now_ns = self._clock.now_ns()
+        self._leap = Leap.of(plan, now_ns, (first_ns, *later_ns), told)
+        return self._leap.end_ns - now_ns
+
+    def _tokens_left(self, plan: StepPlan) -> list[int]:
+        """How many more tokens of each sequence the pages hold that it needs for the step."""
+        geometry, page_bytes = self._geometries[plan.model], self._page_bytes[plan.model]
+        return [geometry.tokens_in(geometry.pages(tokens, page_bytes), page_bytes) - tokens for tokens in plan.kv_lens]
+
+    def _tell(self) -> None:
+        """Do what steps of the leap that are over did at their ends, and those that followed them at their beginnings."""
+        leap = self._leap
+        if leap is None:
+            return
+        further, ends_ns = leap.done, leap.over(self._clock.now_ns())
+        for ended_ns in ends_ns:
+            self._outbox.append_tokens(Tokens(ended_ns, leap.told))
+            if ended_ns >= self._next_sample_ns:
+                self._grow(leap.plan, further)
+                self._sample(ended_ns)
+            if self._growth:
+                self._growth.repeat(ended_ns / 1e9)
+            further += 1
+        self._counters["steps"] += len(ends_ns)
+
+    def _end_leap(self) -> None:
+        """Somebody came or goes: what follows the step under way may be another one."""
+        if self._leap is not None:
+            self._tell()
+            self._leap.cut()
+            self._pipeline.end_earlier(self._device, self._leap.end_ns)
+
+    def _land(self) -> StepPlan:
+        """The last step of the leap, which is over, those before it written into the sequences."""
+        self._tell()
+        leap, self._leap = self._leap, None
+        plan = self._scheduler.repeat(leap.plan, leap.done, SIMULATED_TOKEN)
+        self._grow(plan)
+        return plan
+
     # -- pages ---------------------------------------------------------------------------------------------------------
-    def _grow(self, plan: StepPlan) -> None:
+    def _grow(self, plan: StepPlan, further: int = 0) -> None:
+        """Hold the pages of what `plan` has in the cache once it is done, and of `further` tokens of each sequence."""
         geometry, page_bytes = self._geometries[plan.model], self._page_bytes[plan.model]
         for (sequence, _), tokens in zip(plan.items, plan.kv_lens, strict=True):
-            pages = geometry.pages(tokens, page_bytes)
+            pages = geometry.pages(tokens + further, page_bytes)
             held = self._held.get(sequence.request_id, (0, 0))[1]
             if pages > held:
                 self._held[sequence.request_id] = (plan.model, pages)

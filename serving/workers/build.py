@@ -20,7 +20,7 @@ from serving.memory.lent import LentMemory, SharedBudget, SharedPageLender
 from serving.parallel.exchange import Exchange
 from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
 from serving.parallel.share import Share, ShareOfWeights, share_spec
-from serving.residency.lent_weights import LentWeights
+from serving.residency.lent_weights import LentWeights, MappedWeights
 from serving.shm.mailbox import Mailbox
 from serving.shm.region import SharedRegion
 from serving.shm.ring import Ring
@@ -77,6 +77,10 @@ def build_worker(
         recorder,
     )
     if isinstance(role, ModelWorkerConfig):
+        if role.device.kind == "cuda" and role.evict_idle_s:
+            from serving.cuda.lent_weights import build_lent_weights_worker
+
+            return build_lent_weights_worker(role, wires)
         if role.device.kind == "cuda":
             from serving.cuda.build import build_card_worker  # Triton and a driver, which CPU runs need not have
 
@@ -154,9 +158,10 @@ def _build_model_worker(role: ModelWorkerConfig, wires: _Wires) -> ModelWorker:
     borrowed = [(config.name, _borrow_pool(config, role.models, lender, lent)) for config in role.pools if lent]
     idle = None
     if role.evict_idle_s:
-        weights = LentWeights(role.models[0], borrowed[0][1], lender, wires.counters)
+        mapped = MappedWeights(role.models[0], borrowed[0][1])
+        weights = LentWeights(mapped, lender, wires.counters)
         weights.start()
-        halves, local = [weights.attention], {0: weights.ffn}
+        halves, local = [mapped.attention], {0: mapped.ffn}
         idle = IdleWeights(role.evict_idle_s, weights)
     else:
         halves = [_load_attention(model, budget) for model in role.models]

@@ -120,6 +120,7 @@ class ModelWorkerConfig:
     prefill_first: bool = False
     chunks_in_flight: int = 1
     evict_idle_s: float = 0.0  # weights lie in lent pages, and go after so long without a request; 0: they stay
+    mps_pipe_dir: str = ""  # of the service through which engines share a card; empty: in turns
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,7 @@ class CardGroupsConfig:
     groups: tuple[CardGroup, ...]
     limits: StepLimits
     sample_interval_ms: float = 50.0
+    mps_pipe_dir: str = ""  # as in ModelWorkerConfig
 
 
 @dataclass(frozen=True)

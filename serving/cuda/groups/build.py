@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from serving.batching import StepLimits
-from serving.cuda.build import card, open_peer_access, open_pool, prepare_process, weights_of
+from serving.cuda.build import borrow, card, open_peer_access, open_pool, prepare_process, weights_of
 from serving.cuda.groups.kv import GroupGrowth, ReplicaKV, ReplicaPages
 from serving.cuda.groups.rank import CardRank
 from serving.cuda.groups.runner import GroupRunner
@@ -18,10 +18,9 @@ from serving.growth import PreemptingGrowth
 from serving.layers.sizes import weight_bytes_attention, weight_bytes_ffn
 from serving.memory.budget import MemoryBudget
 from serving.memory.kv_pool import KVPool
-from serving.memory.lent import SharedBudget, SharedPageLender
+from serving.memory.lent import SharedBudget
 from serving.parallel.capacity import share_model
 from serving.parallel.share import ShareOfWeights
-from serving.shm.region import SharedRegion
 from serving.workers.config import CardGroup, CardGroupsConfig
 from serving.workers.counters import Counters
 from serving.workers.model_worker import HostedModel
@@ -55,7 +54,7 @@ class _Loaded:
 def build_card_group_worker(role: CardGroupsConfig, wires) -> CardGroupWorker:
     """A loaded, warmed-up worker. Weights and KV are charged to every rank's device, or to what its engines share; raises
     CapacityError where one cannot hold its share."""
-    prepare_process()
+    prepare_process(role.mps_pipe_dir)
     devices = {device.name: device for group in role.groups for device in group.devices}
     cards = {card(device) for device in devices.values()}
     torch.cuda.set_device(card(role.device))
@@ -89,10 +88,7 @@ def _load(group: CardGroup, budgets: Budgets) -> _Loaded:
         share, lender = group.plan.share(rank), None
         model, budget = share_model(group.model, group.plan, rank), budgets[device.name]
         if group.lent:
-            lent = group.lent[rank]
-            ledger = SharedRegion(lent.ledger.size_bytes, fd=lent.ledger.fd)
-            budget = SharedBudget(ledger, lent.shape, lent.engine)
-            lender = SharedPageLender(ledger, lent.shape, lent.engine)
+            budget, lender = borrow(group.lent[rank])
         place, dtype = card(device), getattr(torch, model.dtype)
         budget.charge(f"attention weights of {model.name}", weight_bytes_attention(model.spec, model.dtype))
         budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(model.spec, model.dtype))

@@ -75,7 +75,7 @@ class CardRank:
         best = greedy(logits)
         if self.tp == 1:
             return best
-        own = torch.cat([logits.gather(1, best[:, None]), (best[:, None] + self.first_token).float()], dim=1)
+        own = torch.cat([logits.amax(1, keepdim=True), (best[:, None] + self.first_token).float()], dim=1)
         first, *others = rows.of_all_heads(own).view(self.tp, -1, 2)
         for other in others:
             first = torch.where((other[:, 0] > first[:, 0])[:, None], other, first)

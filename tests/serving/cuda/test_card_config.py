@@ -13,9 +13,10 @@ from serving.backend import MonotonicClock
 from serving.cuda import driver
 from serving.cuda.build import card
 from serving.cuda.exchange import bytes_crossed
-from serving.errors import UserError
+from serving.errors import CapacityError, UserError
 from serving.generate import cpu_cluster, cuda_cluster
 from serving.interface import Cluster, Demand, Device, ServedModel
+from serving.residency.image import placed_bytes
 from serving.spec import load_spec
 
 pytestmark = pytest.mark.cpu
@@ -93,6 +94,35 @@ def test_quotas_share_one_pool_of_a_card(models):
     assert pool.models == (0, 1) and pool.page_bytes == PAGE_BYTES
     assert 0 < pool.num_pages * PAGE_BYTES == placement.devices[0].kv_bytes < CARD.memory_bytes
     assert dict(zip([model.name for model in role.models], role.quotas.shares, strict=True)) == system.options.quotas
+
+
+@pytest.mark.parametrize("idle_evict_s", [0, 45])
+def test_weights_that_may_leave_lie_in_pages_that_engines_lend_each_other(idle_evict_s, models):
+    system = registry.create("elastic-placement", {"page_bytes": PAGE_BYTES, "idle_evict_s": idle_evict_s})
+    placement = system.plan(CARD, models, Demand())
+    (plan,) = placement.devices
+    roles = list(roles_of(system, placement).values())
+    assert [role.lent.engine for role in roles] == [0, 1]
+    assert {role.evict_idle_s for role in roles} == {idle_evict_s}
+    shape = roles[0].lent.shape
+    weights_bytes = {model.name: placed_bytes(model, "cuda", PAGE_BYTES) for model in models}
+    assert (plan.weights_bytes == weights_bytes) == bool(idle_evict_s)
+    in_pages = sum(weights_bytes.values()) if idle_evict_s else 0
+    assert shape.num_pages * PAGE_BYTES == plan.kv_bytes + in_pages
+    assert shape.capacity_bytes == CARD.memory_bytes - shape.num_pages * PAGE_BYTES
+    left_bytes = 0 if idle_evict_s else sum(plan.weights_bytes.values())
+    assert shape.capacity_bytes >= left_bytes, "what is not in pages is charged beside them"
+
+
+def test_a_host_without_room_for_the_copies_of_weights_says_so(models, monkeypatch):
+    monkeypatch.setattr("serving.memory.host.available_bytes", lambda: 1 << 20)
+    system = registry.create("elastic-placement", {"page_bytes": PAGE_BYTES})
+    placement = system.plan(CARD, models, Demand())
+    with pytest.raises(
+        CapacityError, match=r"idle_evict_s 0 .* need 64.0 MiB of host memory and 1.0 MiB are available"
+    ):
+        roles_of(system, placement)
+    roles_of(registry.create("elastic-placement", {"page_bytes": PAGE_BYTES, "idle_evict_s": 0}), placement)
 
 
 @without_card

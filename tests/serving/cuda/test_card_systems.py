@@ -18,6 +18,7 @@ PAIRS = [("mixtral", "deepseek_v2"), ("deepseek", "qwen3_moe"), ("glm4_moe_lite"
 SYSTEMS = {
     "static": ("static", 1, {}),
     "elastic": ("elastic", 1, {}),
+    "elastic-placement": ("elastic-placement", 1, {}),
     "quota": ("quota", 1, {}),
     "crosspool-lowered": ("crosspool", 2, {"control": "lowered"}),
     "crosspool-1-lane": ("crosspool", 2, {"control": "lowered", "lanes": 1}),

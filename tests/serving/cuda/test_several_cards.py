@@ -28,6 +28,7 @@ SYSTEMS = {
     "host": ("crosspool", 2, {"control": "host", "lanes": 1}),
     "static": ("static", 2, {}),
     "elastic": ("elastic", 2, {}),
+    "elastic-placement": ("elastic-placement", 2, {}),
     "quota": ("quota", 2, {}),
     "swap": ("swap", 2, {"weights_share": 0.001, "hysteresis_s": 0.01}),
 }

@@ -30,6 +30,8 @@ CASES = {
     "elastic, decode only": ({}, 2, 140 << 30),
     "elastic-placement": ({"idle_evict_s": 1.0}, 2, 140 << 30),
     "static in groups": ({"placement": "given", "groups": ASIDE}, 4, 140 << 30),
+    "static": ({}, 3, 140 << 30),
+    "quota": ({"adapt_every_s": 0.3}, 2, 140 << 30),
     "swap": ({}, 1, 80 << 30),
     "swap token": ({"mode": "token"}, 1, 80 << 30),
 }
