@@ -159,6 +159,19 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         systems=_PAPER_THREE,
     ),
     Experiment(
+        name="paper-tbt-turns",
+        question="The same with engines that take turns on a GPU, as processes do without MPS, simulated.",
+        base=("conf=paper-tbt-turns",),
+        sweeps={
+            "fast": {_RATE: _PAPER_RATES, _DURATION: (120,)},
+            "full": {_RATE: _PAPER_RATES, _SEED: (0, 1, 2)},
+        },
+        figures=("tbt_vs_rate", "tbt_by_model", "latency_vs_rate", "outcomes", "summary"),
+        cell_s=5,
+        paper="Fig. 7",
+        systems=("paper-crosspool", "paper-elastic-turns"),
+    ),
+    Experiment(
         name="paper-ablation",
         question="The pipeline and lowered control at the paper's scale, simulated.",
         base=("conf=paper-ablation",),
@@ -289,7 +302,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         question="What becomes of those engines when the kernels of all of them may run at once on a GPU (MPS)?",
         base=("conf=gpu-tbt-mps",),
         sweeps={"full": {_RATE: (0.5, 0.8, 1.0), _SEED: (0, 1, 2)}},
-        figures=("tbt_vs_rate", "tbt_by_model", "outcomes", "summary"),
+        figures=("tbt_by_model", "outcomes", "summary"),
         cell_s=75,
         memory_gib=16,
         gpus=2,

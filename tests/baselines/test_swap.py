@@ -4,7 +4,8 @@ import random
 import time
 
 import pytest
-from test_token_equality import assert_equal_to_judge, open_descriptors, ragged_requests, served, with_kv_pages
+from served import served, with_kv_pages
+from test_token_equality import assert_equal_to_judge, open_descriptors, ragged_requests
 
 from serving import registry
 from serving.cost.hardware import load_hardware
@@ -61,7 +62,8 @@ def test_kv_of_models_out_of_turn_goes_to_host_memory_and_back(tiny_checkpoints)
     system = registry.create("swap", {**OPTIONS, **QUICK_TURNS})
     requests = many(models, random.Random(5), each=4)
     try:
-        placement = with_kv_pages(system.plan(room_for_one(models, 8 << 20), models, Demand()), 40)
+        placement = system.plan(room_for_one(models, 8 << 20), models, Demand())
+        placement = with_kv_pages(placement, 40, OPTIONS["page_bytes"])
         system.start(placement)
         assert_equal_to_judge(requests, generate(system, requests), tiny_checkpoints)
         assert sum(system.notes()["swap"]["kv_moved_bytes"].values()) > 0

@@ -3,7 +3,8 @@
 import random
 
 import pytest
-from test_token_equality import MEMORY_BYTES, OPTIONS, assert_equal_to_judge, ragged_requests, served
+from served import served
+from test_token_equality import MEMORY_BYTES, OPTIONS, assert_equal_to_judge, ragged_requests
 
 from serving import registry
 from serving.errors import UserError

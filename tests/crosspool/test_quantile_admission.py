@@ -3,7 +3,8 @@
 import random
 
 import pytest
-from test_token_equality import OPTIONS, assert_equal_to_judge, served, with_kv_pages
+from served import served, with_kv_pages
+from test_token_equality import OPTIONS, assert_equal_to_judge
 
 from serving import registry
 from serving.errors import UserError
@@ -19,7 +20,8 @@ DEMAND = Demand({"mixtral": 1.0}, {"mixtral": [(16, 4)] * 9 + [(16, 60)]})  # ni
 
 def scarce(models, **options):
     system = registry.create("crosspool", {**OPTIONS, "quantile": 0.8, **options})
-    return system, with_kv_pages(system.plan(cpu_cluster(2, 64 << 20), models, DEMAND), PAGES)
+    placement = system.plan(cpu_cluster(2, 64 << 20), models, DEMAND)
+    return system, with_kv_pages(placement, PAGES, OPTIONS["page_bytes"])
 
 
 def long_requests(count):

@@ -8,7 +8,8 @@ import judges
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_token_equality import OPTIONS, assert_equal_to_judge, ragged_requests, served
+from served import served
+from test_token_equality import OPTIONS, assert_equal_to_judge, ragged_requests
 
 from crosspool.weights_pool import FFN_SHARDINGS, from_plain, legs_of, share_out, to_plain
 from serving import registry

@@ -1,7 +1,9 @@
 """Memory of a card that engines share, with the driver's calls played by the host's memory: what is created is bounded by what the
-ledger lends, and weights that leave come back whole over other memory."""
+ledger lends, weights that leave come back whole over other memory, and an engine never steps without them."""
 
 import contextlib
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,20 +12,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import served
 
+from serving.batching import StepLimits
 from serving.checkpoints import open_weights
 from serving.cuda import driver
-from serving.cuda.lent_weights import CardWeights
+from serving.cuda.lent_weights import CardWeights, build_lent_weights_worker
 from serving.cuda.memory import CardMemory, LentPages
 from serving.cuda.residency import CardArena, CardLoader
 from serving.errors import CapacityError
+from serving.interface import Device
 from serving.memory.kv_pool import KVPool
 from serving.memory.lent import LentShape, SharedPageLender
 from serving.memory.virtual import PhysicalPages, VirtualRange
 from serving.residency.image import CARD_FRAME_BYTES, num_units, placed_bytes
 from serving.residency.lent_weights import LentWeights
 from serving.shm.region import SharedRegion
+from serving.shm.ring import Ring
 from serving.spec import spec_from_config
+from serving.workers.config import LentRef, ModelWorkerConfig, PoolConfig, RegionRef
 from serving.workers.counters import REGION_BYTES, Counters
+from serving.workers.messages import Stop, Submit, Tokens, decode, encode
 
 pytestmark = pytest.mark.cpu
 
@@ -97,6 +104,7 @@ def host_driver(monkeypatch):
     made = HostDriver()
     monkeypatch.setattr("serving.cuda.memory.driver", made)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device=None: None)
     monkeypatch.setattr("torch.cuda.cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 0))
     monkeypatch.setattr("torch.cuda.Stream", lambda device: SimpleNamespace(recorded=0))
     monkeypatch.setattr("torch.cuda.stream", lambda stream: contextlib.nullcontext())
@@ -194,3 +202,98 @@ def test_weights_leave_a_card_and_come_back_whole(architecture, host_driver, tin
     assert counted["swaps"] == 1 and counted["loaded_bytes"] == image.used_bytes
     assert min(counted[f"switch_{part}_ns"] for part in ("queue", "weights", "evict")) > 0
     region.close()
+
+
+class PlayedRunner:
+    """Steps that are done at once and whose tokens are 5; each reads the weights, which is a fault where they are not."""
+
+    bytes_crossed = 0
+
+    def __init__(self, models, lanes, limits, control, residency):
+        self._attention, self.embedded = models[0].attention, []
+        with residency.present(0):
+            self._attention.embed(torch.tensor([0]))
+
+    def launch(self, lane, model, plan):
+        self.embedded.append((plan.token_ids, self._attention.embed(torch.tensor(plan.token_ids)).clone()))
+        self._tokens = [5] * len(plan.logit_rows)
+
+    def done(self, lane):
+        return True
+
+    def result(self, lane):
+        return self._tokens
+
+    def close(self):
+        """Nothing runs."""
+
+
+def comes_true(condition, within_s=20.0):
+    deadline_s = time.monotonic() + within_s
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.001)
+    return condition()
+
+
+def test_an_engine_lets_its_idle_weights_go_and_steps_when_they_are_back(host_driver, tiny_checkpoints, monkeypatch):
+    (model,) = served(tiny_checkpoints, ("mixtral",))
+    for name, value in {
+        "prepare_process": lambda mps: None,
+        "card": lambda device: HERE,
+        "StepRunner": PlayedRunner,
+    }.items():
+        monkeypatch.setattr(f"serving.cuda.lent_weights.{name}", value)
+    monkeypatch.setattr("serving.cuda.build.card", lambda device: HERE)
+    taken, kv_pages = placed_bytes(model, "cuda", PAGE_BYTES) // PAGE_BYTES, 6
+    region, (_, other) = ledger(taken + kv_pages, 2)
+    shape = LentShape(taken + kv_pages, 2, 0)
+    control, tokens = (Ring(SharedRegion(1 << 16)) for _ in range(2))
+    counters = Counters(SharedRegion(REGION_BYTES))
+    role = ModelWorkerConfig(
+        Device("gpu0", "cuda", 0, 1 << 30),
+        (model,),
+        (PoolConfig("m", kv_pages, PAGE_BYTES, (0,), 4),),
+        StepLimits(4, 16),
+        1,
+        (-1,),
+        (-1,),
+        growth="preempt",
+        lent=LentRef(RegionRef(region.fd, shape.region_bytes), region.fd, shape, 0),
+        evict_idle_s=0.05,
+    )
+    wires = SimpleNamespace(control=control, tokens=tokens, counters=counters, recorder=None)
+    worker = build_lent_weights_worker(role, wires)
+    anchor = 1
+    assert host_driver.created_bytes == (taken + anchor) * PAGE_BYTES
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        assert comes_true(lambda: other.free_pages == shape.num_pages), "idle weights have left"
+        assert comes_true(lambda: host_driver.created_bytes == anchor * PAGE_BYTES)
+        others = other.lend(kv_pages + 1)
+        control.push(encode(Submit(3, 0, (1, 2, 3, 4), 2, ())))
+        assert comes_true(lambda: other.unclaimed_pages == 0), "a load waits for a page"
+        assert counters.read()["steps"] == 0
+        other.give_back(others)
+        given = []
+
+        def ended():
+            while (data := tokens.pop()) is not None:
+                message = decode(data)
+                given.extend(message.items if isinstance(message, Tokens) else ())
+            return len(given) == 2
+
+        assert comes_true(ended)
+        assert given == [(3, 5, False), (3, 5, True)]
+        assert comes_true(lambda: other.free_pages == shape.num_pages), "idle again"
+    finally:
+        control.push(encode(Stop()))
+        thread.join(20)
+    assert not thread.is_alive()
+    counted = counters.read()
+    assert counted["swaps"] == 1 and counted["steps"] == 2 and counted["switch_queue_ns"] > 0
+    with open_weights(model) as weights:
+        stored = weights.embedding()
+        runner = worker._runner
+        for ids, rows in runner.embedded:
+            assert rows.equal(stored[torch.tensor(ids)].to(rows.dtype))

@@ -100,8 +100,8 @@ def test_contention_costs_and_unknown_kinds_are_refused():
         registry.create("elastic", {"contention": "mps"})
 
 
-def test_the_real_backend_says_that_it_cannot():
+def test_the_real_backend_says_that_cpu_engines_cannot():
     system = registry.create("elastic", {"groups": GROUPS})
-    cluster = Cluster(tuple(Device(f"gpu:{i}", "cuda", i, 140 << 30) for i in range(2)))
+    cluster = Cluster(tuple(Device(f"cpu:{i}", "cpu", i, 140 << 30) for i in range(2)))
     with pytest.raises(UserError, match="backend=sim"):
         system.start(system.plan(cluster, MODELS, Demand()))
