@@ -13,7 +13,7 @@ from pathlib import Path
 
 from serving.cost import facts
 from serving.cost.calibrated import CalibratedStages, Calibration, read_calibration
-from serving.cost.stages import NOTHING, ModelStages, Stage
+from serving.cost.stages import ModelStages, Stage
 from serving.cost.table1 import published_spec
 from serving.errors import UserError
 from serving.spec import ModelSpec
@@ -31,22 +31,13 @@ def graph_rows(rows: int, chunk: bool) -> int:
 
 class InParts(ModelStages):
     """A step as this project's engine runs it on a card: in parts, decode rows first, then each prompt's, each of the size of a
-    graph and with a pass of its own through the FFNs. Mixed into stages that say what a part's layers cost.
+    graph and with a pass of its own through the FFNs. Mixed into stages that say what a part's layers cost."""
 
-    An FFN is asked for all rows of a step at once; what the parts' passes take beyond that is counted with the step's attention."""
+    in_parts = True
 
-    def mixed_attention(self, batch: int, context_tokens: float, chunks: Sequence[tuple[int, int]]) -> Stage:
-        parts = [self.prefill_attention(new, past) for new, past in chunks]
-        passes = [graph_rows(new, chunk=True) for new, _ in chunks]
-        if batch:
-            parts.append(self.attention(batch, context_tokens))
-            passes.append(graph_rows(batch, chunk=False))
-        if not parts:
-            return NOTHING
-        further = sum((self._all_ffns(rows) for rows in passes), NOTHING)
-        further += self._all_ffns(batch + sum(new for new, _ in chunks)).times(-1)
-        each = 1.0 / self.spec.num_layers
-        return sum(parts, Stage(each * further.device_s, further.work.times(each), 0))
+    def passes(self, batch: int, chunk_rows: Sequence[int]) -> tuple[int, ...]:
+        decode = (graph_rows(batch, chunk=False),) if batch else ()
+        return (*decode, *(graph_rows(rows, chunk=True) for rows in chunk_rows))
 
     def _prefill_attention_layer(self, new_tokens: int, past_tokens: int) -> Stage:
         return super()._prefill_attention_layer(graph_rows(new_tokens, chunk=True), past_tokens)

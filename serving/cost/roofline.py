@@ -6,6 +6,8 @@ is the same idea for shares of measured stages: a share takes the whole's second
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from serving.cost import facts
 from serving.cost.facts import Work
 from serving.cost.hardware import Hardware
@@ -71,6 +73,10 @@ class SharedStages(ModelStages):
     def __init__(self, whole: ModelStages, parts: int):
         super().__init__(whole.spec, whole.dtype, whole.hardware)
         self._whole, self._parts = whole, parts
+        self.in_parts = whole.in_parts
+
+    def passes(self, batch: int, chunk_rows: Sequence[int]) -> tuple[int, ...]:
+        return self._whole.passes(batch, chunk_rows)
 
     def share(self, parts: int) -> SharedStages:
         return SharedStages(self._whole, self._parts * parts)

@@ -51,6 +51,8 @@ class ModelStages:
     the sum over the batch, and is rounded to 1 %.
     """
 
+    in_parts = False  # whether decode rows, and each prompt's, go through the layers of a step on their own
+
     def __init__(self, spec: ModelSpec, dtype: str, hardware: Hardware):
         self.spec, self.dtype, self.hardware = spec, dtype, hardware
         self._attention = functools.lru_cache(maxsize=None)(self._decode_attention_layer)
@@ -109,12 +111,19 @@ class ModelStages:
     def mixed_attention(self, batch: int, context_tokens: float, chunks: Sequence[tuple[int, int]]) -> Stage:
         """One attention layer of a step that decodes `batch` sequences and prefills `chunks` of (new, past) tokens.
 
-        Its parts' sum, with what each of them would do once (weights, launches: a step of one short sequence) done once.
+        Its parts' sum, with what each of them would do once (weights, launches: a step of one short sequence) done once, unless
+        the step is done in parts.
         """
         parts = [self.prefill_attention(new, past) for new, past in chunks]
         if batch:
             parts.append(self.attention(batch, context_tokens))
-        return sum(parts, NOTHING) + self.attention(1, 1).times(1 - len(parts)) if parts else NOTHING
+        if self.in_parts or not parts:
+            return sum(parts, NOTHING)
+        return sum(parts, NOTHING) + self.attention(1, 1).times(1 - len(parts))
+
+    def passes(self, batch: int, chunk_rows: Sequence[int]) -> tuple[int, ...]:
+        """Rows of each pass through a layer's FFN of a step that decodes `batch` sequences and prefills chunks of so many rows."""
+        return (batch + sum(chunk_rows),)
 
     def ffn(self, layer: int, tokens: int) -> Stage:
         """One FFN layer: dense, or router, routed experts and shared expert."""
@@ -131,8 +140,9 @@ class ModelStages:
     def mixed_step(self, batch: int, context_tokens: float, chunks: Sequence[tuple[int, int]]) -> Stage:
         """A whole step on one device that decodes `batch` sequences and prefills `chunks` of (new, past) tokens to their ends."""
         attention = self.mixed_attention(batch, context_tokens, chunks).times(self.spec.num_layers)
-        rows = batch + sum(new for new, _ in chunks)
-        return self.embedding(rows) + attention + self._all_ffns(rows) + self.head(batch + len(chunks))
+        new_rows = [new for new, _ in chunks]
+        ffns = sum((self._all_ffns(rows) for rows in self.passes(batch, new_rows)), NOTHING)
+        return self.embedding(batch + sum(new_rows)) + attention + ffns + self.head(batch + len(chunks))
 
     def _decode_step(self, batch: int, context_tokens: int) -> Stage:
         return self.mixed_step(batch, context_tokens, ())

@@ -72,14 +72,24 @@ class GroupCosts:
         stage = self._attention.mixed_attention(batch, context_tokens, chunks)
         return Load(self._attention.launched_s(stage), stage.work.bytes, stage.work.flops)
 
-    def all_ffns(self, rows: int) -> Load:
+    def passes(self, shapes: Sequence[StepShape]) -> tuple[int, ...]:
+        """Rows of each pass through the FFNs of a step, of all replicas."""
+        return self._stages.passes(
+            sum(shape.batch for shape in shapes), [new for shape in shapes for new, _ in shape.chunks]
+        )
+
+    def all_ffns(self, passes: tuple[int, ...]) -> Load:
         """The FFNs of all layers on one rank."""
-        work = sum((self._ffn.ffn(layer, rows).work.times(count) for layer, count in self._alike.items()), Work())
-        seconds = sum(count * self.ffn_s(layer, rows) for layer, count in self._alike.items())
+        alike = [(self._ffn.ffn(layer, rows), count) for layer, count in self._alike.items() for rows in passes]
+        work = sum((stage.work.times(count) for stage, count in alike), Work())
+        seconds = sum(count * self.ffn_s(layer, passes) for layer, count in self._alike.items())
         return Load(seconds, work.bytes, work.flops)
 
-    def ffn_s(self, layer: int, rows: int) -> float:
-        """One layer's FFN of `rows` rows of all replicas, gathered and summed over all ranks."""
+    def ffn_s(self, layer: int, passes: tuple[int, ...]) -> float:
+        """One layer's FFN of the rows of all replicas, each pass gathered and summed over all ranks."""
+        return sum(self._pass_s(layer, rows) for rows in passes)
+
+    def _pass_s(self, layer: int, rows: int) -> float:
         gather_s = (
             self._stages.exchange_s(rows * self._row_bytes // 2, self._group.ranks) if self._group.dp > 1 else 0.0
         )
@@ -90,9 +100,9 @@ class GroupCosts:
 
     def step_s(self, shapes: Sequence[StepShape]) -> float:
         """A whole step, `shapes` by replica: replicas wait for the slowest of them in every layer."""
-        spec, rows = self._stages.spec, sum(shape.rows for shape in shapes)
+        spec = self._stages.spec
         attention_s = max(self.attention_s(shape) for shape in shapes)
-        ffns_s = self.all_ffns(rows).alone_s
+        ffns_s = self.all_ffns(self.passes(shapes)).alone_s
         ends_s = max(self.embedding_s(s.rows) + self.head_s(s.batch + len(s.chunks)) for s in shapes)
         return spec.num_layers * attention_s + ffns_s + ends_s
 
@@ -104,7 +114,7 @@ class GroupCosts:
         return self._loads[key]
 
     def _load_of(self, shapes: Sequence[StepShape]) -> Load:
-        layers, ffns = self._stages.spec.num_layers, self.all_ffns(sum(shape.rows for shape in shapes))
+        layers, ffns = self._stages.spec.num_layers, self.all_ffns(self.passes(shapes))
         moved = computed = 0.0
         for own in shapes:
             if own.rows:

@@ -62,10 +62,16 @@ class StageTimes:
         """The same of a step that decodes `batch` sequences with so many tokens in all once it is done."""
         return self._attention(batch, rounded(context_tokens), ())
 
-    def whole_ns(self, rows: int, wanted: int, attention_ns: int) -> int:
-        """A step of `rows` rows, of which `wanted` get a token, on one device that does all of it; `attention_ns` a layer."""
+    def passes(self, query_lens: Sequence[int]) -> tuple[int, ...]:
+        """Rows of each pass that such a step makes through the FFNs."""
+        chunk_rows = [rows for rows in query_lens if rows > 1]
+        return self.stages.passes(len(query_lens) - len(chunk_rows), chunk_rows)
+
+    def whole_ns(self, rows: int, passes: tuple[int, ...], wanted: int, attention_ns: int) -> int:
+        """A step of `rows` rows, of which `wanted` get a token, on one device that does all of it: `attention_ns` a layer, and
+        `passes` through the FFNs."""
         layers = self.stages.spec.num_layers
-        return self.embedding_ns(rows) + layers * attention_ns + self.ffns_ns(rows) + self.head_ns(wanted)
+        return self.embedding_ns(rows) + layers * attention_ns + self.ffns_ns(passes) + self.head_ns(wanted)
 
     def _neighbourly(self, operator: str, stage_of: Callable[[int, int], Stage]) -> Neighbourly:
         beside = self.stages.beside_stream(operator)
@@ -77,12 +83,12 @@ class StageTimes:
     def _attention_ns(self, batch: int, context: int, chunks: tuple[tuple[int, int], ...]) -> int:
         return self._ns(self.stages.mixed_attention(batch, context, chunks))
 
-    def _ffn_ns(self, layer: int, rows: int) -> int:
-        return self._ns(self.stages.ffn(layer, rows))
+    def _ffn_ns(self, layer: int, passes: tuple[int, ...]) -> int:
+        return sum(self._ns(self.stages.ffn(layer, rows)) for rows in passes)
 
-    def _ffns_ns(self, rows: int) -> int:
+    def _ffns_ns(self, passes: tuple[int, ...]) -> int:
         """The FFNs of all layers."""
-        return sum(self.ffn_ns(layer, rows) for layer in range(self.stages.spec.num_layers))
+        return sum(self.ffn_ns(layer, passes) for layer in range(self.stages.spec.num_layers))
 
     def _sum_ns(self, rows: int, parts: int) -> int:
         return self._ns(self.stages.partial_sum(rows, parts)) if parts > 1 else 0

@@ -120,19 +120,19 @@ class SimulatedGroup:
     def _demand(self, shapes: Sequence[StepShape], wanted: Sequence[int]) -> Stages:
         """Seconds by rank of each stage up to the next exchange of all."""
         costs, ranks, layers = self._costs, range(self._plan.ranks), range(self._spec.num_layers)
-        rows = sum(shape.rows for shape in shapes)
+        passes = costs.passes(shapes)
         own = [shapes[self._plan.replica_of(rank)] for rank in ranks]
         embedding = [costs.embedding_s(shape.rows) for shape in own]
         attention = [costs.attention_s(shape) for shape in own]
         head = [costs.head_s(wanted[self._plan.replica_of(rank)]) for rank in ranks]
         if all(worker.serves_one for worker in self._ranks):
             together = [first + len(layers) * each for first, each in zip(embedding, attention, strict=True)]
-            return together, [costs.all_ffns(rows).alone_s] * len(ranks), head
+            return together, [costs.all_ffns(passes).alone_s] * len(ranks), head
         stages = []
         for layer in layers:
             first = embedding if layer == 0 else [0.0] * len(ranks)
             stages.append([a + b for a, b in zip(first, attention, strict=True)])
-            stages.append([costs.ffn_s(layer, rows)] * len(ranks))
+            stages.append([costs.ffn_s(layer, passes)] * len(ranks))
         return (*stages, head)
 
     def _run(self, stages: deque[list[float]]) -> None:

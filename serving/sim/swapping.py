@@ -214,17 +214,17 @@ class SimulatedSwapWorker(SimulatedWorker):
                 wanted,
                 self._clock.now_ns(),
                 attention_ns=times.attention_ns(plan.query_lens, plan.kv_lens),
-                ffns_ns=self._ffns_ns(plan.model, rows),
+                ffns_ns=self._ffns_ns(plan.model, times.passes(plan.query_lens)),
                 first_ns=times.embedding_ns(rows),
                 last_ns=times.head_ns(wanted),
             )
         )
         return True
 
-    def _ffns_before_ns(self, model: int, rows: int) -> tuple[int, ...]:
+    def _ffns_before_ns(self, model: int, passes: tuple[int, ...]) -> tuple[int, ...]:
         """Nanoseconds of the FFNs of all layers before each layer, and of all of them."""
         ffn_ns, layers = self._times[model].ffn_ns, self._role.models[model].spec.num_layers
-        return (0, *itertools.accumulate(ffn_ns(layer, rows) for layer in range(layers)))
+        return (0, *itertools.accumulate(ffn_ns(layer, passes) for layer in range(layers)))
 
     def _go_on(self) -> None:
         """The first lane that has the weights for it runs: all it has weights for when alone, else a layer."""

@@ -178,13 +178,13 @@ class SimulatedModelWorker(SimulatedWorker):
         times, layers = self._times[plan.model], self._role.models[plan.model].spec.num_layers
         query_lens = plan.query_lens
         rows, wanted = sum(query_lens), len(plan.logit_rows)
-        attention_ns = times.attention_ns(query_lens, plan.kv_lens)
+        attention_ns, passes = times.attention_ns(query_lens, plan.kv_lens), times.passes(query_lens)
         route = self._routes[plan.model]
         if route is None:
-            whole_ns = times.whole_ns(rows, wanted, attention_ns)
+            whole_ns = times.whole_ns(rows, passes, wanted, attention_ns)
             if self._leaps:
                 return Step((plan, wanted), self._leap_ns(plan, whole_ns), 0, 0, layers)
-            beside = times.attention_beside.mean(layers * attention_ns, times.ffn_beside, times.ffns_ns(rows))
+            beside = times.attention_beside.mean(layers * attention_ns, times.ffn_beside, times.ffns_ns(passes))
             return Step((plan, wanted), whole_ns, 0, 0, layers, attention_beside=ALONE if beside == ALONE else beside)
         sum_ns = times.sum_ns(rows, route.parts)
         inline_ns = route.inline_ns(times.stages, rows)
@@ -197,7 +197,7 @@ class SimulatedModelWorker(SimulatedWorker):
             cross_ns=route.cross_ns(times.stages, rows),
             crossed_bytes=2 * rows * route.row_bytes,
             route=route.kept,
-            jobs=route.jobs(times.stages, rows),
+            jobs=route.jobs(times.stages, rows, passes),
             attention_beside=times.attention_beside,
             ffn_beside=times.ffn_beside,
         )
@@ -239,7 +239,10 @@ class SimulatedModelWorker(SimulatedWorker):
             return first_ns
         batch, times, first = len(plan.items), self._times[plan.model], sum(plan.kv_lens)
         contexts = range(first + batch, first + further * batch + 1, batch)
-        later_ns = (times.whole_ns(batch, batch, times.decode_attention_ns(batch, tokens)) for tokens in contexts)
+        passes = times.passes((1,) * batch)
+        later_ns = (
+            times.whole_ns(batch, passes, batch, times.decode_attention_ns(batch, tokens)) for tokens in contexts
+        )
         told = tuple((sequence.request_id, SIMULATED_TOKEN, False) for sequence, _ in plan.items)
         now_ns = self._clock.now_ns()
         self._leap = Leap.of(plan, now_ns, (first_ns, *later_ns), told)

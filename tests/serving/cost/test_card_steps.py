@@ -24,7 +24,10 @@ from serving.errors import UserError
 from serving.gpu_suite.seeded import seeded
 from serving.gpu_suite.serve import replay
 from serving.interface import Cluster, Demand, Device, Request
+from serving.parallel.costs import GroupCosts, StepShape
+from serving.parallel.group import GroupPlan
 from serving.sim.backend import simulate_card
+from serving.sim.costs import StageTimes
 
 pytestmark = pytest.mark.cpu
 
@@ -91,6 +94,10 @@ def test_a_step_in_parts_reads_the_experts_once_a_part(file):
     both = stages.mixed_step(3, 3072, [(100, 512)])
     assert both.device_s == pytest.approx(apart[0].device_s + apart[1].device_s)
     assert apart[1].device_s == apart[2].device_s  # the graph of 128 rows
+    assert stages.passes(3, [100, 7]) == (4, 128, 16)
+    times, group = StageTimes(stages), GroupCosts(stages, GroupPlan(("a",)))
+    assert times.ffns_ns(times.passes((1, 1, 1, 100))) == times.ffns_ns((4,)) + times.ffns_ns((128,))
+    assert group.step_s([StepShape(3, 3072, ((100, 512),))]) == pytest.approx(both.device_s)
     assert stages.share(2).mixed_step(3, 3072, [(100, 512)]).device_s < both.device_s
     assert stages.decode_step(3, 3072).device_s == apart[0].device_s > stages.decode_step(2, 3072).device_s
 
@@ -98,6 +105,7 @@ def test_a_step_in_parts_reads_the_experts_once_a_part(file):
 def test_a_whole_step_of_other_costs_is_one_pass_of_all_rows():
     stages = StageCosts(published_spec(MODELS[0]), CostModel(load_hardware("h200")))
     apart = stages.decode_step(3, 600), stages.prefill_step(64, 128)
+    assert stages.passes(3, [100, 7]) == (110,)
     assert stages.mixed_step(3, 600, [(64, 128)]).device_s < 0.9 * sum(step.device_s for step in apart)
 
 
