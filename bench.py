@@ -40,7 +40,8 @@ def main() -> int:
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # it may stand anywhere
     with tempfile.TemporaryDirectory(prefix="sweep-", dir=_folder_that_nodes_share()) as folder:
         log = Path(folder) / "cells.jsonl"
-        sys.argv.append(f"+hydra.job.env_set.{sweep.LOG_VARIABLE}={log}")  # reaches cells wherever a launcher runs them
+        told = f"+hydra.job.env_set.{sweep.LOG_VARIABLE}={log}"  # reaches cells wherever a launcher runs them
+        sys.argv.insert(_first_override(sys.argv), told)  # beside the others, which argparse wants in one piece
         try:
             task()
         except (HydraException, OmegaConfBaseException, ValueError) as error:  # of composing: a cell keeps its own
@@ -61,6 +62,11 @@ def main() -> int:
             print(f"error: the launcher lost a cell: {one_line(f'{type(error).__name__}: {error}')}", file=sys.stderr)
             return 2
         return sweep.report(log)
+
+
+def _first_override(words: list[str]) -> int:
+    """Where the first word of the form name=value stands; after the last where there is none."""
+    return next((at for at, word in enumerate(words) if at and "=" in word and not word.startswith("-")), len(words))
 
 
 def _folder_that_nodes_share() -> Path | None:

@@ -481,3 +481,10 @@ def test_help_shows_what_can_be_set():
     assert done.returncode == 0
     for words in ("conf=skew0.9", "system: ", "skew2.1", "rate_rps", "ttft_ms"):
         assert words in done.stdout
+
+
+@pytest.mark.parametrize("words", [["conf=soak", "--cfg", "job"], ["--cfg", "job", "conf=soak"]])
+def test_the_composed_configuration_can_be_looked_at(words, bench_here):
+    code, said = bench_here(*words)
+    assert code == 0
+    assert "experiment: soak" in said.out
