@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -147,6 +148,20 @@ def test_measured_steps_are_a_card_to_whoever_simulates(file, tmp_path, monkeypa
     prompt_s = stages.prefill_step(256, 0).device_s + stages.prefill_step(44, 256).device_s
     assert ended["toy-measured"][1] == pytest.approx(prompt_s, rel=0.01)
     assert ended["toy-measured"] != ended["h200"]
+
+
+def test_the_shipped_card_is_made_of_half_of_the_shipped_steps_and_predicts_the_others():
+    steps, measured_on = read_steps(Path(__file__).parents[3] / "results" / "h200" / "steps.json")
+    shipped, half = shipped_measured("h200-measured"), fitting_half(steps)
+    assert shipped.fitted.provenance["measured_on"] == measured_on
+    assert shipped.fitted.provenance["steps"].startswith(f"{len(half)} of {len(steps)} steps")
+    judged = judge("h200", steps, shipped)
+    held_out = [one for one in judged if one.held_out and one.kind != "decode"]
+    assert len(held_out) == 6 and all(one.after.median < 0.03 < one.before.median for one in held_out)
+    model = held_out[0].model
+    fresh = calibrate_card("h200", [step for step in half if step.model == model], {})
+    again, kept = (CardStages(published_spec(model), each).mixed_step(2, 600, [(64, 700)]) for each in (fresh, shipped))
+    assert again.device_s == pytest.approx(kept.device_s, rel=0.01)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"model": "m", "control": "fused"}]}', '{"rows": []}'])
