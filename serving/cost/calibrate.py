@@ -3,8 +3,12 @@
 `python -m serving.cost calibrate --out FILE --model DIR` writes one JSON file: what the machine reached, every measured
 row, and coefficients fitted to the rows. A stage is timed by walking all layers of a model in order, the other half of each
 layer run untimed in between, of as many rows, so that weights and KV come from where they come from in a run (the last-level
-cache for small models, memory for large ones). Points are visited in several interleaved rounds and the median over rounds is
-kept, which rides out a neighbour's burst. What a step does once is measured on the worker (serving/cost/worker_steps.py).
+cache for small models, memory for large ones). What a step does once is measured on the worker (serving/cost/worker_steps.py).
+
+A core that always computes is not the core that a worker has: where the machine is shared (clocks, hosts of virtual machines) it
+is faster, by a third at times and for longer than a second. So the process rests between points as an idle worker does, for as
+long as leaves it busy for a given share of the time. And because what a run reports are means, so are points: of a skewed
+distribution of times the median is not what requests wait for. Points are visited in several interleaved rounds.
 """
 
 from __future__ import annotations
@@ -20,12 +24,14 @@ import torch
 
 from serving.checkpoints import open_weights
 from serving.cost.calibrated import MeasuredRow
+from serving.cost.worker_steps import rest_s
 from serving.errors import UserError
 from serving.interface import ServedModel
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
 from serving.layers.ffn_half import FFNHalf
 from serving.spec import GQASpec, ModelSpec
+from serving.workers.model_worker import IDLE_SLEEP_S
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 96, 128, 256)
 DECODE_BATCHES = (1, 2, 4, 8, 16)
@@ -50,35 +56,47 @@ class Point:
     repeats: int
 
 
-def measure(points: list[Point], rounds: int, seconds_per_point: float) -> tuple[list[MeasuredRow], float]:
-    """Every point timed in each of `rounds` interleaved rounds, the median round of each; and the share of wall time in
-    which this thread did not run, which says how far to trust them.
+def measure(
+    points: list[Point], rounds: int, seconds_per_point: float, busy_share: float
+) -> tuple[list[MeasuredRow], float]:
+    """Every point timed in each of `rounds` interleaved rounds, the mean of each; and the share of the time that was not rested
+    in which this thread did not run, which says how far to trust them. The core is busy for `busy_share` of the time.
 
     Times are of the thread's own clock: what other processes take of the core is not a cost of the model. What they take
     of caches and memory still shows.
     """
     times: list[list[float]] = [[] for _ in points]
-    wall_ns, own_ns = time.perf_counter_ns(), time.thread_time_ns()
+    wall_ns = own_ns = 0
     with torch.inference_mode():
         for _ in range(rounds):
             for index, point in enumerate(points):
+                began_ns, own_began_ns = time.perf_counter_ns(), time.thread_time_ns()
                 times[index].append(_time(point, seconds_per_point))
-    wall_ns, own_ns = time.perf_counter_ns() - wall_ns, time.thread_time_ns() - own_ns
+                took_ns = time.perf_counter_ns() - began_ns
+                wall_ns, own_ns = wall_ns + took_ns, own_ns + time.thread_time_ns() - own_began_ns
+                _rest(took_ns * 1e-9, busy_share)
     rows = [
-        MeasuredRow(point.operator, point.variant, point.columns, statistics.median(mine))
+        MeasuredRow(point.operator, point.variant, point.columns, statistics.fmean(mine))
         for point, mine in zip(points, times, strict=True)
     ]
     return rows, max(0.0, 1.0 - own_ns / wall_ns)
 
 
+def _rest(took_s: float, busy_share: float) -> None:
+    """Rest after `took_s` of work, in naps as an idle worker does."""
+    until = time.perf_counter() + rest_s(took_s, busy_share)
+    while time.perf_counter() < until:
+        time.sleep(IDLE_SLEEP_S)
+
+
 def _time(point: Point, budget_s: float) -> float:
-    """Median seconds of one repeat over as many runs as fit into `budget_s`, at least one. A run that does not count goes before
+    """Mean seconds of one repeat over as many runs as fit into `budget_s`, at least one. A run that does not count goes before
     them: it finds in the caches what another point left there, where an engine's step finds what the step before it left."""
     point.run()
     samples, end = [], time.perf_counter() + budget_s
     while not samples or (time.perf_counter() < end and len(samples) < 200):
         samples.append(point.run() * 1e-9 / point.repeats)
-    return statistics.median(samples)
+    return statistics.fmean(samples)
 
 
 def _timed(call: Callable[[], object]) -> int:

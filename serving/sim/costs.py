@@ -34,7 +34,7 @@ class StageTimes:
     """Nanoseconds of the stages of one model on one device."""
 
     def __init__(self, stages: ModelStages) -> None:
-        self.stages = stages
+        self.stages, self.spread = stages, stages.spread
         self.attention_beside = self._neighbourly("stage_decode", stages.attention)
         last = stages.spec.num_layers - 1
         self.ffn_beside = self._neighbourly("stage_routed", lambda rows, _: stages.ffn(last, rows))

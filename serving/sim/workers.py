@@ -6,6 +6,7 @@ completed and reported.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 from serving.growth import CountedPages, preempting_growth
@@ -137,6 +138,7 @@ class SimulatedModelWorker(SimulatedWorker):
         self._next_sample_ns = 0
         self._routes = [Route.of(role, index, ffn_workers, pipeline) for index in range(len(role.models))]
         self._device = pipeline.add_attention(self._begin, self._complete, role.lanes)
+        self._random = random.Random(name)
 
     def send(self, message: Submit | Cancel | Stop) -> None:
         if isinstance(message, Submit):
@@ -169,24 +171,26 @@ class SimulatedModelWorker(SimulatedWorker):
         query_lens = plan.query_lens
         rows, wanted = sum(query_lens), len(plan.logit_rows)
         attention_ns = times.attention_ns(query_lens, plan.kv_lens)
+        begin_ns, end_ns = times.embedding_ns(rows), times.head_ns(wanted)
+        factor, ffn_factor = (self._random.choice(times.spread) if times.spread else 1 for _ in range(2))
         route = self._routes[plan.model]
         if route is None:
             ffns_ns = sum(times.ffn_ns(layer, rows) for layer in range(layers))
-            whole_ns = times.embedding_ns(rows) + layers * attention_ns + ffns_ns + times.head_ns(wanted)
+            whole_ns = round((begin_ns + layers * attention_ns + ffns_ns + end_ns) * factor)
             beside = times.attention_beside.mean(layers * attention_ns, times.ffn_beside, ffns_ns)
             return Step((plan, wanted), whole_ns, 0, 0, layers, attention_beside=ALONE if beside == ALONE else beside)
         sum_ns = times.sum_ns(rows, route.parts)
         inline_ns = route.inline_ns(times.stages, rows)
         return Step(
             (plan, wanted),
-            first_ns=times.embedding_ns(rows) + attention_ns + inline_ns,
-            attention_ns=attention_ns + sum_ns + inline_ns,
-            finish_ns=times.head_ns(wanted) + sum_ns,
+            first_ns=round((begin_ns + attention_ns) * factor) + inline_ns,
+            attention_ns=round(attention_ns * factor) + sum_ns + inline_ns,
+            finish_ns=round(end_ns * factor) + sum_ns,
             layers=layers,
             cross_ns=route.cross_ns(times.stages, rows),
             crossed_bytes=2 * rows * route.row_bytes,
             route=route.kept,
-            jobs=route.jobs(times.stages, rows),
+            jobs=route.jobs(times.stages, rows, ffn_factor),
             attention_beside=times.attention_beside,
             ffn_beside=times.ffn_beside,
         )
