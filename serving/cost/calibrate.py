@@ -6,8 +6,9 @@ layer run untimed in between, of as many rows, so that weights and KV come from 
 cache for small models, memory for large ones). What a step does once is measured on the worker (serving/cost/worker_steps.py).
 
 A core that always computes is not the core that a worker has: where the machine is shared (clocks, hosts of virtual machines) it
-is faster, by a third at times and for longer than a second. So the process rests between points as an idle worker does, for as
-long as leaves it busy for a given share of the time. And because what a run reports are means, so are points: of a skewed
+is faster, by a third at times and for longer than a second. So points come in bursts, as the steps of a request do: one of a
+prompt, then some of decode steps; and after each burst the process rests as an idle worker does, for as long as leaves it busy for a
+given share of the time. Decode steps alone, each after a rest, take up to a quarter longer than on a worker. And because what a run reports are means, so are points: of a skewed
 distribution of times the median is not what requests wait for. Points are visited in several interleaved rounds.
 """
 
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,7 @@ CHUNKS = (
     *((new, 0) for new in (16, 32, 64, 72, 96, 128, 256)),
     *((new, past) for past in (256, 1024) for new in (16, 64, 256)),
 )
+_FEWEST_PROMPT_ROWS = 16
 _UNCOUNTED_S = 0.04
 _MOST_ROWS_BETWEEN = 64  # of the FFN that runs untimed between two attention layers: they hit nearly all experts
 
@@ -56,6 +58,11 @@ class Point:
     run: Callable[[], int]
     repeats: int
 
+    @property
+    def is_prompt(self) -> bool:
+        """Whether steps with prompts have it, and steps that decode hardly."""
+        return max(self.columns.get(name, 0.0) for name in ("isl", "num_tokens", "rows")) >= _FEWEST_PROMPT_ROWS
+
 
 def measure(
     points: list[Point], rounds: int, seconds_per_point: float, busy_share: float
@@ -70,9 +77,10 @@ def measure(
     wall_ns = own_ns = 0
     with torch.inference_mode():
         for _ in range(rounds):
-            for index, point in enumerate(points):
+            for burst in _bursts(points):
                 began_ns, own_began_ns = time.perf_counter_ns(), time.thread_time_ns()
-                times[index].append(_time(point, seconds_per_point))
+                for index in burst:
+                    times[index].append(_time(points[index], seconds_per_point))
                 took_ns = time.perf_counter_ns() - began_ns
                 wall_ns, own_ns = wall_ns + took_ns, own_ns + time.thread_time_ns() - own_began_ns
                 _rest(took_ns * 1e-9, busy_share)
@@ -83,6 +91,15 @@ def measure(
     return rows, max(0.0, 1.0 - own_ns / wall_ns)
 
 
+def _bursts(points: Sequence[Point]) -> Iterator[list[int]]:
+    """The places of all points, a prompt's first in each burst, decode steps' shared out evenly."""
+    prompts = [place for place, point in enumerate(points) if point.is_prompt]
+    steps = [place for place, point in enumerate(points) if not point.is_prompt]
+    count = max(len(prompts), 1)
+    for number in range(count):
+        yield prompts[number : number + 1] + steps[len(steps) * number // count : len(steps) * (number + 1) // count]
+
+
 def _rest(took_s: float, busy_share: float) -> None:
     """Rest after `took_s` of work, in naps as an idle worker does."""
     until = time.perf_counter() + rest_s(took_s, busy_share)
@@ -91,9 +108,9 @@ def _rest(took_s: float, busy_share: float) -> None:
 
 
 def _time(point: Point, budget_s: float) -> float:
-    """Mean seconds of one repeat over as many runs as fit into `budget_s`, at least one. Runs that do not count go before them, for
-    as long as a prompt goes before decode steps: a core that has rested is slowest at first, and the first run finds in the caches
-    what another point left there, where an engine's step finds what the step before it left."""
+    """Mean seconds of one repeat over as many runs as fit into `budget_s`, at least one. Runs that do not count go before them: a
+    core that has rested is slowest at first, and the first run finds in the caches what another point left there, where an engine's
+    step finds what the step before it left."""
     warm = time.perf_counter() + _UNCOUNTED_S * (budget_s > 0)
     point.run()
     while time.perf_counter() < warm:

@@ -222,3 +222,19 @@ def test_calibrations_of_different_points_do_not_join(tmp_path, capsys):
     assert main(["join", "--out", str(tmp_path / "all.json"), *files]) == 2
     assert "different points" in capsys.readouterr().err
     assert not (tmp_path / "all.json").exists()
+
+
+def test_points_come_in_bursts_of_a_prompt_and_of_decode_steps_and_the_core_rests_after_each(monkeypatch):
+    from serving.cost import calibrate
+
+    done = []
+
+    def point(number: int, **columns: float) -> calibrate.Point:
+        return calibrate.Point("stage", "m", columns, lambda: done.append(number) or 1000 * number, repeats=1)
+
+    monkeypatch.setattr(calibrate, "_rest", lambda took_s, busy_share: done.append((took_s > 0, busy_share)))
+    points = [point(n, num_tokens=float(rows)) for n, rows in enumerate((1, 64, 2, 4), start=1)] + [point(5, isl=16.0)]
+    rows, _ = calibrate.measure(points, rounds=1, seconds_per_point=0.0, busy_share=0.25)
+    assert [one for one in dict.fromkeys(done) if isinstance(one, int)] == [2, 1, 5, 3, 4]
+    assert done.count((True, 0.25)) == 2 and done[-1] == (True, 0.25)
+    assert [row.seconds for row in rows] == pytest.approx([n * 1e-6 for n in range(1, 6)])
