@@ -61,9 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--dtype", default="float32", help="what models compute in")
     measure.add_argument("--dummy", action="store_true", help="seeded weights: only config.json is read")
     measure.add_argument("--core", type=int, help="pin to this core (default: the first allowed one)")
-    measure.add_argument("--rounds", type=int, default=3, help="interleaved rounds; the median counts")
+    measure.add_argument("--rounds", type=int, default=3, help="interleaved rounds; the mean counts")
     measure.add_argument("--point-ms", type=float, default=40.0, help="time for one point in one round")
-    joined = add("join", _join, "the median of several calibrations of the same points, made at different times")
+    measure.add_argument(
+        "--busy-share", type=_share, default=1 / 3, help="of the time, how long the core computes; it rests in between"
+    )
+    joined = add("join", _join, "the mean of several calibrations of the same points, made at different times")
     joined.add_argument("--out", metavar="FILE", required=True, help="the JSON file to write")
     joined.add_argument("files", metavar="CALIBRATION", nargs="+")
     stream = add("stream", _stream, "stream rate of one core, in bytes a second (calibrate runs it)")
@@ -154,29 +157,38 @@ def _calibrate(options: argparse.Namespace) -> int:
         "machine": machine_rates.machine_name(),
         "date": datetime.date.today().isoformat(),
         "command": "python -m serving.cost calibrate",
+        "busy_share": options.busy_share,
     }
     rates, cores = machine_rates.stream_rates() | machine_rates.crossing_rates(), sorted(os.sched_getaffinity(0))
     own = cores[0] if options.core is None else options.core
     _pin(own)
     rates |= machine_rates.product_rates()
-    rows, neighbour = [], {}
+    rows, neighbour, spread = [], {}, {}
     for model in served:
         halves = calibrate.load_halves(model)
         points = list(calibrate.stage_points(model, *halves))
-        rows += measure_steps(model, *halves, options.rounds)
-        mine, lost = calibrate.measure(points, options.rounds, options.point_ms / 1e3)
+        steps, spread[model.name] = measure_steps(model, *halves, options.rounds, busy_share=options.busy_share)
+        rows += steps
+        mine, lost = calibrate.measure(points, options.rounds, options.point_ms / 1e3, options.busy_share)
         provenance[f"lost_share/{model.name}"] = round(lost, 3)
         print(f"{model.name}: {len(mine)} points; other processes held the core {lost:.0%} of the time")
         rows += mine
         if others := [core for core in cores if core != own]:
             neighbour[model.name] = calibrate.measure_beside_stream(points, others[0], options.point_ms / 1e3)
             print("  beside a streaming core: " + ", ".join(f"{k} x{v:.2f}" for k, v in neighbour[model.name].items()))
-    found = calibration(rates, options.dtype, rows_by_operator(rows), provenance, neighbour)
+    found = calibration(rates, options.dtype, rows_by_operator(rows), provenance, neighbour, spread)
     write_calibration(Path(options.out), found, rates)
     for name, rate in rates.items():
         print(f"{name:<26} {rate:10.4g}")
     print(f"wrote {options.out}")
     return 0
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0.0 < share <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return share
 
 
 def _join(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,7 @@ class Calibration:
     fitted: FittedSet
     rows: Mapping[str, Rows]  # by operator
     beside_stream: Mapping[str, Mapping[str, float]]  # model -> operator -> slowdown beside a core that streams memory
+    spread: Mapping[str, Sequence[float]]  # model -> how much steps differ (serving/cost/worker_steps.py)
 
     def models(self) -> tuple[str, ...]:
         """Names of the models whose stages were measured."""
@@ -79,12 +80,15 @@ def calibration(
     rows: Mapping[str, Rows],
     provenance: Mapping[str, object],
     beside_stream: Mapping[str, Mapping[str, float]] | None = None,
+    spread: Mapping[str, Sequence[float]] | None = None,
     card: str = CPU,
 ) -> Calibration:
     """A calibration of `card` from measured rates and rows: coefficients are fitted to all rows."""
     hardware = _measured_hardware(card, rates, provenance)
     fits = [fit for mine in rows.values() for fit in fit_rows(mine, hardware)]
-    return Calibration(hardware, dtype, fitted_set(card, fits, provenance), dict(rows), beside_stream or {})
+    return Calibration(
+        hardware, dtype, fitted_set(card, fits, provenance), dict(rows), beside_stream or {}, spread or {}
+    )
 
 
 def _measured_hardware(name: str, rates: Mapping[str, float], provenance: Mapping[str, object]) -> Hardware:
@@ -101,6 +105,7 @@ def write_calibration(path: Path, found: Calibration, rates: Mapping[str, float]
         "provenance": found.fitted.provenance,
         "machine": dict(rates),
         "beside_stream": found.beside_stream,
+        "spread": found.spread,
         "fits": [dataclasses.asdict(fit) for fit in found.fitted.variants.values()],
         "rows": {
             name: {
@@ -125,7 +130,7 @@ def read_calibration(path: str | Path) -> Calibration:
         hardware = _measured_hardware(content["card"], content["machine"], content["provenance"])
         fitted = fitted_set(content["card"], [Fitted(**entry) for entry in content["fits"]], content["provenance"])
         rows = {name: _rows(name, table) for name, table in content["rows"].items()}
-        return Calibration(hardware, content["dtype"], fitted, rows, content["beside_stream"])
+        return Calibration(hardware, content["dtype"], fitted, rows, content["beside_stream"], content["spread"])
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `python -m serving.cost calibrate --out {path}` writes it") from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -133,28 +138,32 @@ def read_calibration(path: str | Path) -> Calibration:
 
 
 def join(paths: Iterable[str | Path], target: str | Path) -> None:
-    """Write to `target` the median of the calibrations in `paths`, of the same points: a machine's speed drifts, so calibrate
-    before and after what is to be compared. Raises UserError where points differ."""
+    """Write to `target` the mean of the calibrations in `paths`, of the same points: a machine's speed drifts, so calibrate
+    before, within and after what is to be compared. Raises UserError where points differ."""
     contents = [json.loads(Path(path).read_text()) for path in paths if read_calibration(path)]
     first = contents[0]
     points = [{name: {**table, "seconds": ()} for name, table in content["rows"].items()} for content in contents]
     if any(other != points[0] for other in points) or any(c["dtype"] != first["dtype"] for c in contents):
         raise UserError(f"{', '.join(map(str, paths))}: calibrations of different points cannot be joined")
 
-    def median(values_of: Callable[[dict], float]) -> float:
-        return statistics.median(map(values_of, contents))
+    def mean(values_of: Callable[[dict], float]) -> float:
+        return statistics.fmean(map(values_of, contents))
 
     measured = {}
     for name, table in first["rows"].items():
-        seconds = np.median([content["rows"][name]["seconds"] for content in contents], axis=0)
+        seconds = np.mean([content["rows"][name]["seconds"] for content in contents], axis=0)
         measured[name] = _rows(name, {**table, "seconds": seconds})
-    rates = {key: median(lambda content, key=key: content["machine"][key]) for key in first["machine"]}
+    rates = {key: mean(lambda content, key=key: content["machine"][key]) for key in first["machine"]}
     beside = {
-        model: {key: median(lambda content, at=(model, key): content["beside_stream"][at[0]][at[1]]) for key in found}
+        model: {key: mean(lambda content, at=(model, key): content["beside_stream"][at[0]][at[1]]) for key in found}
         for model, found in first["beside_stream"].items()
     }
+    spread = {
+        model: [mean(lambda content, at=(model, part): content["spread"][at[0]][at[1]]) for part in range(len(found))]
+        for model, found in first["spread"].items()
+    }
     provenance = {**first["provenance"], "joined": len(contents)}
-    write_calibration(Path(target), calibration(rates, first["dtype"], measured, provenance, beside), rates)
+    write_calibration(Path(target), calibration(rates, first["dtype"], measured, provenance, beside, spread), rates)
 
 
 def _rows(operator: str, table: Mapping[str, Mapping]) -> Rows:
@@ -185,6 +194,10 @@ class CalibratedStages(ModelStages):
     def beside_stream(self, operator: str) -> float:
         """Measured slowdown of a stage (`stage_decode`, `stage_routed`) beside a streaming core; 1 unmeasured."""
         return self._found.beside_stream.get(self.spec.name, {}).get(operator, 1.0)
+
+    @property
+    def spread(self) -> tuple[float, ...]:
+        return tuple(self._found.spread.get(self.spec.name, ()))
 
     def share(self, parts: int) -> ModelStages:
         """Not measured: the whole stage's seconds, by the bytes and FLOPs that a share has of its work."""

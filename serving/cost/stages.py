@@ -81,6 +81,11 @@ class ModelStages:
         """Slowdown of a stage (`stage_decode`, `stage_routed`) while a neighbour streams the memory that both draw on."""
         return 1.0
 
+    @property
+    def spread(self) -> tuple[float, ...]:
+        """How much steps that should be alike differ: factors, each as likely as the others, 1 in the mean. Empty: not at all."""
+        return ()
+
     def share(self, parts: int) -> ModelStages:
         """The stages of one of `parts` devices that share out heads, widths and vocabulary, each with the sum over all of
         them that ends it."""

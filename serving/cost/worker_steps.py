@@ -2,12 +2,15 @@
 
 Composing a step, mapping pages, its layout and embedding, shapes that the product library meets for the first time, sampling,
 reporting: none of it is a stage of a model, all of it is in every step. The worker's own timeline tells it apart from the layers.
+How much steps that should be alike differ is measured there too.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
+import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,28 +34,39 @@ CHUNK_ROWS = (16, 32, 64, 80, 96, 128)
 _PROMPT_TOKENS = 11  # of sequences that are to decode
 _PAGE_BYTES = 65536
 _LEAST_S = 1e-7  # what differences of measured times are at least
+SPREAD_PARTS = 24
+
+
+def rest_s(took_s: float, busy_share: float) -> float:
+    """For how long to rest after `took_s` of work, to be busy for `busy_share` (at most 1) of the time."""
+    return took_s * (1.0 / busy_share - 1.0)
 
 
 class _Script:
-    """Both rings of a worker at once: hands out the next batch of requests when the last has ended, and Stop in the end."""
+    """Both rings of a worker at once: hands out the next batch of requests some time after the last has ended, and Stop in the
+    end. The worker has something to do for `busy_share` of the time."""
 
-    def __init__(self, batches: Sequence[Sequence[Submit]]) -> None:
+    def __init__(self, batches: Sequence[Sequence[Submit]], busy_share: float) -> None:
         self._batches, self._ready, self._open = deque(batches), deque(), 0
+        self._busy_share = busy_share
+        self._began_s = self._next_s = time.monotonic()
 
     @property
     def empty(self) -> bool:
-        return self._open > 0 and not self._ready
+        return not self._ready if self._open else time.monotonic() < self._next_s
 
     def pop(self) -> bytes | None:
-        if not self._open:
+        if not self._open and not self.empty:
             self._ready.extend(self._batches.popleft() if self._batches else (Stop(),))
-            self._open = len(self._ready)
+            self._open, self._began_s = len(self._ready), time.monotonic()
         return encode(self._ready.popleft()) if self._ready else None
 
     def push(self, data: bytes) -> bool:
         message = decode(data)
         if isinstance(message, Tokens):
             self._open -= sum(last for _, _, last in message.items)
+            now_s = time.monotonic()
+            self._next_s = now_s + rest_s(now_s - self._began_s, self._busy_share)
         return True
 
 
@@ -83,16 +97,22 @@ class _Spans(list):
 
 
 def measure_steps(
-    model: ServedModel, attention: AttentionHalf, ffn: FFNHalf, rounds: int, decode_steps: int = 24
-) -> list[MeasuredRow]:
+    model: ServedModel,
+    attention: AttentionHalf,
+    ffn: FFNHalf,
+    rounds: int,
+    decode_steps: int = 24,
+    busy_share: float = 1.0,
+) -> tuple[list[MeasuredRow], tuple[float, ...]]:
     """Rows of `stage_begin` (all that a step of so many rows does once, but for its end) and of `stage_end` (last residual, head,
     sampling and the report for so many positions of a decode step): the median over the steps of all `rounds`, in each of which
-    sequences decode for `decode_steps`.
+    sequences decode for `decode_steps`, while the worker has something to do for `busy_share` of the time. And how much decode
+    steps differ: their times over the mean of those with as many rows, as :func:`spread` has them.
 
     Prompts have other lengths in each round: those of a real trace are seldom met twice.
     """
     spans = _Spans()
-    _serve(model, attention, ffn, list(_batches(model, rounds, decode_steps)), spans)
+    _serve(model, attention, ffn, list(_batches(model, rounds, decode_steps)), spans, busy_share)
     by_rows: dict[int, list[_Step]] = defaultdict(list)
     for step in _steps(spans):
         by_rows[step.rows].append(step)
@@ -109,7 +129,18 @@ def measure_steps(
         once_ns = statistics.median(step.once_ns - end_ns for length in lengths for step in by_rows[length])
         columns = {**common, "rows": statistics.fmean(lengths)}
         measured.append(MeasuredRow("stage_begin", model.name, columns, max(once_ns * 1e-9, _LEAST_S)))
-    return measured
+    return measured, spread([[step.took_ns for step in by_rows[rows]] for rows in DECODE_ROWS])
+
+
+def spread(groups: Sequence[Sequence[float]], parts: int = SPREAD_PARTS) -> tuple[float, ...]:
+    """The distribution of times of each group over its mean, all groups together, cut into `parts` alike in number, ascending: the
+    mean of each. They are 1 in the mean. Fewer where there are fewer times."""
+    ratios = sorted(time / statistics.fmean(group) for group in groups for time in group)
+    parts = min(parts, len(ratios))
+    edges = [len(ratios) * part // parts for part in range(parts + 1)]
+    means = [statistics.fmean(ratios[first:last]) for first, last in itertools.pairwise(edges)]
+    mean = statistics.fmean(means)
+    return tuple(value / mean for value in means)
 
 
 def _chunk_rows(model: ServedModel) -> tuple[int, ...]:
@@ -139,14 +170,19 @@ def _batches(model: ServedModel, rounds: int, decode_steps: int) -> Iterator[lis
 
 
 def _serve(
-    model: ServedModel, attention: AttentionHalf, ffn: FFNHalf, batches: Sequence[Sequence[Submit]], spans: _Spans
+    model: ServedModel,
+    attention: AttentionHalf,
+    ffn: FFNHalf,
+    batches: Sequence[Sequence[Submit]],
+    spans: _Spans,
+    busy_share: float,
 ) -> None:
     """Run a worker of `model` through `batches`, one after the other."""
     most, spec = max(DECODE_ROWS), model.spec
     longest = max(len(request.prompt) + request.max_new_tokens for batch in batches for request in batch)
     pages = most * KVGeometry.of(spec, model.dtype).pages(longest, _PAGE_BYTES)
     pool, region = KVPool(pages, _PAGE_BYTES, [(spec, model.dtype)], most), SharedRegion(counters.REGION_BYTES)
-    script, count = _Script(batches), Counters(region)
+    script, count = _Script(batches, busy_share), Counters(region)
     hosted = HostedModel(0, attention, pool.models[model.name], _FFNApart({0: ffn}, 1), 0, spec.num_layers)
     limits = StepLimits(most, max(longest, most * _PROMPT_TOKENS))
     try:
@@ -160,6 +196,7 @@ def _serve(
 @dataclass(frozen=True)
 class _Step:
     rows: int
+    took_ns: int  # with the gap to the step before where it decodes
     once_ns: float  # all but the layers; gaps between spans are in it, and the gap to the step before
     end_ns: int
 
@@ -177,5 +214,6 @@ def _steps(spans: Sequence[_Span]) -> Iterator[_Step]:
         decodes = span.rows in DECODE_ROWS
         started_ns = before_ns if decodes and before_ns else mine[0].start_ns
         gaps_ns = span.end_ns - started_ns - sum(one.ns for one in mine)
-        yield _Step(span.rows, gaps_ns + first - statistics.median(others or [first]) + span.ns, span.ns)
+        once_ns = gaps_ns + first - statistics.median(others or [first]) + span.ns
+        yield _Step(span.rows, span.end_ns - started_ns, once_ns, span.ns)
         before_ns, mine = span.end_ns, []

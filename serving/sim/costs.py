@@ -34,11 +34,12 @@ class StageTimes:
     """Nanoseconds of the stages of one model on one device."""
 
     def __init__(self, stages: ModelStages) -> None:
-        self.stages = stages
+        self.stages, self.spread = stages, stages.spread
         self.attention_beside = self._neighbourly("stage_decode", stages.attention)
         last = stages.spec.num_layers - 1
         self.ffn_beside = self._neighbourly("stage_routed", lambda rows, _: stages.ffn(last, rows))
-        self.alone = self.attention_beside is ALONE and self.ffn_beside is ALONE  # whether no neighbour matters
+        # Whether a step takes what it takes, whoever else computes and whichever step it is.
+        self.alone = self.attention_beside is ALONE and self.ffn_beside is ALONE and not self.spread
         self._attention = functools.lru_cache(maxsize=None)(self._attention_ns)
         self.ffn_ns = functools.lru_cache(maxsize=None)(self._ffn_ns)
         self.embedding_ns = functools.lru_cache(maxsize=None)(lambda rows: self._ns(stages.embedding(rows)))

@@ -53,11 +53,15 @@ class Route:
         """For how long a device is held up by rows that leave it: while they do, unless transfers are stages of their own."""
         return self._one_way_ns(stages, rows) if self._inline else 0
 
-    def _jobs(self, stages: ModelStages, rows: int, passes: tuple[int, ...]) -> int:
-        """Where the pipeline keeps, by kind of layer, the devices and their nanoseconds for so many rows in so many passes."""
+    def _jobs(self, stages: ModelStages, rows: int, passes: tuple[int, ...], factor: float) -> int:
+        """Where the pipeline keeps, by kind of layer, the devices and their nanoseconds for so many rows in so many passes,
+        `factor` times what they usually are."""
         inline_ns = self.inline_ns(stages, rows)
         return self._pipeline.keep_jobs(
-            [(worker.device, worker.times[index].ffn_ns(layer, passes) + inline_ns) for worker, index in legs]
+            [
+                (worker.device, round(worker.times[index].ffn_ns(layer, passes) * factor) + inline_ns)
+                for worker, index in legs
+            ]
             for layer, legs in self._legs
         )
 

@@ -6,6 +6,7 @@ completed and reported.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 from serving.growth import CountedPages, preempting_growth
@@ -141,6 +142,7 @@ class SimulatedModelWorker(SimulatedWorker):
         # Whether nobody else has a say in when a step that is one stage ends, and what comes after it.
         self._leaps = role.lanes == 1 and all(one.alone for one in times)
         self._leap: Leap | None = None  # the steps under way where they are more than one
+        self._random = random.Random(name)
 
     def send(self, message: Submit | Cancel | Stop) -> None:
         self._end_leap()
@@ -179,25 +181,27 @@ class SimulatedModelWorker(SimulatedWorker):
         query_lens = plan.query_lens
         rows, wanted = sum(query_lens), len(plan.logit_rows)
         attention_ns, passes = times.attention_ns(query_lens, plan.kv_lens), times.passes(query_lens)
+        factor, ffn_factor = (self._random.choice(times.spread) if times.spread else 1 for _ in range(2))
         route = self._routes[plan.model]
         if route is None:
-            whole_ns = times.whole_ns(rows, passes, wanted, attention_ns)
+            whole_ns = round(times.whole_ns(rows, passes, wanted, attention_ns) * factor)
             if self._leaps:
                 return Step((plan, wanted), self._leap_ns(plan, whole_ns), 0, 0, layers)
             beside = times.attention_beside.mean(layers * attention_ns, times.ffn_beside, times.ffns_ns(passes))
             return Step((plan, wanted), whole_ns, 0, 0, layers, attention_beside=ALONE if beside == ALONE else beside)
         sum_ns = times.sum_ns(rows, route.parts)
         inline_ns = route.inline_ns(times.stages, rows)
+        begin_ns, end_ns = times.embedding_ns(rows), times.head_ns(wanted)
         return Step(
             (plan, wanted),
-            first_ns=times.embedding_ns(rows) + attention_ns + inline_ns,
-            attention_ns=attention_ns + sum_ns + inline_ns,
-            finish_ns=times.head_ns(wanted) + sum_ns,
+            first_ns=round((begin_ns + attention_ns) * factor) + inline_ns,
+            attention_ns=round(attention_ns * factor) + sum_ns + inline_ns,
+            finish_ns=round(end_ns * factor) + sum_ns,
             layers=layers,
             cross_ns=route.cross_ns(times.stages, rows),
             crossed_bytes=2 * rows * route.row_bytes,
             route=route.kept,
-            jobs=route.jobs(times.stages, rows, passes),
+            jobs=route.jobs(times.stages, rows, passes, ffn_factor),
             attention_beside=times.attention_beside,
             ffn_beside=times.ffn_beside,
         )

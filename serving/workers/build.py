@@ -49,6 +49,9 @@ from serving.workers.relay_worker import RelayWorker
 from serving.workers.timeline import Recorder
 
 WHOLE = Share()
+MANY_ROWS = (
+    96  # of a prompt that meets the kernels for many rows (kernels/linear/cpu.py), whose first use costs up to 40 ms
+)
 
 
 def attach(ref: RegionRef) -> SharedRegion:
@@ -251,7 +254,8 @@ def _share_of(seat: GroupSeat) -> ServedModel:
 
 
 def warm_up_attention(half: AttentionHalf, kv: ModelKV) -> None:
-    """One prefill and one decode step through the first layer, so that no request pays for first-use set-up."""
+    """A prefill and a decode step through the first layer, and a prompt of many rows through all of them over a cache of its own
+    (the pool may hold less), so that no request pays for first-use set-up."""
     run = kv.open_run()
     tokens = min(4, kv.geometry.max_context_tokens)
     kv.grow(run, tokens)
@@ -262,14 +266,21 @@ def warm_up_attention(half: AttentionHalf, kv: ModelKV) -> None:
             hidden = half.embed(torch.zeros(rows, dtype=torch.int64))
             hidden, ffn_in = half.attend(0, hidden, None, kv.layers[0], layout)
             half.logits(hidden, ffn_in, layout)
+        rows = min(MANY_ROWS, kv.geometry.max_context_tokens)
+        layout, hidden = (
+            BatchLayout((rows,), (rows,), (0,), (rows - 1,)),
+            half.embed(torch.zeros(rows, dtype=torch.int64)),
+        )
+        for layer, cache in enumerate(kv.layers):
+            half.attend(layer, hidden, hidden, torch.zeros(rows, *cache.shape[1:], dtype=cache.dtype), layout)
     kv.close_run(run)
 
 
 def warm_up_ffn(half: FFNHalf, model: ServedModel, part: FFNPart = WHOLE_FFN) -> None:
-    """One row and a few through the first and the last layer held (a dense and a routed one, where a model has both)."""
+    """One row, a few and many through the first and the last layer held (a dense and a routed one, where a model has both)."""
     held = [layer for layer in range(model.spec.num_layers) if part.holds(layer)]
     dtype = getattr(torch, model.dtype)
     with torch.inference_mode():
-        for rows in (1, 5):
+        for rows in (1, 5, MANY_ROWS):
             for layer in {held[0], held[-1]}:
                 half.forward(layer, torch.zeros(rows, model.spec.hidden_size, dtype=dtype))

@@ -34,7 +34,7 @@ from serving.workers.timeline import A2F, ATTENTION, FINISH, Recorder
 _MAP_AHEAD_TOKENS = 16  # keep this many tokens mapped beyond the last one where there is idle time to do it
 _SPINS_BEFORE_YIELD = 64  # longer than a crossing takes; from then on others that want this core get it
 _SPINS_BEFORE_SLEEP = 2000
-_IDLE_SLEEP_S = 0.0003
+IDLE_SLEEP_S = 0.0003
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class ModelWorker:
                     os.sched_yield()
                 return
         if idle_spins > _SPINS_BEFORE_SLEEP or self._shares_core:
-            time.sleep(_IDLE_SLEEP_S)
+            time.sleep(IDLE_SLEEP_S)
 
     # -- control -------------------------------------------------------------------------------------------------------
     def _take_control(self) -> bool:
@@ -317,4 +317,4 @@ class ModelWorker:
     def _report(self, message: Tokens | PoolUse | Preempted | Expired) -> None:
         data = encode(message)
         while not self._tokens.push(data):  # the host is behind; losing a token is no choice
-            time.sleep(_IDLE_SLEEP_S)
+            time.sleep(IDLE_SLEEP_S)

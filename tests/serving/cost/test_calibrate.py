@@ -151,9 +151,10 @@ def test_the_stages_of_a_small_model_can_be_measured(tmp_path):
     operators = {point.operator for point in points}
     assert operators == {f"stage_{name}" for name in ("decode", "prefill", "routed", "dense")}
     assert max(point.columns.get("context", 0) for point in points) <= 512
-    rows, lost = measure(points, rounds=1, seconds_per_point=0.0)
+    rows, lost = measure(points, rounds=1, seconds_per_point=0.0, busy_share=0.5)
     assert 0 <= lost < 1
-    rows += measure_steps(model, *halves, rounds=1, decode_steps=2)
+    steps, _ = measure_steps(model, *halves, rounds=1, decode_steps=2)
+    rows += steps
     assert {row.operator for row in rows} - operators == {"stage_begin", "stage_end"}
     assert all(row.seconds > 0 for row in rows)
     found = calibration(RATES, "float32", rows_by_operator(rows), {})
@@ -195,18 +196,20 @@ def test_calibrate_refuses_what_it_cannot_do(tmp_path, capsys):
     assert "core 4096 cannot be used" in capsys.readouterr().err
 
 
-def test_calibrations_of_several_times_join_to_their_median(tmp_path):
-    for number, scale in enumerate((1.0, 1.2, 3.0)):
+def test_calibrations_of_several_times_join_to_their_mean(tmp_path):
+    for number, scale in enumerate((1.0, 1.5, 2.0)):
         rows = rows_by_operator(made_rows("mixtral-8x7b", 4096.0, scale))
         rates = {name: rate * scale for name, rate in RATES.items()}
         slowed = {"mixtral-8x7b": {"stage_decode": 1 + scale}}
-        found = calibration(rates, "float32", rows, {"machine": "here", "date": "today"}, slowed)
+        spread = {"mixtral-8x7b": [1 - scale / 4, 1 + scale / 4]}
+        found = calibration(rates, "float32", rows, {"machine": "here", "date": "today"}, slowed, spread)
         write_calibration(tmp_path / f"{number}.json", found, rates)
     files = [str(tmp_path / f"{number}.json") for number in range(3)]
     assert main(["join", "--out", str(tmp_path / "all.json"), *files]) == 0
     joined, middle = read_calibration(tmp_path / "all.json"), read_calibration(files[1])
-    assert joined.hardware.memory_bandwidth == pytest.approx(1.2 * RATES["memory_bandwidth"])
-    assert joined.beside_stream == {"mixtral-8x7b": {"stage_decode": 2.2}}
+    assert joined.hardware.memory_bandwidth == pytest.approx(1.5 * RATES["memory_bandwidth"])
+    assert joined.beside_stream == {"mixtral-8x7b": {"stage_decode": 2.5}}
+    assert joined.spread == {"mixtral-8x7b": [0.625, 1.375]}
     for name, rows in middle.rows.items():
         np.testing.assert_allclose(joined.rows[name].seconds, rows.seconds)
 
@@ -219,3 +222,19 @@ def test_calibrations_of_different_points_do_not_join(tmp_path, capsys):
     assert main(["join", "--out", str(tmp_path / "all.json"), *files]) == 2
     assert "different points" in capsys.readouterr().err
     assert not (tmp_path / "all.json").exists()
+
+
+def test_points_come_in_bursts_of_a_prompt_and_of_decode_steps_and_the_core_rests_after_each(monkeypatch):
+    from serving.cost import calibrate
+
+    done = []
+
+    def point(number: int, **columns: float) -> calibrate.Point:
+        return calibrate.Point("stage", "m", columns, lambda: done.append(number) or 1000 * number, repeats=1)
+
+    monkeypatch.setattr(calibrate, "_rest", lambda took_s, busy_share: done.append((took_s > 0, busy_share)))
+    points = [point(n, num_tokens=float(rows)) for n, rows in enumerate((1, 64, 2, 4), start=1)] + [point(5, isl=16.0)]
+    rows, _ = calibrate.measure(points, rounds=1, seconds_per_point=0.0, busy_share=0.25)
+    assert [one for one in dict.fromkeys(done) if isinstance(one, int)] == [2, 1, 5, 3, 4]
+    assert done.count((True, 0.25)) == 2 and done[-1] == (True, 0.25)
+    assert [row.seconds for row in rows] == pytest.approx([n * 1e-6 for n in range(1, 6)])

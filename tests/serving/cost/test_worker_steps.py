@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from serving.cost.calibrate import load_halves
-from serving.cost.worker_steps import CHUNK_ROWS, DECODE_ROWS, measure_steps
+from serving.cost.worker_steps import CHUNK_ROWS, DECODE_ROWS, measure_steps, spread
 from serving.interface import ServedModel
 from serving.spec import spec_from_config
 
@@ -69,7 +69,7 @@ def slowed(model: ServedModel, side: int, method: str) -> dict[str, float]:
     halves = list(load_halves(model))
     halves[side] = Late(halves[side], method)
     found: dict[str, list[float]] = {}
-    for row in measure_steps(model, *halves, rounds=1, decode_steps=2):
+    for row in measure_steps(model, *halves, rounds=1, decode_steps=2)[0]:
         found.setdefault(row.operator, []).append(row.seconds)
     return {operator: statistics.median(seconds) for operator, seconds in found.items()}
 
@@ -83,7 +83,7 @@ def test_what_is_done_once_counts_where_it_is_done_and_layers_count_nowhere(mode
 
 
 def test_rows_are_those_of_decode_steps_and_of_prompts_that_fit_the_context(model):
-    rows = measure_steps(model, *load_halves(model), rounds=2, decode_steps=2)
+    rows, _ = measure_steps(model, *load_halves(model), rounds=2, decode_steps=2)
     begun = [row.columns["rows"] for row in rows if row.operator == "stage_begin"]
     fitting = [count - 0.5 for count in CHUNK_ROWS if count < TINY["max_position_embeddings"]]
     assert begun == [*DECODE_ROWS, *fitting]  # another length in each of both rounds
@@ -94,4 +94,23 @@ def test_rows_are_those_of_decode_steps_and_of_prompts_that_fit_the_context(mode
 def test_a_model_of_one_layer_has_no_other_layer_to_compare_with(model):
     spec = dataclasses.replace(model.spec, num_layers=1)
     one = ServedModel(spec, model.checkpoint, "float32", dummy=True)
-    assert all(0 < row.seconds < 1 for row in measure_steps(one, *load_halves(one), rounds=1, decode_steps=2))
+    rows, _ = measure_steps(one, *load_halves(one), rounds=1, decode_steps=2)
+    assert all(0 < row.seconds < 1 for row in rows)
+
+
+def test_a_worker_rests_between_batches_for_as_long_as_its_busy_share_says(model):
+    halves = load_halves(model)
+    halves = (
+        Late(halves[0], "embed"),
+        halves[1],
+    )  # so that what is to be rested for is known: at least 9 steps of DELAY_S
+    began_s = time.monotonic()
+    measure_steps(model, *halves, rounds=1, decode_steps=1, busy_share=0.5)
+    assert time.monotonic() - began_s >= 2 * 9 * DELAY_S
+
+
+def test_the_spread_of_steps_is_that_of_their_times_over_the_mean_of_their_kind():
+    assert spread([[1.0, 3.0], [20.0, 20.0]], parts=2) == (0.75, 1.25)
+    assert spread([[5.0]], parts=4) == (1.0,)
+    many = spread([range(1, 1000)], parts=8)
+    assert len(many) == 8 and list(many) == sorted(many) and statistics.fmean(many) == pytest.approx(1.0)

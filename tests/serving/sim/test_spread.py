@@ -1,0 +1,57 @@
+"""Steps that should be alike differ by the factors of their stages' spread, the same ones in every run."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from runner.replay import Replay
+from serving import registry
+from serving.cost.hardware import load_hardware
+from serving.cost.operators import CostModel
+from serving.cost.stages import StageCosts
+from serving.generate import cpu_cluster
+from serving.interface import Demand, ServedModel
+from serving.sim.backend import SimulatedBackend
+from serving.spec import load_spec
+from workloads.trace import TraceRequest
+
+pytestmark = pytest.mark.cpu
+
+
+def gaps_ns(system_name: str, checkpoints, spread: tuple[float, ...], count: int = 1) -> list[list[int]]:
+    """Nanoseconds between the tokens of each of `count` requests that come at once."""
+
+    class Stages(StageCosts):
+        pass
+
+    Stages.spread = spread
+    directory = checkpoints["mixtral"]
+    model = ServedModel(load_spec(directory, "m"), directory, "bfloat16")
+    cost = CostModel(load_hardware("h200"))
+    backend = SimulatedBackend("made", lambda model, device: Stages(model.spec, cost))
+    system = registry.create(system_name, {"page_bytes": 4096})
+    system.start(system.plan(cpu_cluster(2, 64 << 20), [model], Demand()), backend)
+    trace = [TraceRequest(number, "m", 0.0, 5, 40, (1,) * 5) for number in range(count)]
+    try:
+        rows = Replay(system, trace, 10.0, 0.0005, backend.clock).run(count, "sim").requests
+    finally:
+        system.stop()
+    times = [row.token_times_ns for row in rows]
+    return [[after - before for before, after in itertools.pairwise(one)] for one in times]
+
+
+def test_a_step_takes_its_usual_time_times_one_of_the_factors(tiny_checkpoints):
+    (usual,), (spread,) = (gaps_ns("static", tiny_checkpoints, factors) for factors in ((), (0.5, 1.5)))
+    factors = [mine / other for mine, other in zip(spread, usual, strict=True)]
+    assert {round(factor, 2) for factor in factors} == {0.5, 1.5}
+
+
+def test_both_sides_of_a_pipeline_differ_and_runs_repeat_bit_for_bit(tiny_checkpoints):
+    usual, spread, again = (
+        gaps_ns("crosspool", tiny_checkpoints, factors, 3) for factors in ((), (0.5, 1.5), (0.5, 1.5))
+    )
+    assert spread == again != usual
+    (lone,) = gaps_ns("crosspool", tiny_checkpoints, (0.5, 1.5))
+    assert len({round(gap / min(lone), 1) for gap in lone}) >= 3  # each side by a factor of its own
