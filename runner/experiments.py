@@ -162,10 +162,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         name="paper-tbt-turns",
         question="The same with engines that take turns on a GPU, as processes do without MPS, simulated.",
         base=("conf=paper-tbt-turns",),
-        sweeps={
-            "fast": {_RATE: _PAPER_RATES, _DURATION: (120,)},
-            "full": {_RATE: _PAPER_RATES, _SEED: (0, 1, 2)},
-        },
+        sweeps={"full": {_RATE: _PAPER_RATES, _SEED: (0, 1, 2)}},
         figures=("tbt_vs_rate", "tbt_by_model", "latency_vs_rate", "outcomes", "summary"),
         cell_s=5,
         paper="Fig. 7",

@@ -50,6 +50,15 @@ class CardStages(InParts, CalibratedStages):
     def __init__(self, spec: ModelSpec, found: Calibration) -> None:
         super().__init__(dataclasses.replace(spec, name=_measured_name(spec, found)), found)
 
+    def share(self, parts: int) -> ModelStages:
+        """Raises UserError for more than one part: few rows take latency, which dividing work does not divide."""
+        if parts > 1:
+            card = self.hardware.name
+            raise UserError(
+                f"steps of {self.spec.name} were measured whole, and it lies on {parts} devices; backend.card={card} has costs of parts"
+            )
+        return self
+
     def head(self, rows: int) -> Stage:
         return Stage(0.0, facts.head_work(self.spec, rows, self.dtype), 0)
 
