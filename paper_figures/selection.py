@@ -14,7 +14,13 @@ from paper_figures.records import Run
 _NOT_A_SCENARIO = (
     "system.", "tune.", "timeline", "workload.seeds", "tracking", "results_dir", "force", "experiment", "poll_interval_ms",
 )  # fmt: skip
-_SHORT = {"workload.": "", "arrivals.rate_rps": "rate", "popularity.alpha": "skew", "lengths.": ""}
+_SHORT = {
+    "backend.name": "backend",
+    "workload.": "",
+    "arrivals.rate_rps": "rate",
+    "popularity.alpha": "skew",
+    "lengths.": "",
+}
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -60,8 +66,12 @@ def scenario(run: Run, without: Iterable[str] = ()) -> dict[str, Any]:
     return {key: value for key, value in flatten(run.config).items() if not key.startswith(dropped)}
 
 
+_TOLD = 2  # things that a label names, where that is enough
+
+
 def panels(runs: Sequence[Run], without: Iterable[str] = (), most: int = 4) -> list[tuple[str, list[Run]]]:
-    """`runs` by scenario, as (label, runs); the label says what differs. Of more than `most`, evenly spread ones."""
+    """`runs` by scenario, as (label, runs); the label says what differs, as much of it as tells scenarios apart. Of more than `most`,
+    evenly spread ones."""
     scenarios = [scenario(run, without) for run in runs]
     keys = differing(scenarios)
     groups: dict[tuple, list[Run]] = {}
@@ -70,7 +80,10 @@ def panels(runs: Sequence[Run], without: Iterable[str] = (), most: int = 4) -> l
     ordered = sorted(groups, key=lambda values: [sortable(value) for value in values])
     if len(ordered) > most:
         ordered = [ordered[round(i * (len(ordered) - 1) / (most - 1))] for i in range(most)]
-    return [(_label(keys, values), groups[values]) for values in ordered]
+    told = range(_TOLD, max(_TOLD, len(keys)) + 2)
+    labels = ([_label(keys, values, most) for values in ordered] for most in told)
+    distinct = next(shown for shown in labels if len(set(shown)) == len(shown))
+    return [(label, groups[values]) for label, values in zip(distinct, ordered, strict=True)]
 
 
 def sortable(value: Any) -> tuple:
@@ -78,14 +91,18 @@ def sortable(value: Any) -> tuple:
     return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
 
 
-def _label(keys: Sequence[str], values: Sequence[Any]) -> str:
-    """The first two of what differs. Of lists that differ their members' own settings say nothing more, and of models their
-    number has room where their names have not."""
+def _label(keys: Sequence[str], values: Sequence[Any], most: int) -> str:
+    """The first `most` of what differs; where that is more than there are, all of it as it is. Of lists that differ their
+    members' own settings say nothing more, and of models their number has room where their names have not."""
+    if most > max(_TOLD, len(keys)):
+        return ", ".join(f"{short_key(key)} {value}" for key, value in zip(keys, values, strict=True))
     told = [
         (key, value) for key, value in zip(keys, values, strict=True) if not any(key.startswith(f"{k}.") for k in keys)
     ]
+    told.sort(key=lambda one: one[0] == "backend.calibration")  # a file's name says least
     return ", ".join(
-        f"{value.count(',') + 1} models" if key == "models" else f"{short_key(key)} {value}" for key, value in told[:2]
+        f"{value.count(',') + 1} models" if key == "models" else f"{short_key(key)} {value}"
+        for key, value in told[:most]
     )
 
 

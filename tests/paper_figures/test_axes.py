@@ -64,6 +64,17 @@ def test_panels_are_scenarios_and_seeds_are_not():
     assert all(len(members) == 2 for _, members in found)
 
 
+def test_panels_are_told_apart_by_as_much_as_that_takes():
+    cells = [(process, rate, alpha) for process in ("gamma", "poisson") for rate in (1.0, 2.0) for alpha in (0.0, 0.9)]
+    runs = [
+        run(number=n, arrivals={"kind": kind, "rate_rps": rate}, popularity={"alpha": alpha})
+        for n, (kind, rate, alpha) in enumerate(cells)
+    ]
+    labels = [label for label, _ in panels(runs, most=8)]
+    assert len(set(labels)) == len(cells)
+    assert labels[0] == "arrivals.kind gamma, rate 1.0, skew 0.0"
+
+
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=2000))
 def test_a_cdf_rises_to_one_and_keeps_its_ends(values):
     found, fractions = stats.cdf(np.array(values))
