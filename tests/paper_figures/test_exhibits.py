@@ -189,7 +189,7 @@ def test_measured_and_simulated_runs_never_share_a_curve(write_run, tmp_path):
     for name in ("tbt_cdf", "outcomes"):
         draw(tmp_path, name)
         rows = pd.read_csv(tmp_path / "out" / "made-up" / f"{name}.csv")
-        assert set(rows["panel"]) == {"backend.name real", "backend.name sim"}
+        assert set(rows["panel"]) == {"backend real", "backend sim"}
         assert (rows["runs"] == 1).all()
 
 
