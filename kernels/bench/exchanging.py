@@ -76,13 +76,9 @@ def question_seconds(
 
 
 def _reset(outboxes: Sequence[Outbox], inboxes: Sequence[Inbox]) -> None:
-    for outbox in outboxes:
-        outbox.sent.zero_()
-        torch.cuda.synchronize(outbox.sent.device)
-    for inbox in inboxes:
-        for counted in (inbox.flags, inbox.taken, inbox.error):
-            counted.zero_()
-        torch.cuda.synchronize(inbox.slots.device)
+    for box, held in (*((outbox, outbox.sent) for outbox in outboxes), *((inbox, inbox.slots) for inbox in inboxes)):
+        box.forget()
+        torch.cuda.synchronize(held.device)
 
 
 def _rounds(sides: Sequence[Callable[[], None]], cards: Sequence[torch.device]) -> float:

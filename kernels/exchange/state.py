@@ -44,6 +44,11 @@ class Inbox:
     def sources(self) -> int:
         return self.slots.shape[1]
 
+    def forget(self) -> None:
+        """As before the first filling. Nobody may be posting to it or collecting."""
+        for counted in (self.flags, self.taken, self.error):
+            counted.zero_()
+
 
 @dataclass(frozen=True)
 class Outbox:
@@ -70,6 +75,10 @@ class Outbox:
             torch.tensor(flags, dtype=torch.int64, device=device),
             torch.zeros(inboxes[0].flags.shape[1], dtype=torch.int32, device=device),
         )
+
+    def forget(self) -> None:
+        """As before the first filling, which its inboxes must be too."""
+        self.sent.zero_()
 
 
 def symmetric(

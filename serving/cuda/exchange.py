@@ -154,11 +154,8 @@ class CutBoundary:
         with torch.cuda.device(self._device):  # nobody answers in this thread, so it gives up, which is then forgotten
             exchange(self._ask[0], self._answered[0], torch.zeros(1, 16, dtype=dtype, device=self._device), True, 0, 0)
             torch.cuda.synchronize(self._device)
-        for box in (*self._ask, *(one for answers in self._answer for one in answers)):
-            box.sent.zero_()
-        for inbox in self._inboxes:
-            for counted in (inbox.flags, inbox.taken, inbox.error):
-                counted.zero_()
+        for box in (*self._inboxes, *self._ask, *(one for answers in self._answer for one in answers)):
+            box.forget()
 
     @property
     def _inboxes(self) -> list[Inbox]:

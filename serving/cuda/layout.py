@@ -103,6 +103,14 @@ def decode_numbers(sequences: Seq[Sequence], out: torch.Tensor) -> None:
     out.copy_(torch.tensor(columns).T.reshape(-1))
 
 
+def idle_numbers(shape: Shape, out: torch.Tensor) -> None:
+    """Fill `out` on the host with a part of `shape` in which nobody has anything to do."""
+    if shape.prefill:
+        prefill_numbers(None, 0, out)
+    else:
+        decode_numbers([], out)
+
+
 def prefill_numbers(sequence: Sequence | None, rows: int, out: torch.Tensor) -> None:
     """Fill `out` [3 * T + 2] int64 on the host with the next `rows` tokens of a sequence (None: nothing but idle rows).
     Idle rows come first, so that the last row is always the last token; the kernels take a place before the first as 0."""

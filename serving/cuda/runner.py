@@ -16,7 +16,16 @@ from serving.batching import StepLimits
 from serving.cuda.capture import Capture, CardModel, Launches
 from serving.cuda.exchange import ByEvents, CutBoundary, Mailboxes, Residents, bytes_crossed
 from serving.cuda.lane import Lane
-from serving.cuda.layout import CardLayout, Shape, decode_numbers, parted, prefill_numbers, shapes_of, smallest
+from serving.cuda.layout import (
+    CardLayout,
+    Shape,
+    decode_numbers,
+    idle_numbers,
+    parted,
+    prefill_numbers,
+    shapes_of,
+    smallest,
+)
 from serving.scheduler import StepPlan
 
 
@@ -221,10 +230,7 @@ class StepRunner:
 
     def _idle_numbers(self, lane: Lane, shape: Shape) -> None:
         host = lane.numbers_host[0, : shape.numbers]
-        if shape.prefill:
-            prefill_numbers(None, 0, host)
-        else:
-            decode_numbers([], host)
+        idle_numbers(shape, host)
         torch.cuda.synchronize(self.device)
         lane.numbers[: shape.numbers].copy_(host)
 

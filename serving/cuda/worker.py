@@ -24,9 +24,51 @@ class Launched:
     started_ns: int
 
 
-class CardWorker(ModelWorker):
-    """Runs steps through `runner`; everything else is the CPU worker's. Its busy time is the time from a step's launch to
-    its end as the host sees it, of one lane at least. `weights` are those that may come while steps run, if any do."""
+class LaunchingWorker(ModelWorker):
+    """Launches steps and looks for their ends; everything else is the CPU worker's. Its busy time is the time from a step's launch
+    to its end as the host sees it, of one lane at least."""
+
+    _busy_since_ns = 0
+
+    def _done(self, lane: int) -> bool:
+        """Whether the lane's step is done."""
+        raise NotImplementedError
+
+    def _poll(self) -> bool:
+        progressed = self._take_control() if not self._control.empty else False
+        for lane, step in enumerate(self._lanes):
+            if step is None:
+                progressed |= self._begin(lane)
+            elif self._done(lane):
+                self._lanes[lane] = None
+                self._end(lane, step)
+                progressed = True
+        return progressed
+
+    def _rest(self, idle_spins: int) -> None:
+        if not any(self._lanes):
+            super()._rest(idle_spins)
+
+    def _occupy(self, lane: int, step: object, now_ns: int) -> None:
+        """`step` has the lane from now on."""
+        if not any(self._lanes):
+            self._busy_since_ns = now_ns
+        self._lanes[lane] = step
+
+    def _end(self, lane: int, step: object) -> None:
+        """Take what the step gave, which is done."""
+        raise NotImplementedError
+
+    def _count_busy(self) -> int:
+        """A step has ended now: the time, in nanoseconds."""
+        ended_ns = time.monotonic_ns()
+        self._counters.add("busy_ns", ended_ns - self._busy_since_ns)
+        self._busy_since_ns = ended_ns
+        return ended_ns
+
+
+class CardWorker(LaunchingWorker):
+    """Runs steps through `runner`. `weights` are those that may come while steps run, if any do."""
 
     def __init__(
         self,
@@ -39,7 +81,6 @@ class CardWorker(ModelWorker):
     ):
         super().__init__(models, pools, *rest, **options)
         self._runner, self._weights = runner, weights
-        self._busy_since_ns = 0
 
     def run(self) -> None:
         super().run()
@@ -48,19 +89,10 @@ class CardWorker(ModelWorker):
     def _poll(self) -> bool:
         if self._weights is not None:
             self._weights.poll()
-        progressed = self._take_control() if not self._control.empty else False
-        for lane, step in enumerate(self._lanes):
-            if step is None:
-                progressed |= self._begin(lane)
-            elif self._runner.done(lane):
-                self._lanes[lane] = None
-                self._end(lane, step)
-                progressed = True
-        return progressed
+        return super()._poll()
 
-    def _rest(self, idle_spins: int) -> None:
-        if not any(self._lanes):
-            super()._rest(idle_spins)
+    def _done(self, lane: int) -> bool:
+        return self._runner.done(lane)
 
     def _begin(self, lane: int) -> bool:
         plan = self._next_plan(time.monotonic_ns())
@@ -68,16 +100,12 @@ class CardWorker(ModelWorker):
             return False
         model = self._models[plan.model]
         now_ns = time.monotonic_ns()
-        if not any(self._lanes):
-            self._busy_since_ns = now_ns
-        self._lanes[lane] = Launched(model, plan, now_ns)
+        self._occupy(lane, Launched(model, plan, now_ns), now_ns)
         self._runner.launch(lane, plan.model, plan)
         return True
 
     def _end(self, lane: int, step: Launched) -> None:
-        ended_ns = time.monotonic_ns()
-        self._counters.add("busy_ns", ended_ns - self._busy_since_ns)
-        self._busy_since_ns = ended_ns
+        ended_ns = self._count_busy()
         if self._recorder is not None:
             rows = sum(step.plan.query_lens)
             self._recorder.add(step.started_ns, ended_ns, ATTENTION, lane, step.model.index, 0, rows)

@@ -13,7 +13,7 @@ from itertools import zip_longest
 import torch
 
 from serving.batching import StepLimits
-from serving.cuda.layout import Shape, decode_numbers, parted, prefill_numbers, smallest
+from serving.cuda.layout import Shape, decode_numbers, idle_numbers, parted, prefill_numbers, smallest
 from serving.scheduler import StepPlan
 
 
@@ -65,10 +65,7 @@ class GroupParts:
         """A part in which no replica has anything to do."""
         numbers = self._numbers_of(0, shape)
         for out in numbers:
-            if shape.prefill:
-                prefill_numbers(None, 0, out)
-            else:
-                decode_numbers([], out)
+            idle_numbers(shape, out)
         return self._part(0, shape, numbers, (0,) * len(numbers), [range(0)] * len(numbers))
 
     def _numbers_of(self, number: int, shape: Shape) -> tuple[torch.Tensor, ...]:

@@ -54,9 +54,9 @@ class ExchangedRows:
 
     def forget(self) -> None:
         """As before the first exchange. No rank may be in one."""
-        for outbox, inbox in self.ends:
-            for counted in (outbox.sent, inbox.flags, inbox.taken, inbox.error):
-                counted.zero_()
+        for end in self.ends:
+            for box in end:
+                box.forget()
 
     def check(self) -> None:
         """Raise RuntimeError if this rank gave up waiting for another."""

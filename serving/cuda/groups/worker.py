@@ -7,10 +7,10 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from serving.cuda.groups.runner import GroupRunner
-from serving.cuda.worker import Launched
+from serving.cuda.worker import Launched, LaunchingWorker
 from serving.memory.kv_pool import KVPool
 from serving.scheduler import StepPlan
-from serving.workers.model_worker import HostedModel, ModelWorker
+from serving.workers.model_worker import HostedModel
 from serving.workers.timeline import ATTENTION
 
 
@@ -22,7 +22,7 @@ class _Step:
     started_ns: int
 
 
-class CardGroupWorker(ModelWorker):
+class CardGroupWorker(LaunchingWorker):
     """Each group has a lane of its own, and its replicas are models to the scheduler, numbered through from the first group's
     first: `runners[i]` steps the replicas `replicas[i]` together."""
 
@@ -37,36 +37,21 @@ class CardGroupWorker(ModelWorker):
     ):
         super().__init__(models, pools, *rest, **options)
         self._runners, self._replicas = list(runners), list(replicas)
-        self._busy_since_ns = 0
 
     def run(self) -> None:
         super().run()
         for runner in self._runners:
             runner.close()
 
-    def _poll(self) -> bool:
-        progressed = self._take_control() if not self._control.empty else False
-        for lane, step in enumerate(self._lanes):
-            if step is None:
-                progressed |= self._begin(lane)
-            elif self._runners[lane].done():
-                self._lanes[lane] = None
-                self._end(lane, step)
-                progressed = True
-        return progressed
-
-    def _rest(self, idle_spins: int) -> None:
-        if not any(self._lanes):
-            super()._rest(idle_spins)
+    def _done(self, lane: int) -> bool:
+        return self._runners[lane].done()
 
     def _begin(self, lane: int) -> bool:
         now_ns = time.monotonic_ns()
         plans = self._plans_of(self._replicas[lane], now_ns)
         if not any(plans):
             return False
-        if not any(self._lanes):
-            self._busy_since_ns = now_ns
-        self._lanes[lane] = _Step(plans, now_ns)
+        self._occupy(lane, _Step(plans, now_ns), now_ns)
         self._runners[lane].launch(plans)
         return True
 
@@ -85,9 +70,7 @@ class CardGroupWorker(ModelWorker):
         return tuple(plans.get(number) for number in replicas)
 
     def _end(self, lane: int, step: _Step) -> None:
-        ended_ns = time.monotonic_ns()
-        self._counters.add("busy_ns", ended_ns - self._busy_since_ns)
-        self._busy_since_ns = ended_ns
+        ended_ns = self._count_busy()
         for plan, tokens in zip(step.plans, self._runners[lane].result(), strict=True):
             if plan is None:
                 continue

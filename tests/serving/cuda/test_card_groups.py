@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import judges
@@ -19,6 +20,7 @@ from serving.cuda.groups.kv import GroupGrowth, ReplicaKV, ReplicaPages
 from serving.cuda.groups.parts import GroupParts
 from serving.cuda.groups.rank import CardRank
 from serving.cuda.groups.rows import AloneRows
+from serving.cuda.groups.worker import CardGroupWorker
 from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
 from serving.cuda.layout import BLOCK_TOKENS, CardLayout, shapes_of
 from serving.growth import PreemptingGrowth
@@ -29,8 +31,11 @@ from serving.parallel.share import ShareOfWeights, share_spec
 from serving.scheduler import StepScheduler
 from serving.sequence import Sequence
 from serving.shm.region import SharedRegion
+from serving.shm.ring import Ring
 from serving.spec import load_spec
 from serving.workers.counters import REGION_BYTES, Counters
+from serving.workers.messages import Stop, Submit, Tokens, decode, encode
+from serving.workers.model_worker import HostedModel
 
 pytestmark = pytest.mark.cpu
 
@@ -180,6 +185,59 @@ def test_tokens_of_all_replicas_equal_the_judge(group):
         assert new == judges.greedy_reference(directory, prompt, sequence.max_new_tokens)
         group.replicas[sequence.model].close_run(sequence.run)
     assert {pool.lender.lent_pages for pool in group.pools} == {2 * group.replicas[0].geometry.num_layers}
+
+
+class PlayedRunner:
+    """A :class:`serving.cuda.groups.runner.GroupRunner` whose steps are done when they are launched."""
+
+    bytes_crossed = 0
+
+    def __init__(self, group: Group) -> None:
+        self._group, self._tokens, self.closed = group, [], False
+
+    def launch(self, plans) -> None:
+        self._tokens = self._group.step(plans)
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> list[list[int]]:
+        return self._tokens
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("group", [("deepseek_v2", 1, 2)], indirect=True)
+def test_the_worker_serves_all_replicas_until_it_is_told_to_stop(group):
+    directory, group = group
+    control, tokens = Ring(SharedRegion(1 << 16)), Ring(SharedRegion(1 << 16))
+    runner, counters = PlayedRunner(group), Counters(SharedRegion(REGION_BYTES))
+    layers = group.ranks[0].attention.spec.num_layers
+    models = [
+        HostedModel(replica, group.ranks[replica].attention, kv, runner, replica, layers)
+        for replica, kv in enumerate(group.replicas)
+    ]
+    pools = [(f"replica {rank}", pool) for rank, pool in enumerate(group.pools)]
+    worker = CardGroupWorker([runner], [range(2)], models, pools, LIMITS, 1, control, tokens, counters, 50.0)
+    prompts = {0: tuple(range(1, 30)), 1: (4, 5), 2: (6, 7, 8)}
+    for request_id, prompt in prompts.items():
+        control.push(encode(Submit(request_id, request_id % 2, prompt, 5, (), 0)))
+    found = {request_id: [] for request_id in prompts}
+    serving = threading.Thread(target=worker.run)
+    serving.start()
+    ended, deadline_s = 0, time.monotonic() + 60
+    while ended < len(prompts) and time.monotonic() < deadline_s:
+        data = tokens.pop()
+        message = decode(data) if data is not None else None
+        for request_id, token, last in message.items if isinstance(message, Tokens) else ():
+            found[request_id].append(token)
+            ended += last
+    control.push(encode(Stop()))
+    serving.join(30)
+    assert not serving.is_alive() and runner.closed
+    assert found == {name: judges.greedy_reference(directory, prompt, 5) for name, prompt in prompts.items()}
+    assert 0 < counters.read()["busy_ns"]
 
 
 @pytest.mark.parametrize("group", [("deepseek_v2", 1, 2), ("mixtral", 2, 1)], indirect=True)
