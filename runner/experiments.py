@@ -32,6 +32,31 @@ _GPU_TBT_FIGURES = (
 _GPU_THREE = ("gpu-crosspool", "gpu-static", "gpu-elastic")
 _PAPER_RATES = (0.2, 0.5, 0.8, 1.0)
 
+
+def _gpu_tbt(
+    name: str,
+    question: str,
+    gpus: int,
+    gpu_gib: float,
+    systems: tuple[str, ...],
+    rates: tuple[float, ...] = _PAPER_RATES[1:],
+) -> Experiment:
+    """The paper's TBT experiment measured on `gpus` GPUs, by the preset of the same name."""
+    return Experiment(
+        name=name,
+        question=question,
+        base=(f"conf={name}",),
+        sweeps={"full": {_RATE: rates, _SEED: (0, 1, 2)}},
+        figures=_GPU_TBT_FIGURES,
+        cell_s=75,
+        memory_gib=16,
+        gpus=gpus,
+        gpu_gib=gpu_gib,
+        paper="Fig. 7",
+        systems=systems,
+    )
+
+
 EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         name="smoke",
@@ -268,30 +293,18 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         gpus=1,
         studies=(("card", "--models", "deepseek-v2-lite", "--controls", "fused,lowered,host", "--memory-gib", "36"),),
     ),
-    Experiment(
-        name="gpu-tbt",
-        question="The paper's TBT experiment on two GPUs that are given the memory of its five, measured.",
-        base=("conf=gpu-tbt",),
-        sweeps={"full": {_RATE: (0.5, 0.8, 1.0), _SEED: (0, 1, 2)}},
-        figures=_GPU_TBT_FIGURES,
-        cell_s=75,
-        memory_gib=16,
+    _gpu_tbt(
+        "gpu-tbt",
+        "The paper's TBT experiment on two GPUs that are given the memory of its five, measured.",
         gpus=2,
         gpu_gib=102,
-        paper="Fig. 7",
         systems=_GPU_THREE,
     ),
-    Experiment(
-        name="gpu-tbt-groups",
-        question="The same with the baselines' models over both GPUs, as the paper spreads them over several.",
-        base=("conf=gpu-tbt-groups",),
-        sweeps={"full": {_RATE: (0.5, 0.8, 1.0), _SEED: (0, 1, 2)}},
-        figures=_GPU_TBT_FIGURES,
-        cell_s=75,
-        memory_gib=16,
+    _gpu_tbt(
+        "gpu-tbt-groups",
+        "The same with the baselines' models over both GPUs, as the paper spreads them over several.",
         gpus=2,
         gpu_gib=102,
-        paper="Fig. 7",
         systems=("gpu-crosspool", "gpu2-static", "gpu2-elastic"),
     ),
     Experiment(
@@ -306,31 +319,21 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         gpu_gib=102,
         systems=("gpu2-elastic-mps",),
     ),
-    Experiment(
-        name="gpu4-tbt",
-        question="The paper's TBT experiment on four GPUs that are given the memory of its five, with placements after Table 2.",
-        base=("conf=gpu4-tbt",),
-        sweeps={"full": {_RATE: _PAPER_RATES, _SEED: (0, 1, 2)}},
-        figures=_GPU_TBT_FIGURES,
-        cell_s=75,
-        memory_gib=16,
+    _gpu_tbt(
+        "gpu4-tbt",
+        "The paper's TBT experiment on four GPUs that are given the memory of its five, with placements after Table 2.",
         gpus=4,
         gpu_gib=52,
-        paper="Fig. 7",
         systems=("gpu-crosspool-cut", "gpu4-static", "gpu4-elastic"),
+        rates=_PAPER_RATES,
     ),
-    Experiment(
-        name="gpu5-tbt",
-        question="The paper's TBT experiment on five GPUs capped to 40 GiB, with its placements, measured.",
-        base=("conf=gpu5-tbt",),
-        sweeps={"full": {_RATE: _PAPER_RATES, _SEED: (0, 1, 2)}},
-        figures=_GPU_TBT_FIGURES,
-        cell_s=75,
-        memory_gib=16,
+    _gpu_tbt(
+        "gpu5-tbt",
+        "The paper's TBT experiment on five GPUs capped to 40 GiB, with its placements, measured.",
         gpus=5,
         gpu_gib=42,
-        paper="Fig. 7",
         systems=("gpu-crosspool-cut", "gpu5-static", "gpu5-elastic"),
+        rates=_PAPER_RATES,
     ),
     Experiment(
         name="gpu-mixtral",

@@ -26,6 +26,7 @@ from serving.parallel.capacity import share_weights_bytes
 from serving.parallel.given import given_groups
 from serving.parallel.group import GroupPlan
 from serving.parallel.host import GroupedSystem, Instance
+from serving.shm.region import SharedRegion
 from serving.workers.config import LentRef, ModelWorkerConfig
 from serving.workers.process import ref
 
@@ -127,6 +128,11 @@ class Elastic(GroupedSystem):
             self.options.queue_deadline_s,
         )
 
+    def _new_ledger(self, device: Device, num_pages: int, engines: int) -> tuple[SharedRegion, LentShape]:
+        """Of `num_pages` pages of a device, which are charged here, once: what engines charge is theirs to hold beside them."""
+        shape = LentShape(num_pages, engines, device.memory_bytes - num_pages * self.options.page_bytes)
+        return self._new_mailbox_region(shape.region_bytes), shape
+
     def _start_card_engines(self, placement: Placement, instances: Sequence[Instance]) -> None:
         """A process for each model, which drives the cards of its group: a ledger a card for all engines on it."""
         if self._evict_idle_s:
@@ -137,9 +143,7 @@ class Elastic(GroupedSystem):
         lent: list[dict[str, LentRef]] = [{} for _ in instances]
         for plan in placement.devices:
             seated = [number for number, i in enumerate(instances) if plan.device.name in i.group.devices]
-            num_pages = plan.kv_bytes // self.options.page_bytes
-            shape = LentShape(num_pages, len(seated), plan.device.memory_bytes - num_pages * self.options.page_bytes)
-            ledger = self._new_mailbox_region(shape.region_bytes)
+            ledger, shape = self._new_ledger(plan.device, plan.kv_bytes // self.options.page_bytes, len(seated))
             for engine, number in enumerate(seated):
                 lent[number][plan.device.name] = LentRef(ref(ledger), ledger.fd, shape, engine)
         devices = {plan.device.name: plan.device for plan in placement.devices}
@@ -152,9 +156,7 @@ class Elastic(GroupedSystem):
         num_pages = plan.kv_bytes // page_bytes
         if self._evict_idle_s:  # weights lie in pages too
             num_pages += sum(plan.weights_bytes.values()) // page_bytes
-        # Pages are charged here, once: what engines charge is theirs to hold beside them.
-        shape = LentShape(num_pages, len(instances), device.memory_bytes - num_pages * page_bytes)
-        ledger = self._new_mailbox_region(shape.region_bytes)
+        ledger, shape = self._new_ledger(device, num_pages, len(instances))
         fds = [ledger.fd]
         if device.kind == "cpu":  # on a card each engine creates what the ledger grants it
             self._physical.append(PhysicalPages(num_pages, page_bytes))
