@@ -81,6 +81,7 @@ class Bench:
         self._rounds = rounds
         size = image_bytes(model)
         self._store = HostStore(2 * size, "lru")
+        self._store.promise(dict(enumerate(self._models)))
         ref = self._store.ref
         own = dataclasses.replace(ref, directory_fd=os.dup(ref.directory_fd))  # a client closes its own
         self._client = StoreClient(own, self._models)

@@ -20,6 +20,7 @@ from serving.errors import CapacityError, UserError
 from serving.host import HostedSystem, core_of, pool_config
 from serving.interface import Cluster, Demand, Device, DevicePlan, Event, Placement, Request, ServedModel
 from serving.memory.budget import format_bytes
+from serving.residency.arena import pages_of_image
 from serving.residency.image import CARD_FRAME_BYTES, PAGE_BYTES, image_bytes, placed_bytes
 from serving.residency.store import HostStore
 from serving.workers.config import SwapWorkerConfig
@@ -109,8 +110,10 @@ class Swap(HostedSystem):
         images = {model.name: placed_bytes(model, placement.devices[0].device.kind) for model in models}
         numbers = {model.name: number for number, model in enumerate(models)}
         popularity = tuple(numbers[name] for name in options["popularity"])
+        primed = _first_in_cache(models, popularity, options["host_cache_bytes"])
         if self._backend.name != "sim" and placement.devices[0].device.kind == "cpu":
             self._store = HostStore(options["host_cache_bytes"], self.options.eviction)
+            self._store.promise({number: models[number] for number in primed})
         for place, plan in enumerate(placement.devices):
             arena_bytes = plan.weights_bytes["arena"]
             budget_bytes = plan.device.memory_bytes
@@ -132,7 +135,7 @@ class Swap(HostedSystem):
                 host_kv_bytes=self.options.host_kv_bytes,
                 store=self._store.ref if self._store else None,
                 resident=tuple(numbers[model] for model in resident),
-                primed=popularity[place :: len(placement.devices)],
+                primed=primed[place :: len(placement.devices)],
                 loader_cores=self._loader_cores(plan.device),
                 link_gbps=self.options.link_gbps,
                 host_cache_bytes=options["host_cache_bytes"],
@@ -193,3 +196,14 @@ class Swap(HostedSystem):
         if self._store is not None:
             self._store.close()
             self._store = None
+
+
+def _first_in_cache(models: Sequence[ServedModel], order: Sequence[int], cache_bytes: int) -> tuple[int, ...]:
+    """Numbers of `models`, in this order, whose images fit into a host cache of so many bytes together: whoever still does."""
+    left, first = cache_bytes // PAGE_BYTES, []
+    for number in order:
+        pages = pages_of_image(models[number])
+        if pages <= left:
+            first.append(number)
+            left -= pages
+    return tuple(first)

@@ -12,10 +12,11 @@ from serving.residency.frames import Run, joined, total
 
 @dataclass
 class Entry:
-    """An image in the cache, or being written to it."""
+    """An image in the cache, being written to it, or promised to it."""
 
     runs: list[Run]  # its pages
     ready: bool = False
+    promised: bool = False  # nobody has begun to write it yet
     pins: int = 0
     used_ns: int = 0
     read_ns: int = 0  # what reading its checkpoint took
@@ -67,6 +68,22 @@ class HostCache:
                 self._free.insert(0, (first + taken, count - taken))
         self._entries[model] = Entry(runs, pins=1, used_ns=now_ns)
         return runs
+
+    def promise(self, model: int, needed_pages: int) -> bool:
+        """Keep pages for an image that somebody will :meth:`claim` and write: until then it is as one that is being written.
+        False, changing nothing, where it is there or the free pages are too few; nobody leaves for a promise."""
+        if needed_pages > self.free_pages or self.reserve(model, needed_pages, 0) is None:
+            return False
+        self._entries[model].promised = True
+        return True
+
+    def claim(self, model: int) -> list[Run] | None:
+        """The pinned pages of an image that was promised and that the caller now writes; None where there is none to write."""
+        entry = self._entries.get(model)
+        if entry is None or not entry.promised:
+            return None
+        entry.promised = False
+        return entry.runs
 
     def written(self, model: int, took_ns: int) -> None:
         """The image is there, after so long."""

@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,7 +64,17 @@ class HostStore:
         self._directory = SharedRegion(_DIRECTORY_BYTES)
         num_pages = self._physical.num_pages
         self.ref = StoreRef(self._physical.fd, self._directory.fd, num_pages)
-        _write(self._directory, HostCache(num_pages, eviction))
+        self._cache = HostCache(num_pages, eviction)
+        _write(self._directory, self._cache)
+
+    def promise(self, models: Mapping[int, ServedModel]) -> None:
+        """Promise pages to the images of `models`, by number, before any process has the reference. Whoever wants one of them
+        waits until the client that is to :meth:`StoreClient.prime` it has read it: no checkpoint is read twice, and none for
+        somebody who has requests to serve. Raises ValueError where they do not all fit."""
+        for number, model in models.items():
+            if not self._cache.promise(number, pages_of_image(model)):
+                raise ValueError(f"the host cache has no room for the image of {model.name}")
+        _write(self._directory, self._cache)
 
     def close(self) -> None:
         self._physical.close()
@@ -80,7 +90,6 @@ class StoreClient:
         self._physical = PhysicalPages(ref.num_pages, PAGE_BYTES, fd=ref.pages_fd)
         self._range = VirtualRange(ref.num_pages * PAGE_BYTES)
         self._range.map(0, self._physical, 0, ref.num_pages)
-        self.misses = 0  # images that were read from checkpoints
 
     def acquire(self, model: int) -> tuple[HostImage, int]:
         """(the image of `model`, nanoseconds spent on reading its checkpoint, 0 where it was there). It stays until `release`;
@@ -101,14 +110,13 @@ class StoreClient:
             cache.unpin(model)
 
     def prime(self, models: Sequence[int]) -> None:
-        """Read the images of `models` as long as there is room, so that the first load need not."""
+        """Read those of `models` whose images are promised and not read yet, so that no load need."""
         for model in models:
             with self._locked() as cache:
-                fits = model not in cache and cache.free_pages >= pages_of_image(self._models[model])
-            if fits:
-                self.acquire(model)
+                runs = cache.claim(model)
+            if runs is not None:
+                self._fill(model, runs)
                 self.release(model)
-        self.misses = 0
 
     def held(self) -> set[int]:
         """Models whose images are there."""
@@ -141,7 +149,6 @@ class StoreClient:
         took_ns = time.monotonic_ns() - started_ns
         with self._locked() as cache:
             cache.written(model, took_ns)
-        self.misses += 1
         return took_ns
 
     @contextlib.contextmanager

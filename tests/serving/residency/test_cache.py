@@ -45,3 +45,18 @@ def test_by_cost_nobody_leaves_for_one_that_was_cheaper_to_bring_back(models, re
         dear = {one: read_ns[one] / (now - used[one]) for one in before - {model}}
         assert all(dear[one] <= dear[other] for one in gone for other in stayed)
         used[model] = now
+
+
+def test_what_is_promised_is_written_by_who_claims_it_and_nobody_else_begins_to():
+    cache = HostCache(PAGES, "lru")
+    access(cache, 0, now_ns=1)
+    assert cache.promise(1, SIZES[1]) and not cache.promise(1, SIZES[1])
+    assert not cache.promise(2, PAGES)  # nobody leaves for a promise
+    assert cache.held() == {0}
+    assert cache.pin(1, 2) is None and cache.reserve(1, SIZES[1], 2) is None  # whoever wants it waits
+    assert cache.claim(0) is None and cache.claim(2) is None
+    runs = cache.claim(1)
+    assert sum(count for _, count in runs) == SIZES[1] and cache.claim(1) is None
+    cache.written(1, took_ns=5)
+    cache.unpin(1)
+    assert cache.pin(1, 3) == runs
