@@ -64,17 +64,17 @@ class HostStore:
         self._directory = SharedRegion(_DIRECTORY_BYTES)
         num_pages = self._physical.num_pages
         self.ref = StoreRef(self._physical.fd, self._directory.fd, num_pages)
-        self._cache = HostCache(num_pages, eviction)
-        _write(self._directory, self._cache)
+        _write(self._directory, HostCache(num_pages, eviction))
 
     def promise(self, models: Mapping[int, ServedModel]) -> None:
         """Promise pages to the images of `models`, by number, before any process has the reference. Whoever wants one of them
         waits until the client that is to :meth:`StoreClient.prime` it has read it: no checkpoint is read twice, and none for
         somebody who has requests to serve. Raises ValueError where they do not all fit."""
+        cache = _read(self._directory)
         for number, model in models.items():
-            if not self._cache.promise(number, pages_of_image(model)):
+            if not cache.promise(number, pages_of_image(model)):
                 raise ValueError(f"the host cache has no room for the image of {model.name}")
-        _write(self._directory, self._cache)
+        _write(self._directory, cache)
 
     def close(self) -> None:
         self._physical.close()
@@ -156,12 +156,16 @@ class StoreClient:
         """The directory, written back at the end. Locks of this kind are a process's, so one thread of each uses a store."""
         fcntl.lockf(self._directory.fd, fcntl.LOCK_EX)
         try:
-            length = int.from_bytes(self._directory.bytes[:_LENGTH_BYTES], "little")
-            cache = pickle.loads(self._directory.bytes[_LENGTH_BYTES : _LENGTH_BYTES + length])
+            cache = _read(self._directory)
             yield cache
             _write(self._directory, cache)
         finally:
             fcntl.lockf(self._directory.fd, fcntl.LOCK_UN)
+
+
+def _read(region: SharedRegion) -> HostCache:
+    length = int.from_bytes(region.bytes[:_LENGTH_BYTES], "little")
+    return pickle.loads(region.bytes[_LENGTH_BYTES : _LENGTH_BYTES + length])
 
 
 def _write(region: SharedRegion, cache: HostCache) -> None:

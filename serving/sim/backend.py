@@ -18,6 +18,7 @@ from serving.sim.clock import VirtualClock
 from serving.sim.costs import StageTimes
 from serving.sim.groups import SimulatedGroup, SimulatedGroupWorker
 from serving.sim.host_cache import SimulatedHostCache
+from serving.sim.neighbours import Neighbours
 from serving.sim.pipeline import Pipeline
 from serving.sim.shared import Crowd, SharedDevice
 from serving.sim.swapping import SimulatedSwapWorker
@@ -60,6 +61,7 @@ class SimulatedBackend:
         self._groups: dict[int, SimulatedGroup] = {}  # by the exchange that all ranks share
         self._crowd: Crowd | None = None  # steps of engines that nobody arbitrates
         self._host_caches: dict[int, SimulatedHostCache] = {}  # by node
+        self._neighbours = Neighbours()  # devices whose models come and go
         self._nodes: dict[int, int] = {}  # of the first rank of each group
 
     def start_worker(
@@ -76,7 +78,8 @@ class SimulatedBackend:
             behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
             return SimulatedModelWorker(name, self.clock, role, times, behind, self._pipeline, self._prefill)
         if isinstance(role, SwapWorkerConfig):
-            return SimulatedSwapWorker(name, self.clock, role, times, self._host_cache(role, times[0]), self._prefill)
+            host_cache = self._host_cache(role, times[0])
+            return SimulatedSwapWorker(name, self.clock, role, times, host_cache, self._neighbours, self._prefill)
         worker = SimulatedFFNWorker(name, self.clock, role, times, self._pipeline.add_ffn())
         for mailbox in role.mailboxes:
             self._ffn_workers[mailbox.region.fd] = worker

@@ -6,6 +6,7 @@ Integers make a run the same whether its events are taken one by one or many at 
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,10 @@ class StageTimes:
         self.sum_ns = functools.lru_cache(maxsize=None)(self._sum_ns)
         self.ffns_ns = functools.lru_cache(maxsize=None)(self._ffns_ns)
 
+    def factor(self, generator: random.Random) -> float:
+        """By how much one step is to differ from its like; 1 where steps do not."""
+        return generator.choice(self.spread) if self.spread else 1
+
     def attention_ns(self, query_lens: Sequence[int], kv_lens: Sequence[int]) -> int:
         """One attention layer of a step whose sequences have so many rows, and tokens once it is done."""
         batch = context = 0
@@ -73,6 +78,13 @@ class StageTimes:
         `passes` through the FFNs."""
         layers = self.stages.spec.num_layers
         return self.embedding_ns(rows) + layers * attention_ns + self.ffns_ns(passes) + self.head_ns(wanted)
+
+    def whole_beside(self, passes: tuple[int, ...], attention_ns: int) -> Neighbourly:
+        """How such a step gets along with others."""
+        if self.attention_beside is ALONE and self.ffn_beside is ALONE:
+            return ALONE
+        layers = self.stages.spec.num_layers
+        return self.attention_beside.mean(layers * attention_ns, self.ffn_beside, self.ffns_ns(passes))
 
     def _neighbourly(self, operator: str, stage_of: Callable[[int, int], Stage]) -> Neighbourly:
         beside = self.stages.beside_stream(operator)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,9 @@ from serving.residency.image import image_bytes
 from serving.scheduler import StepPlan, StepScheduler
 from serving.sequence import Sequence as LiveSequence
 from serving.sim.clock import VirtualClock
-from serving.sim.costs import StageTimes
+from serving.sim.costs import ALONE, StageTimes
 from serving.sim.host_cache import SimulatedHostCache
+from serving.sim.neighbours import Neighbours
 from serving.sim.workers import SIMULATED_TOKEN, SimulatedWorker
 from serving.workers.build_swap import controller_of
 from serving.workers.config import SwapWorkerConfig
@@ -32,7 +34,7 @@ from serving.workers.messages import Cancel, Expired, PoolUse, Stop, Submit, Tok
 class _Lane:
     """A step under way, which needs the weights of one unit of its model after the other: `at` is the next. Each but the last
     takes `attention_ns` beside its FFN; `ffns_ns` are nanoseconds of all FFNs before each, `first_ns` and `last_ns` of what
-    comes before and after all layers."""
+    comes before and after all layers. All of it is to be taken times `factor`; `passes` are rows of each pass through the FFNs."""
 
     plan: StepPlan
     wanted: int
@@ -41,6 +43,8 @@ class _Lane:
     ffns_ns: Sequence[int]
     first_ns: int
     last_ns: int
+    factor: float
+    passes: tuple[int, ...]
     at: int = 0
 
     @property
@@ -48,11 +52,12 @@ class _Lane:
         return len(self.ffns_ns)
 
     def run(self, until: int) -> int:
-        """Go on to unit `until`; the nanoseconds that this takes."""
+        """Go on to unit `until`; the nanoseconds that this takes alone."""
         begins, self.at = self.at, until
         layers = min(until, self.units - 1)
         took_ns = (layers - begins) * self.attention_ns + self.ffns_ns[layers] - self.ffns_ns[begins]
-        return took_ns + self.first_ns * (begins == 0) + self.last_ns * (until == self.units)
+        took_ns += self.first_ns * (begins == 0) + self.last_ns * (until == self.units)
+        return round(took_ns * self.factor)
 
 
 @dataclass(slots=True)
@@ -64,7 +69,6 @@ class _Repeats:
     told: tuple[tuple[int, int, bool], ...]  # what each tells the host
     batch: int
     context: int  # tokens of all sequences
-    beside_attention_ns: int
     done: int = 0
 
 
@@ -78,10 +82,13 @@ class SimulatedSwapWorker(SimulatedWorker):
         role: SwapWorkerConfig,
         times: list[StageTimes],
         host_cache: SimulatedHostCache,
+        neighbours: Neighbours,
         prefill: bool = True,
     ) -> None:
         super().__init__(name, clock)
         self._role, self._times, self._prefill = role, times, prefill
+        self._random = random.Random(name)
+        self._neighbours, self._number = neighbours, neighbours.add()
         self._host_cache = host_cache
         host_cache.prime(role.primed, role.resident)
         self._hardware = times[0].stages.hardware
@@ -208,15 +215,18 @@ class SimulatedSwapWorker(SimulatedWorker):
         self._hold_all(plan)
         times = self._times[plan.model]
         rows, wanted = sum(plan.query_lens), len(plan.logit_rows)
+        passes = times.passes(plan.query_lens)
         self._lanes.append(
             _Lane(
                 plan,
                 wanted,
                 self._clock.now_ns(),
                 attention_ns=times.attention_ns(plan.query_lens, plan.kv_lens),
-                ffns_ns=self._ffns_ns(plan.model, times.passes(plan.query_lens)),
+                ffns_ns=self._ffns_ns(plan.model, passes),
                 first_ns=times.embedding_ns(rows),
                 last_ns=times.head_ns(wanted),
+                factor=times.factor(self._random),
+                passes=passes,
             )
         )
         return True
@@ -238,8 +248,12 @@ class SimulatedSwapWorker(SimulatedWorker):
                 self._step(lane, took_ns)
                 return
 
-    def _step(self, lane: _Lane, took_ns: int) -> None:
-        """Be busy with `lane` for so long, and go on from there."""
+    def _step(self, lane: _Lane, alone_ns: int) -> None:
+        """Be busy with `lane` for what takes so long alone, and go on from there."""
+        beside = self._times[lane.plan.model].whole_beside(lane.passes, lane.attention_ns)
+        took_ns = alone_ns
+        if beside is not ALONE:
+            took_ns = self._neighbours.begin(self._number, self._clock.now_ns(), alone_ns, beside)
         self._busy = True
         self._counters["busy_ns"] += took_ns
         self._clock.after(took_ns / 1e9, lambda: self._stepped(lane))
@@ -277,8 +291,7 @@ class SimulatedSwapWorker(SimulatedWorker):
         if left < 1:
             return None
         told = tuple((sequence.request_id, SIMULATED_TOKEN, False) for sequence, _ in plan.items)
-        beside_ns = lane.first_ns + lane.ffns_ns[-1] + lane.last_ns
-        return _Repeats(left, told, len(plan.items), sum(plan.kv_lens), beside_ns)
+        return _Repeats(left, told, len(plan.items), sum(plan.kv_lens))
 
     def _repeat(self, lane: _Lane, repeats: _Repeats) -> None:
         """The step of `lane` is over, and its like begins."""
@@ -293,9 +306,11 @@ class SimulatedSwapWorker(SimulatedWorker):
         repeats.done += 1
         repeats.context += repeats.batch
         self._controller.began(lane.plan)
-        lane.started_ns = now_ns
-        attention_ns = self._times[lane.plan.model].decode_attention_ns(repeats.batch, repeats.context)
-        self._step(lane, (lane.units - 1) * attention_ns + repeats.beside_attention_ns)
+        lane.started_ns, lane.at = now_ns, 0
+        times = self._times[lane.plan.model]
+        lane.attention_ns = times.decode_attention_ns(repeats.batch, repeats.context)
+        lane.factor = times.factor(self._random)
+        self._step(lane, lane.run(lane.units))
         self._set_timer(now_ns)
 
     def _end_repeats(self) -> None:

@@ -15,7 +15,7 @@ from serving.pausing import growth_of
 from serving.scheduler import StepPlan, StepScheduler
 from serving.sequence import Sequence as LiveSequence
 from serving.sim.clock import VirtualClock
-from serving.sim.costs import ALONE, StageTimes
+from serving.sim.costs import StageTimes
 from serving.sim.leaps import LONGEST_STEPS, Leap
 from serving.sim.pipeline import FFNDevice, Pipeline, Step
 from serving.sim.route import Route
@@ -181,14 +181,14 @@ class SimulatedModelWorker(SimulatedWorker):
         query_lens = plan.query_lens
         rows, wanted = sum(query_lens), len(plan.logit_rows)
         attention_ns, passes = times.attention_ns(query_lens, plan.kv_lens), times.passes(query_lens)
-        factor, ffn_factor = (self._random.choice(times.spread) if times.spread else 1 for _ in range(2))
+        factor, ffn_factor = times.factor(self._random), times.factor(self._random)
         route = self._routes[plan.model]
         if route is None:
             whole_ns = round(times.whole_ns(rows, passes, wanted, attention_ns) * factor)
             if self._leaps:
                 return Step((plan, wanted), self._leap_ns(plan, whole_ns), 0, 0, layers)
-            beside = times.attention_beside.mean(layers * attention_ns, times.ffn_beside, times.ffns_ns(passes))
-            return Step((plan, wanted), whole_ns, 0, 0, layers, attention_beside=ALONE if beside == ALONE else beside)
+            beside = times.whole_beside(passes, attention_ns)
+            return Step((plan, wanted), whole_ns, 0, 0, layers, attention_beside=beside)
         sum_ns = times.sum_ns(rows, route.parts)
         inline_ns = route.inline_ns(times.stages, rows)
         begin_ns, end_ns = times.embedding_ns(rows), times.head_ns(wanted)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
+from baselines.swap.request_level import RequestLevel
 from runner.replay import Replay
 from serving import registry
 from serving.cost.hardware import load_hardware
@@ -13,6 +15,7 @@ from serving.cost.operators import CostModel
 from serving.cost.stages import StageCosts
 from serving.generate import cpu_cluster
 from serving.interface import Demand, ServedModel
+from serving.scheduler import StepScheduler
 from serving.sim.backend import SimulatedBackend
 from serving.spec import load_spec
 from workloads.trace import TraceRequest
@@ -20,11 +23,15 @@ from workloads.trace import TraceRequest
 pytestmark = pytest.mark.cpu
 
 
-def gaps_ns(system_name: str, checkpoints, spread: tuple[float, ...], count: int = 1) -> list[list[int]]:
-    """Nanoseconds between the tokens of each of `count` requests that come at once."""
+def gaps_ns(
+    system_name: str, checkpoints, spread: tuple[float, ...], count: int = 1, beside: float = 1.0
+) -> list[list[int]]:
+    """Nanoseconds between the tokens of each of `count` requests that come at once. Stages take `beside` times as long beside a
+    stream."""
 
     class Stages(StageCosts):
-        pass
+        def beside_stream(self, operator: str) -> float:
+            return beside
 
     Stages.spread = spread
     directory = checkpoints["mixtral"]
@@ -42,8 +49,9 @@ def gaps_ns(system_name: str, checkpoints, spread: tuple[float, ...], count: int
     return [[after - before for before, after in itertools.pairwise(one)] for one in times]
 
 
-def test_a_step_takes_its_usual_time_times_one_of_the_factors(tiny_checkpoints):
-    (usual,), (spread,) = (gaps_ns("static", tiny_checkpoints, factors) for factors in ((), (0.5, 1.5)))
+@pytest.mark.parametrize("system", ["static", "swap"])
+def test_a_step_takes_its_usual_time_times_one_of_the_factors(system, tiny_checkpoints):
+    (usual,), (spread,) = (gaps_ns(system, tiny_checkpoints, factors) for factors in ((), (0.5, 1.5)))
     factors = [mine / other for mine, other in zip(spread, usual, strict=True)]
     assert {round(factor, 2) for factor in factors} == {0.5, 1.5}
 
@@ -55,3 +63,20 @@ def test_both_sides_of_a_pipeline_differ_and_runs_repeat_bit_for_bit(tiny_checkp
     assert spread == again != usual
     (lone,) = gaps_ns("crosspool", tiny_checkpoints, (0.5, 1.5))
     assert len({round(gap / min(lone), 1) for gap in lone}) >= 3  # each side by a factor of its own
+
+
+def test_swapping_devices_slow_each_other_over_the_memory_of_their_host(tiny_checkpoints):
+    """Two requests of one model on two devices, or one after the other in one lane of the same."""
+    alone, beside = (sum(map(sum, gaps_ns("swap", tiny_checkpoints, (), 2, beside=slowed))) for slowed in (1.0, 1.5))
+    (lone,), (lone_beside,) = (gaps_ns("swap", tiny_checkpoints, (), 1, beside=slowed) for slowed in (1.0, 1.5))
+    assert lone == lone_beside and alone < beside < 1.5 * alone
+
+
+def test_steps_of_a_swapping_device_that_repeat_differ_as_those_that_are_begun_one_by_one(
+    tiny_checkpoints, monkeypatch
+):
+    found = gaps_ns("swap", tiny_checkpoints, (0.5, 1.0, 1.5), 6, beside=1.5)
+    monkeypatch.setattr(StepScheduler, "repeats", lambda self, plan: 0)
+    decide = RequestLevel.decide
+    monkeypatch.setattr(RequestLevel, "decide", lambda policy, view: replace(decide(policy, view), settled=False))
+    assert found == gaps_ns("swap", tiny_checkpoints, (0.5, 1.0, 1.5), 6, beside=1.5)
