@@ -61,10 +61,19 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--dtype", default="float32", help="what models compute in")
     measure.add_argument("--dummy", action="store_true", help="seeded weights: only config.json is read")
     measure.add_argument("--core", type=int, help="pin to this core (default: the first allowed one)")
-    measure.add_argument("--rounds", type=int, default=3, help="interleaved rounds; the mean counts")
+    measure.add_argument("--rounds", type=int, default=3, help="interleaved rounds of points; the mean counts")
     measure.add_argument("--point-ms", type=float, default=40.0, help="time for one point in one round")
     measure.add_argument(
-        "--busy-share", type=_share, default=1 / 3, help="of the time, how long the core computes; it rests in between"
+        "--script-rounds",
+        type=int,
+        default=4,
+        help="rounds of the script that a worker serves, whose steps set the level",
+    )
+    measure.add_argument(
+        "--busy-share",
+        type=_share,
+        default=1 / 2,
+        help="of the time, how long that worker computes; it rests in between",
     )
     joined = add("join", _join, "the mean of several calibrations of the same points, made at different times")
     joined.add_argument("--out", metavar="FILE", required=True, help="the JSON file to write")
@@ -149,6 +158,7 @@ def _stream(options: argparse.Namespace) -> int:
 
 def _calibrate(options: argparse.Namespace) -> int:
     from serving.cost import calibrate, machine_rates
+    from serving.cost.anchoring import anchored, levels, mean_levels
     from serving.cost.calibrated import calibration, rows_by_operator, write_calibration
     from serving.cost.worker_steps import measure_steps
 
@@ -163,20 +173,25 @@ def _calibrate(options: argparse.Namespace) -> int:
     own = cores[0] if options.core is None else options.core
     _pin(own)
     rates |= machine_rates.product_rates()
-    rows, neighbour, spread = [], {}, {}
+    rows, layers, neighbour, spread = [], [], {}, {}
     for model in served:
         halves = calibrate.load_halves(model)
         points = list(calibrate.stage_points(model, *halves))
-        steps, spread[model.name] = measure_steps(model, *halves, options.rounds, busy_share=options.busy_share)
-        rows += steps
-        mine, lost = calibrate.measure(points, options.rounds, options.point_ms / 1e3, options.busy_share)
+        steps = measure_steps(model, *halves, options.script_rounds, busy_share=options.busy_share)
+        rows, layers, spread[model.name] = rows + steps.once, layers + steps.layers, steps.spread
+        mine, lost = calibrate.measure(points, options.rounds, options.point_ms / 1e3)
         provenance[f"lost_share/{model.name}"] = round(lost, 3)
         print(f"{model.name}: {len(mine)} points; other processes held the core {lost:.0%} of the time")
         rows += mine
         if others := [core for core in cores if core != own]:
             neighbour[model.name] = calibrate.measure_beside_stream(points, others[0], options.point_ms / 1e3)
             print("  beside a streaming core: " + ", ".join(f"{k} x{v:.2f}" for k, v in neighbour[model.name].items()))
-    found = calibration(rates, options.dtype, rows_by_operator(rows), provenance, neighbour, spread)
+    measured = rows_by_operator(rows)
+    ratios = levels(calibration(rates, options.dtype, measured, provenance), layers)
+    for (operator, name), level in mean_levels(ratios).items():
+        provenance[f"level/{name}/{operator}"] = round(level, 3)
+        print(f"{name}: {operator} takes x{level:.2f} on a worker")
+    found = calibration(rates, options.dtype, anchored(measured, ratios), provenance, neighbour, spread)
     write_calibration(Path(options.out), found, rates)
     for name, rate in rates.items():
         print(f"{name:<26} {rate:10.4g}")

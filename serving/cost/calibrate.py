@@ -5,34 +5,31 @@ row, and coefficients fitted to the rows. A stage is timed by walking all layers
 layer run untimed in between, of as many rows, so that weights and KV come from where they come from in a run (the last-level
 cache for small models, memory for large ones). What a step does once is measured on the worker (serving/cost/worker_steps.py).
 
-A core that always computes is not the core that a worker has: where the machine is shared (clocks, hosts of virtual machines) it
-is faster, by a third at times and for longer than a second. So points come in bursts, as the steps of a request do: one of a
-prompt, then some of decode steps; and after each burst the process rests as an idle worker does, for as long as leaves it busy for a
-given share of the time. Decode steps alone, each after a rest, take up to a quarter longer than on a worker. And because what a run reports are means, so are points: of a skewed
-distribution of times the median is not what requests wait for. Points are visited in several interleaved rounds.
+Points say how a stage grows with rows and context. At which level it does is what a worker's steps say, in more moments
+(serving/cost/anchoring.py). Because what a run reports are means, so are points: of a skewed distribution of times the median is
+not what requests wait for.
 """
 
 from __future__ import annotations
 
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from serving.checkpoints import open_weights
 from serving.cost.calibrated import MeasuredRow
-from serving.cost.worker_steps import rest_s
 from serving.errors import UserError
 from serving.interface import ServedModel
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
 from serving.layers.ffn_half import FFNHalf
 from serving.spec import GQASpec, ModelSpec
-from serving.workers.model_worker import IDLE_SLEEP_S
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 96, 128, 256)
 DECODE_BATCHES = (1, 2, 4, 8, 16)
@@ -42,8 +39,8 @@ CHUNKS = (
     *((new, 0) for new in (16, 32, 64, 72, 96, 128, 256)),
     *((new, past) for past in (256, 1024) for new in (16, 64, 256)),
 )
-_FEWEST_PROMPT_ROWS = 16
 _UNCOUNTED_S = 0.04
+_BESIDE_ROUNDS = 3
 _MOST_ROWS_BETWEEN = 64  # of the FFN that runs untimed between two attention layers: they hit nearly all experts
 
 
@@ -58,32 +55,21 @@ class Point:
     run: Callable[[], int]
     repeats: int
 
-    @property
-    def is_prompt(self) -> bool:
-        """Whether steps with prompts have it, and steps that decode hardly."""
-        return max(self.columns.get(name, 0.0) for name in ("isl", "num_tokens", "rows")) >= _FEWEST_PROMPT_ROWS
 
-
-def measure(
-    points: list[Point], rounds: int, seconds_per_point: float, busy_share: float
-) -> tuple[list[MeasuredRow], float]:
-    """Every point timed in each of `rounds` interleaved rounds, the mean of each; and the share of the time that was not rested
-    in which this thread did not run, which says how far to trust them. The core is busy for `busy_share` of the time.
+def measure(points: list[Point], rounds: int, seconds_per_point: float) -> tuple[list[MeasuredRow], float]:
+    """Every point timed in each of `rounds` interleaved rounds, the mean of each; and the share of the time in which this thread
+    did not run, which says how far to trust them.
 
     Times are of the thread's own clock: what other processes take of the core is not a cost of the model. What they take
     of caches and memory still shows.
     """
     times: list[list[float]] = [[] for _ in points]
-    wall_ns = own_ns = 0
+    began_ns, own_began_ns = time.perf_counter_ns(), time.thread_time_ns()
     with torch.inference_mode():
         for _ in range(rounds):
-            for burst in _bursts(points):
-                began_ns, own_began_ns = time.perf_counter_ns(), time.thread_time_ns()
-                for index in burst:
-                    times[index].append(_time(points[index], seconds_per_point))
-                took_ns = time.perf_counter_ns() - began_ns
-                wall_ns, own_ns = wall_ns + took_ns, own_ns + time.thread_time_ns() - own_began_ns
-                _rest(took_ns * 1e-9, busy_share)
+            for mine, point in zip(times, points, strict=True):
+                mine.append(_time(point, seconds_per_point))
+    wall_ns, own_ns = time.perf_counter_ns() - began_ns, time.thread_time_ns() - own_began_ns
     rows = [
         MeasuredRow(point.operator, point.variant, point.columns, statistics.fmean(mine))
         for point, mine in zip(points, times, strict=True)
@@ -91,26 +77,9 @@ def measure(
     return rows, max(0.0, 1.0 - own_ns / wall_ns)
 
 
-def _bursts(points: Sequence[Point]) -> Iterator[list[int]]:
-    """The places of all points, a prompt's first in each burst, decode steps' shared out evenly."""
-    prompts = [place for place, point in enumerate(points) if point.is_prompt]
-    steps = [place for place, point in enumerate(points) if not point.is_prompt]
-    count = max(len(prompts), 1)
-    for number in range(count):
-        yield prompts[number : number + 1] + steps[len(steps) * number // count : len(steps) * (number + 1) // count]
-
-
-def _rest(took_s: float, busy_share: float) -> None:
-    """Rest after `took_s` of work, in naps as an idle worker does."""
-    until = time.perf_counter() + rest_s(took_s, busy_share)
-    while time.perf_counter() < until:
-        time.sleep(IDLE_SLEEP_S)
-
-
 def _time(point: Point, budget_s: float) -> float:
-    """Mean seconds of one repeat over as many runs as fit into `budget_s`, at least one. Runs that do not count go before them: a
-    core that has rested is slowest at first, and the first run finds in the caches what another point left there, where an engine's
-    step finds what the step before it left."""
+    """Mean seconds of one repeat over as many runs as fit into `budget_s`, at least one. Runs that do not count go before them:
+    the first finds in the caches what another point left there, where an engine's step finds what the step before it left."""
     warm = time.perf_counter() + _UNCOUNTED_S * (budget_s > 0)
     point.run()
     while time.perf_counter() < warm:
@@ -129,25 +98,30 @@ def _timed(call: Callable[[], object]) -> int:
 
 
 def measure_beside_stream(points: list[Point], core: int, seconds_per_point: float) -> dict[str, float]:
-    """By how much each stage slows while `core` streams memory: the median over a few sizes, by operator."""
+    """By how much stages of decode steps slow while `core` streams memory: the median over a few sizes, by operator, each measured
+    with and without it in turns, because the machine's own speed drifts."""
     command = [sys.executable, "-m", "serving.cost", "stream", "--core", str(core), "--seconds", "600"]
     chosen = [
-        point for point in points if point.columns.get("batch_size", 4) == 4 or point.columns.get("num_tokens") == 4
+        point
+        for point in points
+        if point.operator in ("stage_decode", "stage_routed")
+        and point.columns.get("batch_size", 4) == 4
+        and point.columns.get("num_tokens", 0) <= max(DECODE_BATCHES)
     ]
-    chosen = [point for point in chosen if point.operator in ("stage_decode", "stage_routed")]
+    ratios: dict[str, list[float]] = {}
     with torch.inference_mode():
-        alone = [_time(point, seconds_per_point) for point in chosen]
         streamer = subprocess.Popen(command, stdout=subprocess.PIPE)
         try:
             if not streamer.stdout.readline():  # what it says once it streams
                 raise UserError(f"the streaming process on core {core} ended with status {streamer.wait()}")
-            beside = [_time(point, seconds_per_point) for point in chosen]
+            for point in chosen * _BESIDE_ROUNDS:
+                streamer.send_signal(signal.SIGSTOP)
+                alone = _time(point, seconds_per_point)
+                streamer.send_signal(signal.SIGCONT)
+                ratios.setdefault(point.operator, []).append(_time(point, seconds_per_point) / alone)
         finally:
             streamer.kill()
             streamer.communicate()
-    ratios: dict[str, list[float]] = {}
-    for point, before, after in zip(chosen, alone, beside, strict=True):
-        ratios.setdefault(point.operator, []).append(after / before)
     return {operator: max(1.0, statistics.median(values)) for operator, values in ratios.items()}
 
 

@@ -59,6 +59,17 @@ class Calibration:
             name: MeasuredTable(rows, self.hardware, self.fitted.coefficients(name)) for name, rows in self.rows.items()
         }
 
+    def seconds_of(self) -> Callable[[str, str, Mapping[str, float]], float]:
+        """What gives the seconds of an operator of a model at a point: those of its line, as far off as the points around it."""
+        tables = self.tables()
+
+        def seconds(operator: str, model: str, columns: Mapping[str, float]) -> float:
+            coefficients = self.fitted.variants[operator, model].coefficients
+            line = float(FORMS[operator].cost(coefficients, columns, self.hardware, Kernel()))
+            return line * tables[operator].correction(model, columns)
+
+        return seconds
+
 
 def rows_by_operator(measured: Iterable[MeasuredRow]) -> dict[str, Rows]:
     """Measured points as columns, one table an operator."""
@@ -181,7 +192,7 @@ class CalibratedStages(ModelStages):
                 "(python -m serving.cost calibrate --model DIR)"
             )
         super().__init__(spec, found.dtype, found.hardware)
-        self._found, self._tables = found, found.tables()
+        self._found, self._seconds_of = found, found.seconds_of()
 
     def head(self, rows: int) -> Stage:
         """With the last residual and all else that ends a step."""
@@ -231,7 +242,4 @@ class CalibratedStages(ModelStages):
         return facts.projection_work(self.spec, rows, self.dtype, absorbed=absorbed)
 
     def _seconds(self, operator: str, **columns: float) -> float:
-        values = {"hidden_size": float(self.spec.hidden_size), **columns}
-        coefficients = self._found.fitted.variants[operator, self.spec.name].coefficients
-        line = float(FORMS[operator].cost(coefficients, values, self.hardware, Kernel()))
-        return line * self._tables[operator].correction(self.spec.name, values)
+        return self._seconds_of(operator, self.spec.name, {"hidden_size": float(self.spec.hidden_size), **columns})

@@ -2,7 +2,7 @@
 
 Composing a step, mapping pages, its layout and embedding, shapes that the product library meets for the first time, sampling,
 reporting: none of it is a stage of a model, all of it is in every step. The worker's own timeline tells it apart from the layers.
-How much steps that should be alike differ is measured there too.
+What a layer takes there, and how much steps that should be alike differ, is measured too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from serving.batching import StepLimits
@@ -22,12 +22,13 @@ from serving.layers.attention_half import AttentionHalf
 from serving.layers.ffn_half import FFNHalf
 from serving.memory.kv_pool import KVGeometry, KVPool
 from serving.shm.region import SharedRegion
+from serving.spec import ModelSpec
 from serving.workers import counters
 from serving.workers.counters import Counters
 from serving.workers.messages import Stop, Submit, Tokens, decode, encode
 from serving.workers.model_worker import HostedModel, ModelWorker
 from serving.workers.ports import LocalFFN
-from serving.workers.timeline import ATTENTION, FINISH
+from serving.workers.timeline import A2F, ATTENTION, FINISH
 
 DECODE_ROWS = (1, 2, 4, 8)
 CHUNK_ROWS = (16, 32, 64, 80, 96, 128)
@@ -96,6 +97,17 @@ class _Spans(list):
         self.append(_Span(start_ns, end_ns, stage, layer, rows))
 
 
+@dataclass(frozen=True)
+class WorkerSteps:
+    """What a worker's steps took. `once`: rows of `stage_begin` (all that a step of so many rows does once, but for its end) and of
+    `stage_end` (last residual, head, sampling and the report for so many positions of a decode step). `layers`: rows of the other
+    stages, a layer's mean in decode steps and in prompts. `spread`: how much decode steps differ (:func:`spread`)."""
+
+    once: list[MeasuredRow]
+    layers: list[MeasuredRow]
+    spread: tuple[float, ...]
+
+
 def measure_steps(
     model: ServedModel,
     attention: AttentionHalf,
@@ -103,11 +115,9 @@ def measure_steps(
     rounds: int,
     decode_steps: int = 24,
     busy_share: float = 1.0,
-) -> tuple[list[MeasuredRow], tuple[float, ...]]:
-    """Rows of `stage_begin` (all that a step of so many rows does once, but for its end) and of `stage_end` (last residual, head,
-    sampling and the report for so many positions of a decode step): the median over the steps of all `rounds`, in each of which
-    sequences decode for `decode_steps`, while the worker has something to do for `busy_share` of the time. And how much decode
-    steps differ: their times over the mean of those with as many rows, as :func:`spread` has them.
+) -> WorkerSteps:
+    """Steps of a worker that is served a script of `rounds`, in each of which sequences decode for `decode_steps`, while it has
+    something to do for `busy_share` of the time. What is done once is the median over all rounds, what layers take the mean.
 
     Prompts have other lengths in each round: those of a real trace are seldom met twice.
     """
@@ -118,18 +128,48 @@ def measure_steps(
         by_rows[step.rows].append(step)
     common = {"hidden_size": float(model.spec.hidden_size)}
     ends = {rows: statistics.median(step.end_ns for step in by_rows[rows]) for rows in DECODE_ROWS}
-    measured = [
+    once = [
         MeasuredRow("stage_end", model.name, {**common, "rows": float(rows)}, end_ns * 1e-9)
         for rows, end_ns in ends.items()
     ]
+    layers = []
     for rows in (*DECODE_ROWS, *_chunk_rows(model)):
         chunk = rows not in ends
         lengths = _lengths(rows, rounds) if chunk else (rows,)
         end_ns = ends[1] if chunk else ends[rows]  # a chunk's end may take longer than a decode step's
-        once_ns = statistics.median(step.once_ns - end_ns for length in lengths for step in by_rows[length])
-        columns = {**common, "rows": statistics.fmean(lengths)}
-        measured.append(MeasuredRow("stage_begin", model.name, columns, max(once_ns * 1e-9, _LEAST_S)))
-    return measured, spread([[step.took_ns for step in by_rows[rows]] for rows in DECODE_ROWS])
+        steps = [step for length in lengths for step in by_rows[length]]
+        mean_rows = statistics.fmean(lengths)
+        once_ns = statistics.median(step.once_ns - end_ns for step in steps)
+        columns = {**common, "rows": mean_rows}
+        once.append(MeasuredRow("stage_begin", model.name, columns, max(once_ns * 1e-9, _LEAST_S)))
+        sizes = (
+            {"isl": mean_rows, "past": 0.0}
+            if chunk
+            else {"batch_size": mean_rows, "context": _PROMPT_TOKENS + (decode_steps + 1) / 2}
+        )
+        layers += _layers(
+            model.spec, "stage_prefill" if chunk else "stage_decode", {**common, **sizes}, mean_rows, steps
+        )
+    return WorkerSteps(once, layers, spread([[step.took_ns for step in by_rows[rows]] for rows in DECODE_ROWS]))
+
+
+def _layers(
+    spec: ModelSpec, operator: str, columns: dict[str, float], rows: float, steps: Sequence[_Step]
+) -> Iterator[MeasuredRow]:
+    """A layer's attention, and its FFN of either kind, in `steps` of `rows` rows."""
+
+    def mean(name: str, columns: dict[str, float], times_ns: Iterable[float]) -> Iterator[MeasuredRow]:
+        if found := list(times_ns):
+            yield MeasuredRow(name, spec.name, columns, statistics.fmean(found) * 1e-9)
+
+    ffn = {"hidden_size": columns["hidden_size"]}
+    dense = [layer for layer in range(spec.num_layers) if spec.is_dense(layer)]
+    routed = [layer for layer in range(spec.num_layers) if not spec.is_dense(layer)]
+    yield from mean(operator, columns, (ns for step in steps for ns in step.attention_ns))
+    yield from mean("stage_dense", {**ffn, "rows": rows}, (step.ffns_ns[layer] for step in steps for layer in dense))
+    if routed:
+        hit = {"num_tokens": rows, "distinct": spec.moe.distinct_experts(rows)}
+        yield from mean("stage_routed", {**ffn, **hit}, (step.ffns_ns[layer] for step in steps for layer in routed))
 
 
 def spread(groups: Sequence[Sequence[float]], parts: int = SPREAD_PARTS) -> tuple[float, ...]:
@@ -199,6 +239,10 @@ class _Step:
     took_ns: int  # with the gap to the step before where it decodes
     once_ns: float  # all but the layers; gaps between spans are in it, and the gap to the step before
     end_ns: int
+    attention_ns: tuple[
+        int, ...
+    ]  # of each layer but the first, which the begin is in; of the first where it is the only one
+    ffns_ns: tuple[int, ...]  # of each layer
 
 
 def _steps(spans: Sequence[_Span]) -> Iterator[_Step]:
@@ -215,5 +259,6 @@ def _steps(spans: Sequence[_Span]) -> Iterator[_Step]:
         started_ns = before_ns if decodes and before_ns else mine[0].start_ns
         gaps_ns = span.end_ns - started_ns - sum(one.ns for one in mine)
         once_ns = gaps_ns + first - statistics.median(others or [first]) + span.ns
-        yield _Step(span.rows, span.end_ns - started_ns, once_ns, span.ns)
+        ffns_ns = tuple(one.ns for one in mine if one.stage == A2F)
+        yield _Step(span.rows, span.end_ns - started_ns, once_ns, span.ns, tuple(others or [first]), ffns_ns)
         before_ns, mine = span.end_ns, []

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from serving.cost.__main__ import main
+from serving.cost.anchoring import anchored, levels, mean_levels
 from serving.cost.calibrated import (
     CalibratedStages,
     MeasuredRow,
@@ -151,13 +152,14 @@ def test_the_stages_of_a_small_model_can_be_measured(tmp_path):
     operators = {point.operator for point in points}
     assert operators == {f"stage_{name}" for name in ("decode", "prefill", "routed", "dense")}
     assert max(point.columns.get("context", 0) for point in points) <= 512
-    rows, lost = measure(points, rounds=1, seconds_per_point=0.0, busy_share=0.5)
+    rows, lost = measure(points, rounds=1, seconds_per_point=0.0)
     assert 0 <= lost < 1
-    steps, _ = measure_steps(model, *halves, rounds=1, decode_steps=2)
-    rows += steps
+    steps = measure_steps(model, *halves, rounds=1, decode_steps=2)
+    rows += steps.once
     assert {row.operator for row in rows} - operators == {"stage_begin", "stage_end"}
     assert all(row.seconds > 0 for row in rows)
     found = calibration(RATES, "float32", rows_by_operator(rows), {})
+    assert {operator for operator, _ in levels(found, steps.layers)} == operators
     seconds = CalibratedStages(spec, found).decode_step(2, 64).device_s
     assert np.isfinite(seconds) and 0 < seconds < 1
 
@@ -180,7 +182,7 @@ def test_calibrate_writes_a_file(tmp_path, capsys, monkeypatch):
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     arguments = ["calibrate", "--out", str(tmp_path / "cal.json"), "--model", str(tmp_path / "tiny"), "--dummy"]
     try:
-        assert main([*arguments, "--rounds", "1", "--point-ms", "0"]) == 0
+        assert main([*arguments, "--rounds", "1", "--point-ms", "0", "--script-rounds", "1"]) == 0
     finally:
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(threads)
@@ -224,17 +226,37 @@ def test_calibrations_of_different_points_do_not_join(tmp_path, capsys):
     assert not (tmp_path / "all.json").exists()
 
 
-def test_points_come_in_bursts_of_a_prompt_and_of_decode_steps_and_the_core_rests_after_each(monkeypatch):
+def test_a_point_is_the_mean_of_its_runs_in_interleaved_rounds():
     from serving.cost import calibrate
 
     done = []
 
-    def point(number: int, **columns: float) -> calibrate.Point:
-        return calibrate.Point("stage", "m", columns, lambda: done.append(number) or 1000 * number, repeats=1)
+    def point(number: int) -> calibrate.Point:
+        return calibrate.Point("stage", "m", {}, lambda: done.append(number) or 1000 * number * len(done), repeats=2)
 
-    monkeypatch.setattr(calibrate, "_rest", lambda took_s, busy_share: done.append((took_s > 0, busy_share)))
-    points = [point(n, num_tokens=float(rows)) for n, rows in enumerate((1, 64, 2, 4), start=1)] + [point(5, isl=16.0)]
-    rows, _ = calibrate.measure(points, rounds=1, seconds_per_point=0.0, busy_share=0.25)
-    assert [one for one in dict.fromkeys(done) if isinstance(one, int)] == [2, 1, 5, 3, 4]
-    assert done.count((True, 0.25)) == 2 and done[-1] == (True, 0.25)
-    assert [row.seconds for row in rows] == pytest.approx([n * 1e-6 for n in range(1, 6)])
+    rows, _ = calibrate.measure([point(1), point(2)], rounds=2, seconds_per_point=0.0)
+    assert done == [1, 1, 2, 2] * 2  # the first of two runs does not count
+    assert [row.seconds for row in rows] == pytest.approx([(2 + 6) / 2 * 0.5e-6, 2 * (4 + 8) / 2 * 0.5e-6])
+
+
+def test_points_are_taken_at_the_level_that_stages_have_on_a_worker(made):
+    spec, found = made
+    ratio, common = {1: 0.5, 4: 2.0}, {"hidden_size": 4096.0}
+    columns = {rows: {**common, "batch_size": float(rows), "context": 256.0} for rows in ratio}
+    seconds_of = found.seconds_of()
+    layers = [
+        MeasuredRow("stage_decode", spec.name, columns[rows], by * seconds_of("stage_decode", spec.name, columns[rows]))
+        for rows, by in ratio.items()
+    ]
+    ratios = levels(found, layers)
+    assert ratios == {("stage_decode", spec.name): {1.0: pytest.approx(0.5), 4.0: pytest.approx(2.0)}}
+    assert mean_levels(ratios) == {("stage_decode", spec.name): pytest.approx(1.0)}
+    rows = anchored(found.rows, ratios)
+    expected = {1.0: 0.5, 2.0: 1.0, 4.0: 2.0, 8.0: 2.0}  # between on a logarithmic scale, beyond as at the end
+    by = [expected[batch] for batch in found.rows["stage_decode"].columns["batch_size"]]
+    for name, mine in found.rows.items():
+        np.testing.assert_allclose(rows[name].seconds, mine.seconds * (by if name == "stage_decode" else 1.0))
+    stages = CalibratedStages(spec, calibration(RATES, "float32", rows, {}))
+    assert stages.attention(4, 4 * 256).device_s == pytest.approx(
+        2.0 * seconds_of("stage_decode", spec.name, columns[4])
+    )
