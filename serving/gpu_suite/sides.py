@@ -10,7 +10,7 @@ import torch
 
 from serving.cuda.capture import Capture, CardModel, captured
 from serving.cuda.lane import Lane
-from serving.cuda.layout import Shape
+from serving.part_shapes import Shape
 
 _ROUNDS = 20
 
@@ -21,7 +21,7 @@ class Sides:
     def __init__(self, model: CardModel, shape: Shape) -> None:
         half, ffn = model.attention, model.ffn
         (ffn_card,) = ffn.cards
-        self._lane = lane = Lane(half.device, set(ffn.cards), shape.rows, [shape])
+        self._lane = lane = Lane(half.device, set(ffn.cards), 1, [shape])
         self._shape = shape
         self._set_numbers(lambda out: out.zero_())
         ((self._attention,),) = Capture(lane, model, shape).one(lambda layer, rows: rows).stages
