@@ -1,8 +1,8 @@
 """A calibration of this project's engine on a card, from steps that `python -m serving.gpu_suite.steps` measured there.
 
-Of a step of one part each side was measured alone; the whole step's time is shared out between its layers by that. Every other
-point of a model's grid of sizes and tokens that are there is fitted to, the points between are held out, and so are all steps of
-several parts.
+Of a step of prompts or of decode rows alone each side was measured alone; the whole step's time is shared out between its layers by
+that. Every other point of a model's grid of sizes and tokens that are there is fitted to, the points between are held out, and so
+are all steps of both.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from serving.cost.table1 import published_spec
 from serving.errors import UserError
 
 DTYPE = "bfloat16"
-KINDS = ("decode", "prompt", "several parts")
+KINDS = ("decode", "prompt", "both", "several prompts")
+_FITTED_TO = KINDS[:2]
 _CONTROL = "fused"
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
     """One measured step: `batch` sequences of `context` tokens each once it is done decode, `chunks` prompts have `rows` tokens
-    after `past` computed. Seconds of the whole, and of a step of one part those of each side alone."""
+    after `past` computed. Seconds of the whole, and of a decode step or one of a prompt those of each side alone."""
 
     model: str
     batch: int
@@ -49,13 +50,15 @@ class MeasuredStep:
     @property
     def kind(self) -> str:
         """One of :data:`KINDS`."""
-        if self.chunks + (self.batch > 0) > 1:
-            return "several parts"
-        return "prompt" if self.chunks else "decode"
+        if self.chunks > 1:
+            return "several prompts"
+        if self.chunks:
+            return "both" if self.batch else "prompt"
+        return "decode"
 
     @property
     def size(self) -> tuple[int, int]:
-        """Of a step of one part: its rows, and the tokens that are there."""
+        """Of a decode step, or one of a prompt: its rows, and the tokens that are there."""
         return (self.rows, self.past) if self.chunks else (self.batch, self.context)
 
 
@@ -75,7 +78,7 @@ def read_steps(path: str | Path) -> tuple[list[MeasuredStep], dict[str, Any]]:
 def _step(row: Mapping[str, Any]) -> MeasuredStep:
     shape = {name: row[name] for name in ("model", "batch", "context", "chunks", "rows", "past")}
     step = MeasuredStep(**shape, seconds=row["step_ms"] / 1e3)
-    if step.kind == "several parts":
+    if step.kind not in _FITTED_TO:
         return step
     sides = {f"{side}_s": row[f"{side}_ms"] / 1e3 for side in ("attention", "ffn", "dense")}
     return dataclasses.replace(step, **sides)
@@ -84,7 +87,7 @@ def _step(row: Mapping[str, Any]) -> MeasuredStep:
 def fitting_half(steps: Sequence[MeasuredStep]) -> list[MeasuredStep]:
     """Every other point of each model's grid of decode steps and of prompts, as on a chessboard."""
     chosen = []
-    for model, kind in dict.fromkeys((step.model, step.kind) for step in steps if step.kind != "several parts"):
+    for model, kind in dict.fromkeys((step.model, step.kind) for step in steps if step.kind in _FITTED_TO):
         mine = [step for step in steps if (step.model, step.kind) == (model, kind)]
         sizes, there = (sorted({step.size[axis] for step in mine}) for axis in (0, 1))
         chosen += [step for step in mine if (sizes.index(step.size[0]) + there.index(step.size[1])) % 2 == 0]
@@ -92,13 +95,13 @@ def fitting_half(steps: Sequence[MeasuredStep]) -> list[MeasuredStep]:
 
 
 def calibrate_card(card: str, steps: Iterable[MeasuredStep], provenance: Mapping[str, object]) -> Calibration:
-    """A calibration of `card` from those of `steps` that are of one part."""
-    rows = rows_by_operator(row for step in steps if step.kind != "several parts" for row in _layers(step))
+    """A calibration of `card` from the decode steps and those of one prompt among `steps`."""
+    rows = rows_by_operator(row for step in steps if step.kind in _FITTED_TO for row in _layers(step))
     return calibration({}, DTYPE, rows, provenance, card=card)
 
 
 def _layers(step: MeasuredStep) -> Iterator[MeasuredRow]:
-    """What a layer's stages take of a step of one part."""
+    """What a layer's stages take of such a step."""
     spec = published_spec(step.model)
     dense = len(spec.dense_layers)
     common, stretch = {"hidden_size": float(spec.hidden_size)}, step.seconds / (step.attention_s + step.ffn_s)

@@ -16,28 +16,29 @@ from serving.cost.calibrated import CalibratedStages, Calibration, read_calibrat
 from serving.cost.stages import ModelStages, Stage
 from serving.cost.table1 import published_spec
 from serving.errors import UserError
+from serving.part_shapes import chunk_sizes, decode_sizes
 from serving.spec import ModelSpec
 
 MEASURED_DIRECTORY = Path(__file__).resolve().parent / "measured"
 SUFFIX = "-measured"
-_FEWEST_CHUNK_ROWS = 16
+_MOST_ROWS = 1 << 20
 
 
 def graph_rows(rows: int, chunk: bool) -> int:
-    """Rows of the smallest graph that holds a part of `rows` rows: the engine captures powers of two, for chunks of prompts from
-    16 on, and lets what is left over idle."""
-    return max(1 << max(rows - 1, 0).bit_length(), _FEWEST_CHUNK_ROWS if chunk else 1)
+    """Rows of the smallest graph that holds `rows` rows of a prompt (`chunk`), or as many sequences that decode; what is left over
+    is computed and dropped."""
+    return next(size for size in (chunk_sizes if chunk else decode_sizes)(_MOST_ROWS) if size >= rows)
 
 
 class InParts(ModelStages):
-    """A step as this project's engine runs it on a card: in parts, decode rows first, then each prompt's, each of the size of a
-    graph and with a pass of its own through the FFNs. Mixed into stages that say what a part's layers cost."""
-
-    in_parts = True
+    """A step as this project's engine runs it on a card (:mod:`serving.part_shapes`): decode rows with the first prompt's, each
+    other prompt's alone, each part with a pass of its own through the layers. Mixed into stages that say what these cost."""
 
     def passes(self, batch: int, chunk_rows: Sequence[int]) -> tuple[int, ...]:
-        decode = (graph_rows(batch, chunk=False),) if batch else ()
-        return (*decode, *(graph_rows(rows, chunk=True) for rows in chunk_rows))
+        if not chunk_rows:
+            return (graph_rows(batch, chunk=False),)
+        first, *others = (graph_rows(rows, chunk=True) for rows in chunk_rows)
+        return (batch + first, *others)
 
     def _prefill_attention_layer(self, new_tokens: int, past_tokens: int) -> Stage:
         return super()._prefill_attention_layer(graph_rows(new_tokens, chunk=True), past_tokens)
