@@ -1,8 +1,9 @@
 """A calibration of this project's engine on a card, from steps that `python -m serving.gpu_suite.steps` measured there.
 
 Of a step of prompts or of decode rows alone each side was measured alone; the whole step's time is shared out between its layers by
-that. Every other point of a model's grid of sizes and tokens that are there is fitted to, the points between are held out, and so
-are all steps of both.
+that. What decode rows add to a chunk's attention in the same pass is the difference of the sides that were measured. Every other
+point of a model's grid of sizes and tokens that are there is fitted to, the points between are held out; of steps of both every
+other one, and all of several prompts.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from serving.errors import UserError
 
 DTYPE = "bfloat16"
 KINDS = ("decode", "prompt", "both", "several prompts")
-_FITTED_TO = KINDS[:2]
+_FITTED_TO, _SIDES = KINDS[:2], KINDS[:3]
 _CONTROL = "fused"
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
     """One measured step: `batch` sequences of `context` tokens each once it is done decode, `chunks` prompts have `rows` tokens
-    after `past` computed. Seconds of the whole, and of a decode step or one of a prompt those of each side alone."""
+    after `past` computed. Seconds of the whole, and where it has one prompt at most those of each side alone."""
 
     model: str
     batch: int
@@ -78,25 +79,29 @@ def read_steps(path: str | Path) -> tuple[list[MeasuredStep], dict[str, Any]]:
 def _step(row: Mapping[str, Any]) -> MeasuredStep:
     shape = {name: row[name] for name in ("model", "batch", "context", "chunks", "rows", "past")}
     step = MeasuredStep(**shape, seconds=row["step_ms"] / 1e3)
-    if step.kind not in _FITTED_TO:
+    if step.kind not in _SIDES:
         return step
     sides = {f"{side}_s": row[f"{side}_ms"] / 1e3 for side in ("attention", "ffn", "dense")}
     return dataclasses.replace(step, **sides)
 
 
 def fitting_half(steps: Sequence[MeasuredStep]) -> list[MeasuredStep]:
-    """Every other point of each model's grid of decode steps and of prompts, as on a chessboard."""
+    """Every other point of each model's grid of decode steps and of prompts, as on a chessboard, and every other step of both."""
     chosen = []
     for model, kind in dict.fromkeys((step.model, step.kind) for step in steps if step.kind in _FITTED_TO):
         mine = [step for step in steps if (step.model, step.kind) == (model, kind)]
         sizes, there = (sorted({step.size[axis] for step in mine}) for axis in (0, 1))
         chosen += [step for step in mine if (sizes.index(step.size[0]) + there.index(step.size[1])) % 2 == 0]
+    for model in dict.fromkeys(step.model for step in steps):
+        chosen += [step for step in steps if (step.model, step.kind) == (model, "both")][::2]
     return chosen
 
 
 def calibrate_card(card: str, steps: Iterable[MeasuredStep], provenance: Mapping[str, object]) -> Calibration:
-    """A calibration of `card` from the decode steps and those of one prompt among `steps`."""
-    rows = rows_by_operator(row for step in steps if step.kind in _FITTED_TO for row in _layers(step))
+    """A calibration of `card` from those of `steps` that have one prompt at most."""
+    several = list(steps)
+    measured = [row for step in several if step.kind in _FITTED_TO for row in _layers(step)] + list(_beside(several))
+    rows = rows_by_operator(measured)
     return calibration({}, DTYPE, rows, provenance, card=card)
 
 
@@ -116,6 +121,24 @@ def _layers(step: MeasuredStep) -> Iterator[MeasuredRow]:
     yield MeasuredRow("stage_routed", step.model, common | routed, stretch * routed_s)
     if dense:
         yield MeasuredRow("stage_dense", step.model, common | {"rows": float(rows)}, stretch * step.dense_s / dense)
+
+
+def _beside(steps: Sequence[MeasuredStep]) -> Iterator[MeasuredRow]:
+    """What decode rows add to a layer's attention of a chunk: the difference to that of such a chunk alone, on the line between
+    those of as many rows that are among `steps` (none where it would lie outside)."""
+    alone: dict[tuple[str, int], dict[int, float]] = {}
+    for step in steps:
+        if step.kind == "prompt":
+            alone.setdefault((step.model, step.rows), {})[step.past] = step.attention_s
+    for step in steps:
+        chunk = alone.get((step.model, step.rows), {}) if step.kind == "both" else {}
+        pasts = sorted(chunk)
+        if pasts and pasts[0] <= step.past <= pasts[-1]:
+            added_s = step.attention_s - float(np.interp(step.past, pasts, [chunk[past] for past in pasts]))
+            spec = published_spec(step.model)
+            sizes = {"batch_size": float(step.batch), "context": float(step.context)}
+            columns = {"hidden_size": float(spec.hidden_size), **sizes}
+            yield MeasuredRow("stage_beside", step.model, columns, max(added_s, 0.0) / spec.num_layers)
 
 
 @dataclass(frozen=True)

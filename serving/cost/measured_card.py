@@ -51,6 +51,14 @@ class CardStages(InParts, CalibratedStages):
     def __init__(self, spec: ModelSpec, found: Calibration) -> None:
         super().__init__(dataclasses.replace(spec, name=_measured_name(spec, found)), found)
 
+    def mixed_attention(self, batch: int, context_tokens: float, chunks: Sequence[tuple[int, int]]) -> Stage:
+        """With what decode rows were measured to add to a chunk's, where they were."""
+        if not batch or not chunks or not self.measured("stage_beside"):
+            return super().mixed_attention(batch, context_tokens, chunks)
+        core = facts.decode_core_work(self.spec, batch, context_tokens, self.dtype)
+        added = Stage(self._seconds("stage_beside", batch_size=batch, context=context_tokens / batch), core, 1)
+        return sum((self.prefill_attention(new, past) for new, past in chunks), added)
+
     def share(self, parts: int) -> ModelStages:
         """Raises UserError for more than one part: few rows take latency, which dividing work does not divide."""
         if parts > 1:
