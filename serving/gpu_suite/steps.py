@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import random
 import statistics
 import time
@@ -162,6 +163,7 @@ def main(argv: Seq[str] | None = None) -> int:
         print(f"row: {model.name}: {measured} steps, {time.perf_counter() - begun:.0f} s", flush=True)
         del together
         pool.close()
+        gc.collect()  # graphs and what they run refer to each other
         torch.cuda.empty_cache()
     print(steps_table([row for row in rows if "error" not in row]))
     for row in rows:
