@@ -144,7 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=1, help="loads of each rate, one after the other")
     parser.add_argument("--prompts", default="64,512", help="least and most tokens of a prompt")
-    parser.add_argument("--skews", default="0", help="the i-th model is asked i^-SKEW times as often; each a load of its own")
+    parser.add_argument(
+        "--skews", default="0", help="the i-th model is asked i^-SKEW times as often; each a load of its own"
+    )
     parser.add_argument(
         "--card-gb", type=float, default=0, help="of memory for everything, to stand for a smaller card"
     )
@@ -213,7 +215,8 @@ def _compare(rows: Sequence[dict], against: str) -> None:
     same = [
         other
         for other in rows
-        if other["system"] == against and all(other.get(key) == row[key] for key in ("rate_rps", "kv_gib", "skew", "seed"))
+        if other["system"] == against
+        and all(other.get(key) == row[key] for key in ("rate_rps", "kv_gib", "skew", "seed"))
     ]
     if same:
         row["p99_over"] = {m: value / same[0]["p99_by_model"][m] for m, value in row["p99_by_model"].items()}
