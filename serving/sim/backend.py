@@ -8,12 +8,12 @@ from pathlib import Path
 
 from serving.cost.calibrated import CalibratedStages, read_calibration
 from serving.cost.cards import hardware_of, stages_on
-from serving.cost.measured_card import CardStages, known_measured, shipped_measured
+from serving.cost.measured_card import CardStages, known_measured, shipped_measured, shipped_of_ranks
 from serving.cost.operators import CostModel
 from serving.cost.stages import ModelStages, StageCosts
 from serving.errors import CapacityError, UserError
 from serving.interface import Device, ServedModel
-from serving.parallel.costs import GroupCosts
+from serving.parallel.measured_costs import group_costs
 from serving.sim.clock import VirtualClock
 from serving.sim.costs import StageTimes
 from serving.sim.groups import SimulatedGroup, SimulatedGroupWorker
@@ -111,7 +111,7 @@ class SimulatedBackend:
         if role.uncoordinated is not None:
             self._share_out(role, stages)
         if key not in self._groups:
-            costs = GroupCosts(stages, plan)
+            costs = group_costs(stages, plan)
             if role.uncoordinated is None:
                 self._groups[key] = SimulatedGroup(seat, costs, role.limits, self.clock, self._prefill)
             else:
@@ -179,7 +179,7 @@ def simulate_card(card: str, compiled: bool = True, prefill: bool = True) -> Sim
         if key not in known:
             measured = name in known_measured()
             known[key] = (
-                CardStages(model.spec, shipped_measured(name))
+                CardStages(model.spec, shipped_measured(name), shipped_of_ranks(name))
                 if measured
                 else StageCosts(model.spec, CostModel(hardware))
             )
