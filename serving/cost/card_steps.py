@@ -28,7 +28,7 @@ from serving.errors import UserError
 
 DTYPE = "bfloat16"
 KINDS = ("decode", "prompt", "both", "several prompts")
-_FITTED_TO, _SIDES = KINDS[:2], KINDS[:3]
+FITTED_TO, _SIDES = KINDS[:2], KINDS[:3]
 _CONTROL = "fused"
 
 
@@ -62,13 +62,18 @@ class MeasuredStep:
         """Of a decode step, or one of a prompt: its rows, and the tokens that are there."""
         return (self.rows, self.past) if self.chunks else (self.batch, self.context)
 
+    @property
+    def graph(self) -> int:
+        """Rows that the graph of a decode step, or one of a prompt, computes."""
+        return graph_rows(self.size[0], chunk=self.chunks > 0)
+
 
 def read_steps(path: str | Path) -> tuple[list[MeasuredStep], dict[str, Any]]:
     """The steps in `path` that ran as one graph, and what they were measured on. Raises UserError where it holds none."""
     try:
         content = json.loads(Path(path).read_text())
         rows = content.pop("rows")
-        steps = [_step(row) for row in rows if row.get("control") == _CONTROL]
+        steps = [step_of(row) for row in rows if row.get("control") == _CONTROL]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a result of python -m serving.gpu_suite.steps") from None
     if not steps:
@@ -76,7 +81,8 @@ def read_steps(path: str | Path) -> tuple[list[MeasuredStep], dict[str, Any]]:
     return steps, content
 
 
-def _step(row: Mapping[str, Any]) -> MeasuredStep:
+def step_of(row: Mapping[str, Any]) -> MeasuredStep:
+    """The step of a row, in milliseconds there. Raises KeyError for what is no such row."""
     shape = {name: row[name] for name in ("model", "batch", "context", "chunks", "rows", "past")}
     step = MeasuredStep(**shape, seconds=row["step_ms"] / 1e3)
     if step.kind not in _SIDES:
@@ -88,7 +94,7 @@ def _step(row: Mapping[str, Any]) -> MeasuredStep:
 def fitting_half(steps: Sequence[MeasuredStep]) -> list[MeasuredStep]:
     """Every other point of each model's grid of decode steps and of prompts, as on a chessboard, and every other step of both."""
     chosen = []
-    for model, kind in dict.fromkeys((step.model, step.kind) for step in steps if step.kind in _FITTED_TO):
+    for model, kind in dict.fromkeys((step.model, step.kind) for step in steps if step.kind in FITTED_TO):
         mine = [step for step in steps if (step.model, step.kind) == (model, kind)]
         sizes, there = (sorted({step.size[axis] for step in mine}) for axis in (0, 1))
         chosen += [step for step in mine if (sizes.index(step.size[0]) + there.index(step.size[1])) % 2 == 0]
@@ -100,45 +106,51 @@ def fitting_half(steps: Sequence[MeasuredStep]) -> list[MeasuredStep]:
 def calibrate_card(card: str, steps: Iterable[MeasuredStep], provenance: Mapping[str, object]) -> Calibration:
     """A calibration of `card` from those of `steps` that have one prompt at most."""
     several = list(steps)
-    measured = [row for step in several if step.kind in _FITTED_TO for row in _layers(step)] + list(_beside(several))
-    rows = rows_by_operator(measured)
+    layers = [
+        row
+        for step in several
+        if step.kind in FITTED_TO
+        for row in layer_rows(step, step.model, step.graph, step.graph)
+    ]
+    rows = rows_by_operator([*layers, *beside_rows((step.model, step) for step in several)])
     return calibration({}, DTYPE, rows, provenance, card=card)
 
 
-def _layers(step: MeasuredStep) -> Iterator[MeasuredRow]:
-    """What a layer's stages take of such a step."""
+def layer_rows(step: MeasuredStep, variant: str, ffn_rows: int, differing: int) -> Iterator[MeasuredRow]:
+    """What a layer's stages take of such a step, as rows of `variant`. Its FFNs compute `ffn_rows` rows, of which so many are
+    `differing`: the others repeat one of them, and its experts."""
     spec = published_spec(step.model)
     dense = len(spec.dense_layers)
     common, stretch = {"hidden_size": float(spec.hidden_size)}, step.seconds / (step.attention_s + step.ffn_s)
-    rows = graph_rows(step.size[0], chunk=step.chunks > 0)
     if step.chunks:
-        operator, sizes = "stage_prefill", {"isl": float(rows), "past": float(step.past)}
+        operator, sizes = "stage_prefill", {"isl": float(step.graph), "past": float(step.past)}
     else:
         operator, sizes = "stage_decode", {"batch_size": float(step.batch), "context": float(step.context)}
-    yield MeasuredRow(operator, step.model, common | sizes, stretch * step.attention_s / spec.num_layers)
-    routed = {"num_tokens": float(rows), "distinct": spec.moe.distinct_experts(rows)}
+    yield MeasuredRow(operator, variant, common | sizes, stretch * step.attention_s / spec.num_layers)
+    routed = {"num_tokens": float(ffn_rows), "distinct": spec.moe.distinct_experts(differing)}
     routed_s = (step.ffn_s - step.dense_s) / (spec.num_layers - dense)
-    yield MeasuredRow("stage_routed", step.model, common | routed, stretch * routed_s)
+    yield MeasuredRow("stage_routed", variant, common | routed, stretch * routed_s)
     if dense:
-        yield MeasuredRow("stage_dense", step.model, common | {"rows": float(rows)}, stretch * step.dense_s / dense)
+        yield MeasuredRow("stage_dense", variant, common | {"rows": float(ffn_rows)}, stretch * step.dense_s / dense)
 
 
-def _beside(steps: Sequence[MeasuredStep]) -> Iterator[MeasuredRow]:
-    """What decode rows add to a layer's attention of a chunk: the difference to that of such a chunk alone, on the line between
-    those of as many rows that are among `steps` (none where it would lie outside)."""
+def beside_rows(steps: Iterable[tuple[str, MeasuredStep]]) -> Iterator[MeasuredRow]:
+    """What decode rows add to a layer's attention of a chunk, of (variant, step): the difference to that of such a chunk alone, on
+    the line between those of as many rows that are among `steps` (none where it would lie outside)."""
     alone: dict[tuple[str, int], dict[int, float]] = {}
-    for step in steps:
+    several = list(steps)
+    for variant, step in several:
         if step.kind == "prompt":
-            alone.setdefault((step.model, step.rows), {})[step.past] = step.attention_s
-    for step in steps:
-        chunk = alone.get((step.model, step.rows), {}) if step.kind == "both" else {}
+            alone.setdefault((variant, step.rows), {})[step.past] = step.attention_s
+    for variant, step in several:
+        chunk = alone.get((variant, step.rows), {}) if step.kind == "both" else {}
         pasts = sorted(chunk)
         if pasts and pasts[0] <= step.past <= pasts[-1]:
             added_s = step.attention_s - float(np.interp(step.past, pasts, [chunk[past] for past in pasts]))
             spec = published_spec(step.model)
             sizes = {"batch_size": float(step.batch), "context": float(step.context)}
             columns = {"hidden_size": float(spec.hidden_size), **sizes}
-            yield MeasuredRow("stage_beside", step.model, columns, max(added_s, 0.0) / spec.num_layers)
+            yield MeasuredRow("stage_beside", variant, columns, max(added_s, 0.0) / spec.num_layers)
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,15 @@ class InParts(ModelStages):
         return super()._prefill_attention_layer(graph_rows(new_tokens, chunk=True), past_tokens)
 
 
-class CardStages(InParts, CalibratedStages):
-    """Stages of one model as they were measured of this project's engine on a card. A layer's stages hold their share of all that
-    is done once a part (embedding, head, launches). Raises UserError for a model that was not measured, whatever it is called."""
+class LayersAlone(InParts, CalibratedStages):
+    """Measured stages of layers that hold their share of all that is done once a part (embedding, head, launches)."""
 
-    def __init__(self, spec: ModelSpec, found: Calibration) -> None:
-        super().__init__(dataclasses.replace(spec, name=_measured_name(spec, found)), found)
+    def head(self, rows: int) -> Stage:
+        return Stage(0.0, facts.head_work(self.spec, rows, self.dtype), 0)
+
+    def embedding(self, tokens: int) -> Stage:
+        return Stage(0.0, facts.embedding_work(self.spec, tokens, self.dtype), 0)
+
 
     def mixed_attention(self, batch: int, context_tokens: float, chunks: Sequence[tuple[int, int]]) -> Stage:
         """With what decode rows were measured to add to a chunk's, where they were."""
@@ -59,6 +62,15 @@ class CardStages(InParts, CalibratedStages):
         added = Stage(self._seconds("stage_beside", batch_size=batch, context=context_tokens / batch), core, 1)
         return sum((self.prefill_attention(new, past) for new, past in chunks), added)
 
+
+class CardStages(LayersAlone):
+    """Stages of one model as they were measured of this project's engine on a card. Raises UserError for a model that was not
+    measured, whatever it is called. `of_ranks` holds what ranks of groups take (:mod:`serving.parallel.measured_costs`)."""
+
+    def __init__(self, spec: ModelSpec, found: Calibration, of_ranks: Calibration | None = None) -> None:
+        super().__init__(dataclasses.replace(spec, name=_measured_name(spec, found)), found)
+        self.of_ranks = of_ranks
+
     def share(self, parts: int) -> ModelStages:
         """Raises UserError for more than one part: few rows take latency, which dividing work does not divide."""
         if parts > 1:
@@ -67,12 +79,6 @@ class CardStages(InParts, CalibratedStages):
                 f"steps of {self.spec.name} were measured whole, and it lies on {parts} devices; backend.card={card} has costs of parts"
             )
         return self
-
-    def head(self, rows: int) -> Stage:
-        return Stage(0.0, facts.head_work(self.spec, rows, self.dtype), 0)
-
-    def embedding(self, tokens: int) -> Stage:
-        return Stage(0.0, facts.embedding_work(self.spec, tokens, self.dtype), 0)
 
 
 def _measured_name(spec: ModelSpec, found: Calibration) -> str:
@@ -93,3 +99,10 @@ def known_measured() -> tuple[str, ...]:
 def shipped_measured(name: str) -> Calibration:
     """The shipped calibration of that name, one of :func:`known_measured`."""
     return read_calibration(MEASURED_DIRECTORY / f"{name}.json")
+
+
+@functools.cache
+def shipped_of_ranks(name: str) -> Calibration | None:
+    """What ranks of groups take on that card; None where no group's steps are shipped."""
+    path = MEASURED_DIRECTORY / f"{name}.groups.json"
+    return read_calibration(path) if path.exists() else None

@@ -37,15 +37,15 @@ class Sides:
     def attention_s(self, numbers: Callable[[torch.Tensor], None]) -> float:
         """Median seconds of the attention side, embedding and head included, of what `numbers` writes into its argument."""
         self._set_numbers(numbers)
-        return _replayed_s(*self._attention)
+        return replayed_s(*self._attention)
 
     def ffn_s(self) -> float:
         """Median seconds of the FFN side, of random rows."""
-        return _replayed_s(*self._ffn)
+        return replayed_s(*self._ffn)
 
     def dense_s(self) -> float:
         """Of that the layers without experts."""
-        return _replayed_s(*self._dense) if self._dense else 0.0
+        return replayed_s(*self._dense) if self._dense else 0.0
 
     def _set_numbers(self, numbers: Callable[[torch.Tensor], None]) -> None:
         host = self._lane.numbers_host[0, : self._shape.numbers]
@@ -54,7 +54,8 @@ class Sides:
         torch.cuda.synchronize(self._lane.device)
 
 
-def _replayed_s(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> float:
+def replayed_s(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> float:
+    """Median seconds of `graph` on `stream`, with nothing else there."""
     with torch.cuda.stream(stream):
         times = []
         for _ in range(_ROUNDS):

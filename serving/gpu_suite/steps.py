@@ -79,7 +79,7 @@ def measure(name: str, model: CardModel, control: str, steps: Seq[Step], repeats
     each time; and of a step of one part what each side takes alone (`dense_ms` of `ffn_ms` in layers without experts)."""
     longest = model.kv.geometry.max_context_tokens
     steps = [step for step in steps if step.longest <= longest]
-    runs = _filled_runs(model.kv, max(step.sequences for step in steps), max(step.longest for step in steps))
+    runs = filled_runs(model.kv, max(step.sequences for step in steps), max(step.longest for step in steps))
     runner = StepRunner([model], 1, LIMITS, control)
     shapes, sides = shapes_of(LIMITS, longest), {}
     for step in steps:
@@ -87,7 +87,7 @@ def measure(name: str, model: CardModel, control: str, steps: Seq[Step], repeats
         row = {"model": name, "control": control, **asdict(step), "step_ms": statistics.median(times)}
         row |= {"least_ms": min(times), "most_ms": max(times), "repeats": repeats}
         if step.chunks <= 1:
-            (part,), shape = parts_of(_plan(step, runs)), smallest(shapes, step.batch, step.rows)
+            (part,), shape = parts_of(plan_of(step, runs)), smallest(shapes, step.batch, step.rows)
             if shape not in sides:
                 sides[shape] = Sides(model, shape)
             side = sides[shape]
@@ -99,7 +99,7 @@ def measure(name: str, model: CardModel, control: str, steps: Seq[Step], repeats
         model.kv.close_run(run)
 
 
-def _filled_runs(kv: ModelKV, count: int, tokens: int) -> list[Run]:
+def filled_runs(kv: ModelKV, count: int, tokens: int) -> list[Run]:
     """`count` runs of `tokens` tokens, of random values: equal ones draw less power than a model's."""
     runs = [kv.open_run() for _ in range(count)]
     for run in runs:
@@ -109,7 +109,7 @@ def _filled_runs(kv: ModelKV, count: int, tokens: int) -> list[Run]:
     return runs
 
 
-def _plan(step: Step, runs: Seq[Run]) -> StepPlan:
+def plan_of(step: Step, runs: Seq[Run]) -> StepPlan:
     items = []
     for place, run in enumerate(runs[: step.sequences]):
         length, rows = (step.context, 1) if place < step.batch else (step.past + step.rows, step.rows)
@@ -122,7 +122,7 @@ def _plan(step: Step, runs: Seq[Run]) -> StepPlan:
 def _time(runner: StepRunner, step: Step, runs: Seq[Run], vocab_size: int, repeats: int) -> list[float]:
     """Milliseconds of each of `repeats` such steps, from launch to done, after some that do not count. Raises RuntimeError for
     one that does not end."""
-    plan, rng, times = _plan(step, runs), random.Random(step.longest), []
+    plan, rng, times = plan_of(step, runs), random.Random(step.longest), []
     for _ in range(_WARM_STEPS + repeats):
         for sequence, rows in plan.items:  # equal rows would choose the same experts
             sequence.tokens[sequence.cached :] = [rng.randrange(vocab_size) for _ in range(rows)]
