@@ -220,10 +220,6 @@ class CrossPool(HostedSystem):
         if placement.devices[0].device.kind == "cuda" and self._backend.name == "real":
             self._launch_on_cards(placement)
             return
-        if self.options.kv_share < 1:
-            raise UserError(
-                f"option kv_share is {self.options.kv_share}: a card that both pools share is not simulated"
-            )
         ranks = self.options.kv_devices
         kv_plans, weights_plans = placement.devices[:ranks], placement.devices[ranks:]
         limits, models = self.options.limits, placement.models

@@ -18,6 +18,7 @@ from serving.options import EngineOptions
 from serving.parallel.capacity import share_model
 from serving.parallel.costs import GroupCosts, StepShape
 from serving.parallel.host import Instance
+from serving.parallel.measured_costs import group_costs
 
 _ROUNDS = 12
 _SPREADS = 2.0  # room that counts as enough: so many standard deviations above the mean of a Poisson number in flight
@@ -170,7 +171,7 @@ class Predictor:
         group = instance.group
         key = (instance.model.name, group.tp, group.dp)
         if key not in self._costs:
-            self._costs[key] = GroupCosts(self._stages[instance.model.name], group)
+            self._costs[key] = group_costs(self._stages[instance.model.name], group)
         return self._costs[key]
 
     def _step_s(self, instance: Instance, batch: int) -> float:

@@ -1,4 +1,4 @@
-"""`python -m serving.cost COMMAND`: table1, figures, hardware, fit, check, card, calibrate, join."""
+"""`python -m serving.cost COMMAND`: table1, figures, hardware, fit, check, card, groups, calibrate, join."""
 
 from __future__ import annotations
 
@@ -53,6 +53,16 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("steps", metavar="FILE", help="what python -m serving.gpu_suite.steps wrote")
     card.add_argument("--card", default="h200", help="its name in conf/hardware (default: h200)")
     card.add_argument("--out", metavar="FILE", help="write the calibration there")
+    groups = add("groups", _groups, "the same of models over several cards, by measured steps of one of them")
+    groups.add_argument("steps", metavar="FILE", help="what python -m serving.gpu_suite.group_steps wrote")
+    groups.add_argument(
+        "--exchanges",
+        metavar="FILE",
+        required=True,
+        help="what python -m serving.gpu_suite.memory wrote on several cards",
+    )
+    groups.add_argument("--card", default="h200", help="its name in conf/hardware (default: h200)")
+    groups.add_argument("--out", metavar="FILE", help="write the calibration there")
     measure = add("calibrate", _calibrate, "measure this machine and the stages of models on it")
     measure.add_argument("--out", metavar="FILE", required=True, help="the JSON file to write")
     measure.add_argument(
@@ -142,6 +152,37 @@ def _card(options: argparse.Namespace) -> int:
     }
     found = calibrate_card(options.card, half, provenance)
     print(errors_table(judge(options.card, steps, found), options.card))
+    if options.out:
+        write_calibration(Path(options.out), found, {})
+        print(f"wrote {options.out}")
+    return 0
+
+
+def _groups(options: argparse.Namespace) -> int:
+    from serving.cost.calibrated import write_calibration
+    from serving.parallel.group_steps import (
+        calibrate_ranks,
+        errors_table,
+        fitting_steps,
+        judge,
+        read_exchanges,
+        read_rank_steps,
+    )
+
+    load_hardware(options.card)
+    steps, measured_on = read_rank_steps(options.steps)
+    exchanges, exchanged_on = read_exchanges(options.exchanges)
+    half = fitting_steps(steps)
+    provenance = {
+        "steps": f"{len(half)} of {len(steps)} steps of {Path(options.steps).name}; the others are held out",
+        "measured_on": measured_on,
+        "exchanges": f"{len(exchanges)} sums of {Path(options.exchanges).name}",
+        "exchanged_on": exchanged_on,
+        "date": datetime.date.today().isoformat(),
+        "command": f"python -m serving.cost groups {options.steps} --exchanges {options.exchanges} --card {options.card}",
+    }
+    found = calibrate_ranks(options.card, half, exchanges, provenance)
+    print(errors_table(judge(steps, found)))
     if options.out:
         write_calibration(Path(options.out), found, {})
         print(f"wrote {options.out}")

@@ -241,5 +241,9 @@ class CalibratedStages(ModelStages):
     def _projections(self, rows: int, absorbed: bool) -> Work:
         return facts.projection_work(self.spec, rows, self.dtype, absorbed=absorbed)
 
+    def measured(self, operator: str) -> bool:
+        """Whether it was measured of this model."""
+        return (operator, self.spec.name) in self._found.fitted.variants
+
     def _seconds(self, operator: str, **columns: float) -> float:
         return self._seconds_of(operator, self.spec.name, {"hidden_size": float(self.spec.hidden_size), **columns})

@@ -1,8 +1,9 @@
 """A calibration of this project's engine on a card, from steps that `python -m serving.gpu_suite.steps` measured there.
 
-Of a step of one part each side was measured alone; the whole step's time is shared out between its layers by that. Every other
-point of a model's grid of sizes and tokens that are there is fitted to, the points between are held out, and so are all steps of
-several parts.
+Of a step of prompts or of decode rows alone each side was measured alone; the whole step's time is shared out between its layers by
+that. What decode rows add to a chunk's attention in the same pass is the difference of the sides that were measured. Every other
+point of a model's grid of sizes and tokens that are there is fitted to, the points between are held out; of steps of both every
+other one, and all of several prompts.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from serving.cost.table1 import published_spec
 from serving.errors import UserError
 
 DTYPE = "bfloat16"
-KINDS = ("decode", "prompt", "several parts")
+KINDS = ("decode", "prompt", "both", "several prompts")
+FITTED_TO, _SIDES = KINDS[:2], KINDS[:3]
 _CONTROL = "fused"
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
     """One measured step: `batch` sequences of `context` tokens each once it is done decode, `chunks` prompts have `rows` tokens
-    after `past` computed. Seconds of the whole, and of a step of one part those of each side alone."""
+    after `past` computed. Seconds of the whole, and where it has one prompt at most those of each side alone."""
 
     model: str
     batch: int
@@ -49,14 +51,21 @@ class MeasuredStep:
     @property
     def kind(self) -> str:
         """One of :data:`KINDS`."""
-        if self.chunks + (self.batch > 0) > 1:
-            return "several parts"
-        return "prompt" if self.chunks else "decode"
+        if self.chunks > 1:
+            return "several prompts"
+        if self.chunks:
+            return "both" if self.batch else "prompt"
+        return "decode"
 
     @property
     def size(self) -> tuple[int, int]:
-        """Of a step of one part: its rows, and the tokens that are there."""
+        """Of a decode step, or one of a prompt: its rows, and the tokens that are there."""
         return (self.rows, self.past) if self.chunks else (self.batch, self.context)
+
+    @property
+    def graph(self) -> int:
+        """Rows that the graph of a decode step, or one of a prompt, computes."""
+        return graph_rows(self.size[0], chunk=self.chunks > 0)
 
 
 def read_steps(path: str | Path) -> tuple[list[MeasuredStep], dict[str, Any]]:
@@ -64,7 +73,7 @@ def read_steps(path: str | Path) -> tuple[list[MeasuredStep], dict[str, Any]]:
     try:
         content = json.loads(Path(path).read_text())
         rows = content.pop("rows")
-        steps = [_step(row) for row in rows if row.get("control") == _CONTROL]
+        steps = [step_of(row) for row in rows if row.get("control") == _CONTROL]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a result of python -m serving.gpu_suite.steps") from None
     if not steps:
@@ -72,47 +81,76 @@ def read_steps(path: str | Path) -> tuple[list[MeasuredStep], dict[str, Any]]:
     return steps, content
 
 
-def _step(row: Mapping[str, Any]) -> MeasuredStep:
+def step_of(row: Mapping[str, Any]) -> MeasuredStep:
+    """The step of a row, in milliseconds there. Raises KeyError for what is no such row."""
     shape = {name: row[name] for name in ("model", "batch", "context", "chunks", "rows", "past")}
     step = MeasuredStep(**shape, seconds=row["step_ms"] / 1e3)
-    if step.kind == "several parts":
+    if step.kind not in _SIDES:
         return step
     sides = {f"{side}_s": row[f"{side}_ms"] / 1e3 for side in ("attention", "ffn", "dense")}
     return dataclasses.replace(step, **sides)
 
 
 def fitting_half(steps: Sequence[MeasuredStep]) -> list[MeasuredStep]:
-    """Every other point of each model's grid of decode steps and of prompts, as on a chessboard."""
+    """Every other point of each model's grid of decode steps and of prompts, as on a chessboard, and every other step of both."""
     chosen = []
-    for model, kind in dict.fromkeys((step.model, step.kind) for step in steps if step.kind != "several parts"):
+    for model, kind in dict.fromkeys((step.model, step.kind) for step in steps if step.kind in FITTED_TO):
         mine = [step for step in steps if (step.model, step.kind) == (model, kind)]
         sizes, there = (sorted({step.size[axis] for step in mine}) for axis in (0, 1))
         chosen += [step for step in mine if (sizes.index(step.size[0]) + there.index(step.size[1])) % 2 == 0]
+    for model in dict.fromkeys(step.model for step in steps):
+        chosen += [step for step in steps if (step.model, step.kind) == (model, "both")][::2]
     return chosen
 
 
 def calibrate_card(card: str, steps: Iterable[MeasuredStep], provenance: Mapping[str, object]) -> Calibration:
-    """A calibration of `card` from those of `steps` that are of one part."""
-    rows = rows_by_operator(row for step in steps if step.kind != "several parts" for row in _layers(step))
+    """A calibration of `card` from those of `steps` that have one prompt at most."""
+    several = list(steps)
+    layers = [
+        row
+        for step in several
+        if step.kind in FITTED_TO
+        for row in layer_rows(step, step.model, step.graph, step.graph)
+    ]
+    rows = rows_by_operator([*layers, *beside_rows((step.model, step) for step in several)])
     return calibration({}, DTYPE, rows, provenance, card=card)
 
 
-def _layers(step: MeasuredStep) -> Iterator[MeasuredRow]:
-    """What a layer's stages take of a step of one part."""
+def layer_rows(step: MeasuredStep, variant: str, ffn_rows: int, differing: int) -> Iterator[MeasuredRow]:
+    """What a layer's stages take of such a step, as rows of `variant`. Its FFNs compute `ffn_rows` rows, of which so many are
+    `differing`: the others repeat one of them, and its experts."""
     spec = published_spec(step.model)
     dense = len(spec.dense_layers)
     common, stretch = {"hidden_size": float(spec.hidden_size)}, step.seconds / (step.attention_s + step.ffn_s)
-    rows = graph_rows(step.size[0], chunk=step.chunks > 0)
     if step.chunks:
-        operator, sizes = "stage_prefill", {"isl": float(rows), "past": float(step.past)}
+        operator, sizes = "stage_prefill", {"isl": float(step.graph), "past": float(step.past)}
     else:
         operator, sizes = "stage_decode", {"batch_size": float(step.batch), "context": float(step.context)}
-    yield MeasuredRow(operator, step.model, common | sizes, stretch * step.attention_s / spec.num_layers)
-    routed = {"num_tokens": float(rows), "distinct": spec.moe.distinct_experts(rows)}
+    yield MeasuredRow(operator, variant, common | sizes, stretch * step.attention_s / spec.num_layers)
+    routed = {"num_tokens": float(ffn_rows), "distinct": spec.moe.distinct_experts(differing)}
     routed_s = (step.ffn_s - step.dense_s) / (spec.num_layers - dense)
-    yield MeasuredRow("stage_routed", step.model, common | routed, stretch * routed_s)
+    yield MeasuredRow("stage_routed", variant, common | routed, stretch * routed_s)
     if dense:
-        yield MeasuredRow("stage_dense", step.model, common | {"rows": float(rows)}, stretch * step.dense_s / dense)
+        yield MeasuredRow("stage_dense", variant, common | {"rows": float(ffn_rows)}, stretch * step.dense_s / dense)
+
+
+def beside_rows(steps: Iterable[tuple[str, MeasuredStep]]) -> Iterator[MeasuredRow]:
+    """What decode rows add to a layer's attention of a chunk, of (variant, step): the difference to that of such a chunk alone, on
+    the line between those of as many rows that are among `steps` (none where it would lie outside)."""
+    alone: dict[tuple[str, int], dict[int, float]] = {}
+    several = list(steps)
+    for variant, step in several:
+        if step.kind == "prompt":
+            alone.setdefault((variant, step.rows), {})[step.past] = step.attention_s
+    for variant, step in several:
+        chunk = alone.get((variant, step.rows), {}) if step.kind == "both" else {}
+        pasts = sorted(chunk)
+        if pasts and pasts[0] <= step.past <= pasts[-1]:
+            added_s = step.attention_s - float(np.interp(step.past, pasts, [chunk[past] for past in pasts]))
+            spec = published_spec(step.model)
+            sizes = {"batch_size": float(step.batch), "context": float(step.context)}
+            columns = {"hidden_size": float(spec.hidden_size), **sizes}
+            yield MeasuredRow("stage_beside", variant, columns, max(added_s, 0.0) / spec.num_layers)
 
 
 @dataclass(frozen=True)

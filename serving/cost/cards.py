@@ -7,7 +7,7 @@ import functools
 
 from serving.cost.fitted_set import FITTED_DIRECTORY
 from serving.cost.hardware import Hardware, known_hardware, load_hardware
-from serving.cost.measured_card import CardStages, known_measured, shipped_measured
+from serving.cost.measured_card import CardStages, known_measured, shipped_measured, shipped_of_ranks
 from serving.cost.operators import CostModel
 from serving.cost.roofline import RooflineStages
 from serving.cost.stages import ModelStages, StageCosts
@@ -31,7 +31,7 @@ def stages_on(card: str, model: ServedModel) -> ModelStages:
     """Raises :class:`UserError` for an unknown card, listing the known. Fits are of bfloat16; other widths of the same card
     move bytes by their own size."""
     if card in known_measured():
-        return CardStages(model.spec, shipped_measured(card))
+        return CardStages(model.spec, shipped_measured(card), shipped_of_ranks(card))
     hardware = hardware_of(card)
     if (FITTED_DIRECTORY / f"{hardware.fitted_on}.json").exists():
         return StageCosts(model.spec, _cost_model(hardware.name, model.dtype))

@@ -73,7 +73,6 @@ class SharedStages(ModelStages):
     def __init__(self, whole: ModelStages, parts: int):
         super().__init__(whole.spec, whole.dtype, whole.hardware)
         self._whole, self._parts = whole, parts
-        self.in_parts = whole.in_parts
 
     def passes(self, batch: int, chunk_rows: Sequence[int]) -> tuple[int, ...]:
         return self._whole.passes(batch, chunk_rows)

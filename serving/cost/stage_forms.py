@@ -12,7 +12,8 @@ from serving.cost.hardware import Hardware
 
 
 def decode(p: Coefficients, x: Columns, hw: Hardware, kernel: Kernel):
-    """The attention half of one layer for `batch_size` sequences of `context` tokens on average."""
+    """The attention half of one layer for `batch_size` sequences of `context` tokens on average; alone, or what they add to a
+    chunk's (`stage_beside`)."""
     tokens = x["batch_size"] * x["context"]
     return p["t0_us"] * US + p["row_us"] * US * x["batch_size"] + p["token_ns"] * NS * tokens
 
@@ -39,7 +40,10 @@ _LINE = {"t0_us": 50.0, "row_us": 20.0}
 STAGE_FORMS = {
     form.operator: form
     for form in (
-        Form("stage_decode", decode, ("hidden_size",), ("batch_size", "context"), {**_LINE, "token_ns": 50.0}),
+        *(
+            Form(name, decode, ("hidden_size",), ("batch_size", "context"), {**_LINE, "token_ns": 50.0})
+            for name in ("stage_decode", "stage_beside")
+        ),
         Form(
             "stage_prefill",
             prefill,

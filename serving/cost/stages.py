@@ -51,8 +51,6 @@ class ModelStages:
     the sum over the batch, and is rounded to 1 %.
     """
 
-    in_parts = False  # whether decode rows, and each prompt's, go through the layers of a step on their own
-
     def __init__(self, spec: ModelSpec, dtype: str, hardware: Hardware):
         self.spec, self.dtype, self.hardware = spec, dtype, hardware
         self._attention = functools.lru_cache(maxsize=None)(self._decode_attention_layer)
@@ -116,18 +114,18 @@ class ModelStages:
     def mixed_attention(self, batch: int, context_tokens: float, chunks: Sequence[tuple[int, int]]) -> Stage:
         """One attention layer of a step that decodes `batch` sequences and prefills `chunks` of (new, past) tokens.
 
-        Its parts' sum, with what each of them would do once (weights, launches: a step of one short sequence) done once, unless
-        the step is done in parts.
+        Their sum, with what each of them would do once (weights, launches: a step of one short sequence) done once a pass.
         """
-        parts = [self.prefill_attention(new, past) for new, past in chunks]
+        several = [self.prefill_attention(new, past) for new, past in chunks]
         if batch:
-            parts.append(self.attention(batch, context_tokens))
-        if self.in_parts or not parts:
-            return sum(parts, NOTHING)
-        return sum(parts, NOTHING) + self.attention(1, 1).times(1 - len(parts))
+            several.append(self.attention(batch, context_tokens))
+        if not several:
+            return NOTHING
+        passes = len(self.passes(batch, [new for new, _ in chunks]))
+        return sum(several, NOTHING) + self.attention(1, 1).times(passes - len(several))
 
     def passes(self, batch: int, chunk_rows: Sequence[int]) -> tuple[int, ...]:
-        """Rows of each pass through a layer's FFN of a step that decodes `batch` sequences and prefills chunks of so many rows."""
+        """Rows of each pass through a layer of a step that decodes `batch` sequences and prefills chunks of so many rows."""
         return (batch + sum(chunk_rows),)
 
     def ffn(self, layer: int, tokens: int) -> Stage:

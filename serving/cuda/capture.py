@@ -13,8 +13,9 @@ from serving.cuda.exchange import CutBoundary, Exchange, InPlace, Lowered, Mailb
 from serving.cuda.ffn_parts import FFNParts
 from serving.cuda.lane import Lane
 from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
-from serving.cuda.layout import BLOCK_TOKENS, CardLayout, Shape
+from serving.cuda.layout import BLOCK_TOKENS, CardLayout
 from serving.memory.kv_pool import ModelKV
+from serving.part_shapes import Shape
 
 
 @dataclass(frozen=True)

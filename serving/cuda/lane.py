@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from serving.cuda.layout import Shape
+from serving.part_shapes import Shape
 
 
 class Lane:
@@ -17,20 +17,33 @@ class Lane:
         self.stream = torch.cuda.Stream(device)
         self.ffn_streams = {other: torch.cuda.Stream(other) for other in ffn_devices}
         self.pools = {stream: torch.cuda.graph_pool_handle() for stream in (self.stream, *self.ffn_streams.values())}
-        most, parts = max(shape.numbers for shape in shapes), max_batch + 1
-        self.numbers_host = torch.zeros(parts, most, dtype=torch.int64, pin_memory=True)  # a row a part of the step
-        self.numbers = torch.zeros(most, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(
-            max_batch + 1, dtype=torch.int64, device=device
-        )  # of a decode part; of a prefill part
-        self.tokens_host = torch.zeros(2 * max_batch + 1, dtype=torch.int64, pin_memory=True)
+        numbers, tokens = (
+            max(each) for each in zip(*((shape.numbers, shape.sequences) for shape in shapes), strict=True)
+        )
+        self.numbers_host = torch.zeros(
+            max_batch, numbers, dtype=torch.int64, pin_memory=True
+        )  # a row a part of the step
+        self.numbers = torch.zeros(numbers, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self._tokens_host = torch.zeros(max_batch, tokens, dtype=torch.int64, pin_memory=True)
         self._events = {stream: torch.cuda.Event() for stream in self.pools}
         self._last = [self._events[self.stream]]
-        self.places: list[int] = []  # in tokens_host, of the tokens that the step under way gives
+        self._wanted: list[tuple[int, int]] = []  # part and sequence of each token that the step under way gives
 
     def tokens_of(self, shape: Shape) -> torch.Tensor:
-        """Where a part of `shape` leaves its tokens."""
-        return self.tokens[-1:] if shape.prefill else self.tokens[: shape.rows]
+        """Where a part of `shape` leaves its tokens, one a sequence."""
+        return self._tokens[: shape.sequences]
+
+    def begin(self) -> None:
+        """A new step: none of its tokens is wanted so far."""
+        self._wanted = []
+
+    def bring_tokens(self, part: int, shape: Shape, wanted: list[int]) -> None:
+        """Have the tokens of those sequences of part number `part`, launched last, come to the host; after those of earlier parts."""
+        if wanted:
+            with torch.cuda.stream(self.stream):
+                self._tokens_host[part, : shape.sequences].copy_(self.tokens_of(shape), non_blocking=True)
+            self._wanted.extend((part, sequence) for sequence in wanted)
 
     def mark(self, *streams: torch.cuda.Stream) -> None:
         """What has been launched on `streams` is now what the lane waits for."""
@@ -43,5 +56,5 @@ class Lane:
 
     def result(self) -> list[int]:
         """The tokens of the step that is done."""
-        tokens = self.tokens_host.tolist()
-        return [tokens[place] for place in self.places]
+        tokens = self._tokens_host.tolist()
+        return [tokens[part][sequence] for part, sequence in self._wanted]

@@ -59,6 +59,19 @@ class _Loader:
         return tensor if self._keep is None else self._keep(self.unit, tensor)
 
 
+def _attend_by_kind(
+    layout: CardLayout, decode: Callable[[slice], torch.Tensor], prefill: Callable[[slice], torch.Tensor]
+) -> torch.Tensor:
+    """Attention of all rows of a part, those that decode by the one kernel and those of a chunk by the other."""
+    shape = layout.shape
+    first = shape.decode
+    if not shape.chunk:
+        return decode(slice(0, first))
+    if not first:
+        return prefill(slice(0, shape.chunk))
+    return torch.cat([decode(slice(0, first)), prefill(slice(first, shape.rows))])
+
+
 class GQALayer:
     """Multi-head or grouped-query attention with Q, K and V in one product."""
 
@@ -81,11 +94,12 @@ class GQALayer:
         queries = rope_write_gqa(
             queries, keys, values, table.cos, table.sin, layout.positions, cache, layout.slots, self._interleaved
         )
-        kv = layout.paged(cache)
-        if layout.query_lens is None:
-            out = decode_gqa(queries, kv, attention.softmax_scale)
-        else:
-            out = prefill_gqa(queries, kv, layout.query_lens, attention.softmax_scale)
+        scale = attention.softmax_scale
+        out = _attend_by_kind(
+            layout,
+            lambda rows: decode_gqa(queries[rows], layout.decode_kv(cache), scale),
+            lambda rows: prefill_gqa(queries[rows], layout.chunk_kv(cache), (layout.shape.chunk,), scale),
+        )
         return linear(out.view(x.shape[0], -1), self._o)
 
 
@@ -120,11 +134,12 @@ class MLALayer:
             self._interleaved,
         )  # fmt: skip
         absorbed = torch.bmm(query[:, :, :nope].transpose(0, 1), self._w_uk).transpose(0, 1)  # [T, H, rank]
-        kv = layout.paged(cache)
-        if layout.query_lens is None:
-            attended = decode_mla(absorbed, turned, kv, self._scale)
-        else:
-            attended = prefill_mla(absorbed, turned, kv, layout.query_lens, self._scale)
+        chunk, scale = (layout.shape.chunk,), self._scale
+        attended = _attend_by_kind(
+            layout,
+            lambda rows: decode_mla(absorbed[rows], turned[rows], layout.decode_kv(cache), scale),
+            lambda rows: prefill_mla(absorbed[rows], turned[rows], layout.chunk_kv(cache), chunk, scale),
+        )
         out = torch.bmm(attended.transpose(0, 1), self._w_uv).transpose(0, 1)  # [T, H, value]
         return linear(out.reshape(rows, -1), self._o)
 

@@ -16,33 +16,28 @@ from serving.batching import StepLimits
 from serving.cuda.capture import Capture, CardModel, Launches
 from serving.cuda.exchange import ByEvents, CutBoundary, Mailboxes, Residents, bytes_crossed
 from serving.cuda.lane import Lane
-from serving.cuda.layout import (
-    CardLayout,
-    Shape,
-    decode_numbers,
-    idle_numbers,
-    parted,
-    prefill_numbers,
-    shapes_of,
-    smallest,
-)
+from serving.cuda.layout import CardLayout, fill_numbers
+from serving.part_shapes import IDLE, Shape, parts_of, shapes_of, smallest
 from serving.scheduler import StepPlan
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A part of a step, ready to run: its graphs, its numbers on the host and on the card, and where its tokens go."""
+class _Ready:
+    """Part `number` of a step, ready to run: its graphs, its numbers on the host and on the card, and which of its sequences get a
+    new token."""
 
+    number: int
+    shape: Shape
     launches: Launches
     numbers: tuple[torch.Tensor, torch.Tensor]
-    tokens: tuple[torch.Tensor, torch.Tensor] | None  # on the card, on the host; None where none is wanted
+    wanted: list[int]
 
 
 @dataclass
 class _UnderWay:
     """A step under host control: what is left of it, and the next stage of its first part."""
 
-    parts: list[_Part] = field(default_factory=list)
+    parts: list[_Ready] = field(default_factory=list)
     stage: int = 0
 
 
@@ -91,16 +86,16 @@ class StepRunner:
         self._warm_up()
 
     def _open_mailboxes(self) -> None:
-        """Decode and prefill have mailboxes of their own: a put has as many programs as its slot has room for."""
+        """Parts with a chunk and those without have mailboxes of their own: a put has as many programs as its slot has room for."""
         widest = max(model.attention.spec.hidden_size for model in self._models)
-        sizes = ((False, self._limits.max_batch), (True, self._limits.prefill_chunk))
-        for ffn, (prefill, rows) in product((model.ffn for model in self._models), sizes):
+        sizes = ((False, self._limits.max_batch), (True, self._limits.max_rows))
+        for ffn, (chunk, rows) in product((model.ffn for model in self._models), sizes):
             room = len(self.lanes), rows, widest, ffn.dtype, self.device
-            if ffn.cut and (ffn.cards, ffn.dtype, prefill) not in self._boundaries:
-                self._boundaries[ffn.cards, ffn.dtype, prefill] = CutBoundary(*room, ffn.cards)
+            if ffn.cut and (ffn.cards, ffn.dtype, chunk) not in self._boundaries:
+                self._boundaries[ffn.cards, ffn.dtype, chunk] = CutBoundary(*room, ffn.cards)
             for ffn_device in () if ffn.cut else ffn.cards:
-                if (ffn_device, ffn.dtype, prefill) not in self._mailboxes:
-                    self._mailboxes[ffn_device, ffn.dtype, prefill] = Mailboxes(*room, ffn_device)
+                if (ffn_device, ffn.dtype, chunk) not in self._mailboxes:
+                    self._mailboxes[ffn_device, ffn.dtype, chunk] = Mailboxes(*room, ffn_device)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
     def launch(self, lane_index: int, model_index: int, plan: StepPlan) -> None:
@@ -110,7 +105,7 @@ class StepRunner:
             spec, dtype = model.attention.spec, model.attention.dtype
             rows = sum(plan.query_lens) * len(model.ffn.halves_of(0))
             self.bytes_crossed += bytes_crossed(rows, spec.hidden_size, spec.num_layers, dtype.itemsize)
-        lane.places = []
+        lane.begin()
         parts = list(self._parts(lane_index, model_index, plan))
         if self._control == "host":
             self._under_way[lane_index] = _UnderWay(parts)
@@ -126,7 +121,7 @@ class StepRunner:
                         if arrivals is not None:
                             stream.wait_event(arrivals[place])
                         graph.replay()
-            self._bring_tokens(lane, part)
+            lane.bring_tokens(part.number, part.shape, part.wanted)
         lane.mark(lane.stream)
 
     def _arriving(self, model_index: int) -> Seq[torch.cuda.Event] | None:
@@ -145,30 +140,15 @@ class StepRunner:
         """The new tokens of the step that is done, in the order of its plan."""
         return self.lanes[lane_index].result()
 
-    def _parts(self, lane_index: int, model_index: int, plan: StepPlan) -> Iterator[_Part]:
-        """The step in parts: its decode rows first, as the plan has them, then each sequence with more rows."""
+    def _parts(self, lane_index: int, model_index: int, plan: StepPlan) -> Iterator[_Ready]:
         lane, shapes = self.lanes[lane_index], self._shapes[model_index]
-        decoding, others = parted(plan)
-        if decoding:
-            shape = smallest(shapes, False, len(decoding))
-            decode_numbers(decoding, lane.numbers_host[0, : shape.numbers])
-            lane.places.extend(range(len(decoding)))
-            yield self._part(lane_index, model_index, shape, 0, range(shape.rows))
-        for number, (sequence, rows) in enumerate(others, start=1):
-            shape = smallest(shapes, True, rows)
-            prefill_numbers(sequence, rows, lane.numbers_host[number, : shape.numbers])
-            wanted = rows == sequence.pending
-            place = self._limits.max_batch + number
-            if wanted:
-                lane.places.append(place)
-            yield self._part(lane_index, model_index, shape, number, range(place, place + 1) if wanted else range(0))
-
-    def _part(self, lane_index: int, model_index: int, shape: Shape, number: int, places: range) -> _Part:
-        lane = self.lanes[lane_index]
-        numbers = lane.numbers_host[number, : shape.numbers], lane.numbers[: shape.numbers]
-        tokens = (lane.tokens_of(shape), lane.tokens_host[places.start : places.stop]) if places else None
         launches = self._launches if self._arriving(model_index) is None else self._by_layer
-        return _Part(launches[lane_index, model_index, shape], numbers, tokens)
+        for number, part in enumerate(parts_of(plan)):
+            shape = smallest(shapes, len(part.decoding), part.rows)
+            host = lane.numbers_host[number, : shape.numbers]
+            fill_numbers(part, shape, host)
+            numbers = host, lane.numbers[: shape.numbers]
+            yield _Ready(number, shape, launches[lane_index, model_index, shape], numbers, part.wanted(shape))
 
     def _next_stage(self, lane_index: int) -> None:
         lane, under_way = self.lanes[lane_index], self._under_way[lane_index]
@@ -181,15 +161,10 @@ class StepRunner:
                 graph.replay()
         under_way.stage += 1
         if under_way.stage == len(part.launches.stages):
-            self._bring_tokens(lane, part)
+            lane.bring_tokens(part.number, part.shape, part.wanted)
             under_way.parts.pop(0)
             under_way.stage = 0
         lane.mark(*(stream for _, stream in beside))
-
-    def _bring_tokens(self, lane: Lane, part: _Part) -> None:
-        if part.tokens is not None:
-            with torch.cuda.stream(lane.stream):
-                part.tokens[1].copy_(part.tokens[0], non_blocking=True)
 
     # -- warm-up -------------------------------------------------------------------------------------------------------
     def _warm_up(self) -> None:
@@ -230,7 +205,7 @@ class StepRunner:
 
     def _idle_numbers(self, lane: Lane, shape: Shape) -> None:
         host = lane.numbers_host[0, : shape.numbers]
-        idle_numbers(shape, host)
+        fill_numbers(IDLE, shape, host)
         torch.cuda.synchronize(self.device)
         lane.numbers[: shape.numbers].copy_(host)
 
@@ -240,12 +215,12 @@ class StepRunner:
         capture = Capture(lane, model, shape)
         if self._control == "fused":
             return capture.one()
-        if self._residents is not None and not shape.prefill:
+        if self._residents is not None and not shape.chunk:
             return capture.one(self._residents.attention_side(lane_index, model.ffn))
         if model.ffn.cut:
-            boundary = self._boundaries[model.ffn.cards, model.ffn.dtype, shape.prefill]
+            boundary = self._boundaries[model.ffn.cards, model.ffn.dtype, shape.chunk > 0]
             return (capture.cut_stages if self._control == "host" else capture.cut_sides)(boundary, lane_index)
-        mailboxes = {card: self._mailboxes[card, model.ffn.dtype, shape.prefill] for card in model.ffn.cards}
+        mailboxes = {card: self._mailboxes[card, model.ffn.dtype, shape.chunk > 0] for card in model.ffn.cards}
         return (capture.stages if self._control == "host" else capture.sides)(mailboxes, lane_index)
 
     def close(self) -> None:

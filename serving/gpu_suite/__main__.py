@@ -5,7 +5,8 @@ Sections, in this order: `doctor`, `kernels` (correctness of every kernel, by it
 checkpoints against the judge), `cards` (the same over two cards), `scarce` (multiplexed engines where KV is scarce and weights come
 and go), `memory` (page mapping and crossing), `engine` (the ablation of
 control and lanes, real configurations with seeded values), `apart` (the same with FFN halves on a second card), `steps` (prompts in
-chunks and decode batches of such configurations, for the simulator), `serve` (two such models under open-loop load on one card,
+chunks and decode batches of such configurations, for the simulator), `group_steps` (what one rank of a group takes of such steps),
+`serve` (two such models under open-loop load on one card,
 system after system). What needs two cards is skipped where there is one.
 """
 
@@ -53,6 +54,7 @@ SECTIONS = {
     "engine": Section(("-m", "serving.gpu_suite.engine", "--out", "{out}/engine.json"), 400),
     "apart": Section(("-m", "serving.gpu_suite.engine", "--apart", "--out", "{out}/apart.json"), 400, cards=2),
     "steps": Section(("-m", "serving.gpu_suite.steps", "--out", "{out}/steps.json"), 300),
+    "group_steps": Section(("-m", "serving.gpu_suite.group_steps", "--out", "{out}/group_steps.json"), 300),
     "serve": Section(("-m", "serving.gpu_suite.serve", "--out", "{out}/serve.json"), 400),
 }
 

@@ -19,7 +19,7 @@ from serving.batching import StepLimits
 from serving.cuda.build import card, load_attention, load_ffn, open_peer_access, open_pool, prepare_process
 from serving.cuda.capture import CardModel
 from serving.cuda.ffn_parts import FFNParts
-from serving.cuda.layout import Shape, decode_numbers
+from serving.cuda.layout import fill_numbers
 from serving.cuda.runner import StepRunner
 from serving.errors import command
 from serving.gpu_suite.results import save
@@ -28,6 +28,7 @@ from serving.gpu_suite.sides import Sides
 from serving.interface import Device, ServedModel
 from serving.memory.budget import MemoryBudget
 from serving.memory.kv_pool import KVPool, Run
+from serving.part_shapes import Shape, parts_of
 from serving.scheduler import StepPlan
 from serving.sequence import Sequence
 
@@ -69,9 +70,9 @@ def decode_plan(runs: Seq[Run], lane: int, batch: int) -> StepPlan:
 def side_seconds(model: CardModel, runs: Seq[Run], batch: int) -> dict[str, float]:
     """Median seconds of a decode step's attention side alone and of its FFN side alone, each one graph, nothing crossing. The
     kernels of both must have run before."""
-    sequences = [sequence for sequence, _ in decode_plan(runs, 0, batch).items]
-    sides = Sides(model, Shape(False, batch))
-    return {"attention_s": sides.attention_s(lambda out: decode_numbers(sequences, out)), "ffn_s": sides.ffn_s()}
+    (part,), shape = parts_of(decode_plan(runs, 0, batch)), Shape(batch, 0)
+    sides = Sides(model, shape)
+    return {"attention_s": sides.attention_s(lambda out: fill_numbers(part, shape, out)), "ffn_s": sides.ffn_s()}
 
 
 def time_decode(runner: StepRunner, runs: Seq[Run], lanes: int, batch: int) -> dict[str, float]:

@@ -144,7 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=1, help="loads of each rate, one after the other")
     parser.add_argument("--prompts", default="64,512", help="least and most tokens of a prompt")
-    parser.add_argument("--skew", type=float, default=0.0, help="the i-th model is asked i^-SKEW times as often")
+    parser.add_argument(
+        "--skews", default="0", help="the i-th model is asked i^-SKEW times as often; each a load of its own"
+    )
     parser.add_argument(
         "--card-gb", type=float, default=0, help="of memory for everything, to stand for a smaller card"
     )
@@ -155,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = args.models.split(",")
     models = seeded(names)
     prompts = tuple(int(text) for text in args.prompts.split(","))
-    rates = [float(text) for text in args.rates.split(",")]
+    rates, skews = ([float(text) for text in told.split(",")] for told in (args.rates, args.skews))
     rows: list[dict] = []
     for kv_gib, label in product(map(float, args.kv_gib.split(",")), args.systems.split(",")):
         name, options = SYSTEMS[label]
@@ -165,7 +167,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             "kv_gib": kv_gib,
             "prompts": list(prompts),
             "requests": args.requests,
-            "skew": args.skew,
             "models": names,
             **({"card_gb": args.card_gb} if args.card_gb else {}),
         }
@@ -175,15 +176,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             system.start(system.plan(cluster, models, Demand()))
             row["start_s"] = time.monotonic() - begun
             replay(system, requests_of(models, 20.0, 12, 99, prompts), 90)
-            for rate, seed in product(rates, range(args.seeds)):
+            for rate, skew, seed in product(rates, skews, range(args.seeds)):
                 before = _happened(system)
                 arrivals = requests_of(
-                    models, rate * len(models), args.requests, 1000 * seed + int(10 * rate), prompts, args.skew
+                    models, rate * len(models), args.requests, 1000 * seed + int(10 * rate), prompts, skew
                 )
                 times = replay(system, arrivals, 120)
                 found = {"p99_by_model": p99_by_model(times, arrivals), **summary(times)}
                 found |= {what: count - before[what] for what, count in _happened(system).items()}
-                rows.append({**row, "rate_rps": rate * len(models), "seed": seed, **found})
+                rows.append({**row, "rate_rps": rate * len(models), "skew": skew, "seed": seed, **found})
                 _compare(rows, args.against)
                 print("row: " + _described(rows[-1]), flush=True)
                 save(args.out, rows)
@@ -214,7 +215,8 @@ def _compare(rows: Sequence[dict], against: str) -> None:
     same = [
         other
         for other in rows
-        if other["system"] == against and all(other.get(key) == row[key] for key in ("rate_rps", "kv_gib", "seed"))
+        if other["system"] == against
+        and all(other.get(key) == row[key] for key in ("rate_rps", "kv_gib", "skew", "seed"))
     ]
     if same:
         row["p99_over"] = {m: value / same[0]["p99_by_model"][m] for m, value in row["p99_by_model"].items()}
@@ -225,7 +227,7 @@ def _described(row: dict) -> str:
         return f"{row['system']:<25} {row['error']}"
     over = ", ".join(f"{model} {value:.2f}" for model, value in row.get("p99_over", {}).items())
     return (
-        f"{row['system']:<25} {row['rate_rps']:4.1f} req/s  TBT {row['tbt_mean_s'] * 1e3:7.2f} ms, P99 "
+        f"{row['system']:<25} {row['rate_rps']:4.1f} req/s, skew {row['skew']:g}  TBT {row['tbt_mean_s'] * 1e3:7.2f} ms, P99 "
         f"{row['tbt_p99_s'] * 1e3:7.2f}; TTFT {row['ttft_mean_s'] * 1e3:8.1f}, P99 {row['ttft_p99_s'] * 1e3:8.1f}; "
         f"{row['tokens_per_s']:6.0f} tok/s; start {row['start_s']:.0f} s; "
         f"KV {row['kv_gib']:g} GiB, {row['preemptions']} preemptions, {row['swaps']} swaps; P99 over: {over}"

@@ -10,7 +10,7 @@ import torch
 
 from serving.cuda.capture import Capture, CardModel, captured
 from serving.cuda.lane import Lane
-from serving.cuda.layout import Shape
+from serving.part_shapes import Shape
 
 _ROUNDS = 20
 
@@ -21,7 +21,7 @@ class Sides:
     def __init__(self, model: CardModel, shape: Shape) -> None:
         half, ffn = model.attention, model.ffn
         (ffn_card,) = ffn.cards
-        self._lane = lane = Lane(half.device, set(ffn.cards), shape.rows, [shape])
+        self._lane = lane = Lane(half.device, set(ffn.cards), 1, [shape])
         self._shape = shape
         self._set_numbers(lambda out: out.zero_())
         ((self._attention,),) = Capture(lane, model, shape).one(lambda layer, rows: rows).stages
@@ -37,15 +37,15 @@ class Sides:
     def attention_s(self, numbers: Callable[[torch.Tensor], None]) -> float:
         """Median seconds of the attention side, embedding and head included, of what `numbers` writes into its argument."""
         self._set_numbers(numbers)
-        return _replayed_s(*self._attention)
+        return replayed_s(*self._attention)
 
     def ffn_s(self) -> float:
         """Median seconds of the FFN side, of random rows."""
-        return _replayed_s(*self._ffn)
+        return replayed_s(*self._ffn)
 
     def dense_s(self) -> float:
         """Of that the layers without experts."""
-        return _replayed_s(*self._dense) if self._dense else 0.0
+        return replayed_s(*self._dense) if self._dense else 0.0
 
     def _set_numbers(self, numbers: Callable[[torch.Tensor], None]) -> None:
         host = self._lane.numbers_host[0, : self._shape.numbers]
@@ -54,7 +54,8 @@ class Sides:
         torch.cuda.synchronize(self._lane.device)
 
 
-def _replayed_s(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> float:
+def replayed_s(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> float:
+    """Median seconds of `graph` on `stream`, with nothing else there."""
     with torch.cuda.stream(stream):
         times = []
         for _ in range(_ROUNDS):

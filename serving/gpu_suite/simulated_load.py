@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serving import registry
-from serving.cost.contention import Contention, Load, slowdowns
+from serving.cost.contention import Contention
 from serving.cost.hardware import known_hardware, load_hardware
 from serving.cost.measured_card import CardStages, InParts, known_measured, shipped_measured
 from serving.cost.operators import CostModel
@@ -58,9 +58,7 @@ def simulate(case: Case, assumed: Assumed) -> dict[str, Any]:
     system = registry.create(name, {**OPTIONS, **options})
     backend = SimulatedBackend(
         assumed.card,
-        lambda model, device: _stages(
-            model.spec.name, assumed.card, name == "crosspool", assumed.in_parts, assumed.prompts
-        ),
+        lambda model, device: _stages(model.spec.name, assumed.card, assumed.in_parts, assumed.prompts),
     )
     system.start(system.plan(_cluster(name, case.pools_bytes), seeded(case.models), Demand()), backend)
     try:
@@ -72,20 +70,10 @@ def simulate(case: Case, assumed: Assumed) -> dict[str, Any]:
 
 
 class _OneCard:
-    """Stages of whole models on one card. Where `halves_share`, stages of both halves of a model may run at once: beside another
-    that streams its memory, each takes as much longer as a kernel of an engine beside that of another (`share`)."""
-
-    halves_share = False
+    """Stages of whole models on one card."""
 
     def share(self, parts: int) -> ModelStages:
         return self if parts == 1 else super().share(parts)
-
-    def beside_stream(self, operator: str) -> float:
-        if not self.halves_share:
-            return 1.0
-        stage = self.attention(1, 64) if operator == "stage_decode" else self.ffn(self.spec.num_layers - 1, 1)
-        stream = Load(1.0, self.hardware.memory_bandwidth, 0.0)
-        return slowdowns([stage.load(), stream], self.hardware, Contention(), self.dtype)[0]
 
 
 class _FittedStages(_OneCard, StageCosts):
@@ -115,13 +103,10 @@ class _MeasuredStages(_OneCard, CardStages):
 
 
 @functools.lru_cache(maxsize=32)  # costs are remembered with them
-def _stages(name: str, card: str, halves_share: bool, in_parts: bool, prompts: float) -> ModelStages:
+def _stages(name: str, card: str, in_parts: bool, prompts: float) -> ModelStages:
     if card in known_measured():
-        stages = _MeasuredStages(published_spec(name), shipped_measured(card))
-    else:
-        stages = (_PartedStages if in_parts else _FittedStages)(name, card, prompts)
-    stages.halves_share = halves_share
-    return stages
+        return _MeasuredStages(published_spec(name), shipped_measured(card))
+    return (_PartedStages if in_parts else _FittedStages)(name, card, prompts)
 
 
 def _cluster(name: str, pools_bytes: tuple[int, int]) -> Cluster:

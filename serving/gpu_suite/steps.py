@@ -8,6 +8,8 @@ of this engine from such rows. What each side of a step takes alone is told besi
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
 import random
 import statistics
 import time
@@ -21,7 +23,7 @@ import torch
 from serving.batching import StepLimits
 from serving.cuda.build import prepare_process
 from serving.cuda.capture import CardModel
-from serving.cuda.layout import decode_numbers, prefill_numbers, shapes_of, smallest
+from serving.cuda.layout import fill_numbers
 from serving.cuda.runner import StepRunner
 from serving.errors import command
 from serving.gpu_suite.engine import load
@@ -30,6 +32,7 @@ from serving.gpu_suite.seeded import seeded
 from serving.gpu_suite.sides import Sides
 from serving.gpu_suite.steps_table import steps_table
 from serving.memory.kv_pool import ModelKV, Run
+from serving.part_shapes import parts_of, shapes_of, smallest
 from serving.scheduler import StepPlan
 from serving.sequence import Sequence
 
@@ -60,13 +63,14 @@ class Step:
 
 
 def steps_to_measure() -> list[Step]:
-    """Chunks of every size that a graph exists for and of one between; decode batches; and steps of several parts."""
+    """Chunks of every size that a graph exists for and of one between; decode batches; both in one part; steps of two parts."""
     prompts = [
         Step(chunks=1, rows=rows, past=past) for rows in (16, 32, 64, 100, 128, 256) for past in (0, 512, 2048, 8192)
     ]
     decodes = [Step(batch, context) for batch in (1, 2, 3, 4) for context in (128, 1024, 8192)]
-    mixed = [Step(1, 1024, 1, 256, 512), Step(3, 1024, 1, 256, 512), Step(3, 1024, 1, 64, 512)]
-    mixed += [Step(3, 8192, 1, 256, 2048), Step(chunks=2, rows=128, past=512), Step(2, 128, 2, 100, 0)]
+    mixed = [Step(batch, 1024, 1, rows, 512) for rows in (16, 32, 64, 128, 256) for batch in (1, 3)]
+    mixed += [Step(3, 8192, 1, 256, 2048), Step(3, 128, 1, 256, 0), Step(1, 8192, 1, 64, 8192), Step(3, 8192, 1, 16, 0)]
+    mixed += [Step(chunks=2, rows=128, past=512), Step(2, 128, 2, 100, 0)]
     return prompts + decodes + mixed
 
 
@@ -75,20 +79,19 @@ def measure(name: str, model: CardModel, control: str, steps: Seq[Step], repeats
     each time; and of a step of one part what each side takes alone (`dense_ms` of `ffn_ms` in layers without experts)."""
     longest = model.kv.geometry.max_context_tokens
     steps = [step for step in steps if step.longest <= longest]
-    runs = _filled_runs(model.kv, max(step.sequences for step in steps), max(step.longest for step in steps))
+    runs = filled_runs(model.kv, max(step.sequences for step in steps), max(step.longest for step in steps))
     runner = StepRunner([model], 1, LIMITS, control)
     shapes, sides = shapes_of(LIMITS, longest), {}
     for step in steps:
         times = _time(runner, step, runs, model.attention.spec.vocab_size, repeats)
         row = {"model": name, "control": control, **asdict(step), "step_ms": statistics.median(times)}
         row |= {"least_ms": min(times), "most_ms": max(times), "repeats": repeats}
-        if not (step.batch and step.chunks) and step.chunks <= 1:
-            shape = smallest(shapes, step.batch == 0, step.rows or step.batch)
+        if step.chunks <= 1:
+            (part,), shape = parts_of(plan_of(step, runs)), smallest(shapes, step.batch, step.rows)
             if shape not in sides:
                 sides[shape] = Sides(model, shape)
-            plan = _plan(step, runs)
             side = sides[shape]
-            row["attention_ms"] = side.attention_s(lambda out, plan=plan: _numbers(plan, out)) * 1e3
+            row["attention_ms"] = side.attention_s(functools.partial(fill_numbers, part, shape)) * 1e3
             row |= {"ffn_ms": side.ffn_s() * 1e3, "dense_ms": side.dense_s() * 1e3}
         yield row
     runner.close()
@@ -96,7 +99,7 @@ def measure(name: str, model: CardModel, control: str, steps: Seq[Step], repeats
         model.kv.close_run(run)
 
 
-def _filled_runs(kv: ModelKV, count: int, tokens: int) -> list[Run]:
+def filled_runs(kv: ModelKV, count: int, tokens: int) -> list[Run]:
     """`count` runs of `tokens` tokens, of random values: equal ones draw less power than a model's."""
     runs = [kv.open_run() for _ in range(count)]
     for run in runs:
@@ -106,7 +109,7 @@ def _filled_runs(kv: ModelKV, count: int, tokens: int) -> list[Run]:
     return runs
 
 
-def _plan(step: Step, runs: Seq[Run]) -> StepPlan:
+def plan_of(step: Step, runs: Seq[Run]) -> StepPlan:
     items = []
     for place, run in enumerate(runs[: step.sequences]):
         length, rows = (step.context, 1) if place < step.batch else (step.past + step.rows, step.rows)
@@ -116,18 +119,10 @@ def _plan(step: Step, runs: Seq[Run]) -> StepPlan:
     return StepPlan.following(0, tuple(items))
 
 
-def _numbers(plan: StepPlan, out: torch.Tensor) -> None:
-    (sequence, rows), *_ = plan.items
-    if rows == 1:
-        decode_numbers([each for each, _ in plan.items], out)
-    else:
-        prefill_numbers(sequence, rows, out)
-
-
 def _time(runner: StepRunner, step: Step, runs: Seq[Run], vocab_size: int, repeats: int) -> list[float]:
     """Milliseconds of each of `repeats` such steps, from launch to done, after some that do not count. Raises RuntimeError for
     one that does not end."""
-    plan, rng, times = _plan(step, runs), random.Random(step.longest), []
+    plan, rng, times = plan_of(step, runs), random.Random(step.longest), []
     for _ in range(_WARM_STEPS + repeats):
         for sequence, rows in plan.items:  # equal rows would choose the same experts
             sequence.tokens[sequence.cached :] = [rng.randrange(vocab_size) for _ in range(rows)]
@@ -168,6 +163,7 @@ def main(argv: Seq[str] | None = None) -> int:
         print(f"row: {model.name}: {measured} steps, {time.perf_counter() - begun:.0f} s", flush=True)
         del together
         pool.close()
+        gc.collect()  # graphs and what they run refer to each other
         torch.cuda.empty_cache()
     print(steps_table([row for row in rows if "error" not in row]))
     for row in rows:

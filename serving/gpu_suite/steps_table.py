@@ -40,6 +40,20 @@ def _grid(rows: Sequence[Row], keys: tuple[str, str], title: str, column: str) -
     return "\n".join(lines)
 
 
+def group_steps_table(rows: Sequence[Row]) -> str:
+    """What one rank of a group takes, its peers absent: a line a step of one part, as :mod:`serving.gpu_suite.group_steps`
+    measured it."""
+    head = ["model", "tp x dp", "active", "decode", "at tokens", "rows of a prompt", "after tokens"]
+    head += ["ms", "launch ms", "attention alone ms", "FFN alone ms"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [row["model"], f"{row['tp']} x {row['dp']}"]
+        cells += [str(row[name]) for name in ("active", "batch", "context", "rows", "past")]
+        cells += [f"{row[name]:.2f}" for name in ("step_ms", "launch_ms", "attention_ms", "ffn_ms")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _parted(rows: Sequence[Row]) -> list[str]:
     """Steps of several parts: what they take, and over what their parts take alone, where those were measured."""
     head = ["model", "control", "decode", "at tokens", "chunks", "rows", "after tokens", "ms", "over its parts' sum"]

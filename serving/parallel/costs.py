@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from serving.cost.contention import Load
 from serving.cost.facts import Work
 from serving.cost.operators import rounded
-from serving.cost.stages import ModelStages
+from serving.cost.stages import ModelStages, Stage
 from serving.parallel.group import GroupPlan
 from serving.spec import element_bytes
 
@@ -39,7 +39,7 @@ class GroupCosts:
     """Seconds of the stages of a group's step on one rank. Attention is of one replica, the FFN of the rows of all.
 
     With data-parallel attention the FFN's rows are gathered first, at the cost of an exchange of half the message: an
-    all-reduce is a gather and a scatter.
+    all-reduce is a gather and a scatter. A *pass* is one way of rows through the FFNs; here their number.
     """
 
     def __init__(self, stages: ModelStages, group: GroupPlan) -> None:
@@ -68,32 +68,38 @@ class GroupCosts:
             return 0.0
         return self._attended(shape.batch, rounded(shape.context_tokens), shape.chunks).alone_s
 
+    def _ffn_stage(self, layer: int, one_pass: Hashable) -> Stage:
+        """One layer's FFN on one rank, the sum over all ranks included."""
+        return self._ffn.ffn(layer, one_pass)
+
+    def _gather_s(self, one_pass: Hashable) -> float:
+        """Seconds until a rank has the rows of all replicas."""
+        return self._stages.exchange_s(one_pass * self._row_bytes // 2, self._group.ranks)
+
     def _attended(self, batch: int, context_tokens: int, chunks: tuple[tuple[int, int], ...]) -> Load:
         stage = self._attention.mixed_attention(batch, context_tokens, chunks)
         return Load(self._attention.launched_s(stage), stage.work.bytes, stage.work.flops)
 
-    def passes(self, shapes: Sequence[StepShape]) -> tuple[int, ...]:
-        """Rows of each pass through the FFNs of a step, of all replicas."""
+    def passes(self, shapes: Sequence[StepShape]) -> tuple[Hashable, ...]:
+        """The passes of a step, of the rows of all replicas."""
         return self._stages.passes(
             sum(shape.batch for shape in shapes), [new for shape in shapes for new, _ in shape.chunks]
         )
 
-    def all_ffns(self, passes: tuple[int, ...]) -> Load:
+    def all_ffns(self, passes: tuple[Hashable, ...]) -> Load:
         """The FFNs of all layers on one rank."""
-        alike = [(self._ffn.ffn(layer, rows), count) for layer, count in self._alike.items() for rows in passes]
+        alike = [(self._ffn_stage(layer, each), count) for layer, count in self._alike.items() for each in passes]
         work = sum((stage.work.times(count) for stage, count in alike), Work())
         seconds = sum(count * self.ffn_s(layer, passes) for layer, count in self._alike.items())
         return Load(seconds, work.bytes, work.flops)
 
-    def ffn_s(self, layer: int, passes: tuple[int, ...]) -> float:
+    def ffn_s(self, layer: int, passes: tuple[Hashable, ...]) -> float:
         """One layer's FFN of the rows of all replicas, each pass gathered and summed over all ranks."""
-        return sum(self._pass_s(layer, rows) for rows in passes)
+        return sum(self._pass_s(layer, each) for each in passes)
 
-    def _pass_s(self, layer: int, rows: int) -> float:
-        gather_s = (
-            self._stages.exchange_s(rows * self._row_bytes // 2, self._group.ranks) if self._group.dp > 1 else 0.0
-        )
-        return gather_s + self._ffn.launched_s(self._ffn.ffn(layer, rows))
+    def _pass_s(self, layer: int, one_pass: Hashable) -> float:
+        gather_s = self._gather_s(one_pass) if self._group.dp > 1 else 0.0
+        return gather_s + self._ffn.launched_s(self._ffn_stage(layer, one_pass))
 
     def head_s(self, wanted: int) -> float:
         return self._attention.launched_s(self._attention.head(wanted)) if wanted else 0.0

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from serving.cost.calibrated import CalibratedStages, read_calibration
 from serving.cost.cards import hardware_of, stages_on
-from serving.cost.measured_card import CardStages, known_measured, shipped_measured
+from serving.cost.measured_card import CardStages, known_measured, shipped_measured, shipped_of_ranks
 from serving.cost.operators import CostModel
 from serving.cost.stages import ModelStages, StageCosts
 from serving.errors import CapacityError, UserError
 from serving.interface import Device, ServedModel
-from serving.parallel.costs import GroupCosts
+from serving.parallel.measured_costs import group_costs
 from serving.sim.clock import VirtualClock
 from serving.sim.costs import StageTimes
 from serving.sim.groups import SimulatedGroup, SimulatedGroupWorker
@@ -56,7 +56,8 @@ class SimulatedBackend:
         self._pipeline = Pipeline(self.clock, compiled)
         self._stages_of, self._of_parts, self._prefill = stages_of, of_parts, prefill
         self._stages: dict[tuple[str, ModelSpec, str], ModelStages] = {}
-        self._times: dict[ModelStages, StageTimes] = {}
+        self._times: dict[tuple[ModelStages, bool], StageTimes] = {}
+        self._memories: dict[tuple[object, ...], int] = {}  # by the place of the devices that draw on it
         self._ffn_workers: dict[int, SimulatedFFNWorker] = {}  # by the mailbox both ends share
         self._groups: dict[int, SimulatedGroup] = {}  # by the exchange that all ranks share
         self._crowd: Crowd | None = None  # steps of engines that nobody arbitrates
@@ -73,17 +74,26 @@ class SimulatedBackend:
             groups = [self._group(seat, role) for seat in role.seats]
             shared = self._crowd.devices[role.device.name] if role.uncoordinated else None
             return SimulatedGroupWorker(name, self.clock, role, groups, shared)
-        times = [self._times_of(self._stages_for(model, role.device)) for model in self._as_held(role)]
+        memory, stages = self._memory_of(role.device), [self._stages_for(m, role.device) for m in self._as_held(role)]
         if isinstance(role, ModelWorkerConfig):
             behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
-            return SimulatedModelWorker(name, self.clock, role, times, behind, self._pipeline, self._prefill)
+            shares_card = role.device.kind == "cuda" and any(worker.memory == memory for worker in behind)
+            times = [self._times_of(each, shares_card) for each in stages]
+            return SimulatedModelWorker(name, self.clock, role, times, behind, self._pipeline, self._prefill, memory)
+        times = [self._times_of(each) for each in stages]
         if isinstance(role, SwapWorkerConfig):
             host_cache = self._host_cache(role, times[0])
-            return SimulatedSwapWorker(name, self.clock, role, times, host_cache, self._neighbours, self._prefill)
-        worker = SimulatedFFNWorker(name, self.clock, role, times, self._pipeline.add_ffn())
+            core = self._neighbours.add(memory)
+            return SimulatedSwapWorker(name, self.clock, role, times, host_cache, core, self._prefill)
+        worker = SimulatedFFNWorker(name, self.clock, role, times, self._pipeline.add_ffn(memory), memory)
         for mailbox in role.mailboxes:
             self._ffn_workers[mailbox.region.fd] = worker
         return worker
+
+    def _memory_of(self, device: Device) -> int:
+        """The number of the memory that `device` draws on: a card's, or that of all cores of a host."""
+        place = (device.node, device.index, device.card) if device.kind == "cuda" else (device.node,)
+        return self._memories.setdefault(place, len(self._memories))
 
     def _host_cache(self, role: SwapWorkerConfig, times: StageTimes) -> SimulatedHostCache:
         """The cache of the device's host: devices of a node share one."""
@@ -105,7 +115,7 @@ class SimulatedBackend:
         if role.uncoordinated is not None:
             self._share_out(role, stages)
         if key not in self._groups:
-            costs = GroupCosts(stages, plan)
+            costs = group_costs(stages, plan)
             if role.uncoordinated is None:
                 self._groups[key] = SimulatedGroup(seat, costs, role.limits, self.clock, self._prefill)
             else:
@@ -147,10 +157,11 @@ class SimulatedBackend:
             self._stages[key] = self._stages_of(model, device)
         return self._stages[key]
 
-    def _times_of(self, stages: ModelStages) -> StageTimes:
-        if stages not in self._times:
-            self._times[stages] = StageTimes(stages)
-        return self._times[stages]
+    def _times_of(self, stages: ModelStages, shares_card: bool = False) -> StageTimes:
+        key = stages, shares_card
+        if key not in self._times:
+            self._times[key] = StageTimes(stages, shares_card)
+        return self._times[key]
 
 
 def simulate_card(card: str, compiled: bool = True, prefill: bool = True) -> SimulatedBackend:
@@ -172,7 +183,7 @@ def simulate_card(card: str, compiled: bool = True, prefill: bool = True) -> Sim
         if key not in known:
             measured = name in known_measured()
             known[key] = (
-                CardStages(model.spec, shipped_measured(name))
+                CardStages(model.spec, shipped_measured(name), shipped_of_ranks(name))
                 if measured
                 else StageCosts(model.spec, CostModel(hardware))
             )

@@ -10,14 +10,15 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from serving.cost.contention import Contention, Load, slowdowns
 from serving.cost.operators import rounded
 from serving.cost.stages import ModelStages, Stage
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbourly:
-    """How a stage gets along with others on memory that devices share (cores of one host): `beside` is its slowdown beside a
-    neighbour that streams, `draws` the share of a core's bandwidth that it takes itself."""
+    """How a stage gets along with others on memory that devices share (cores of one host, pools on one card): `beside` is its
+    slowdown beside a neighbour that streams, `draws` the share of a core's or card's bandwidth that it takes itself."""
 
     beside: float = 1.0
     draws: float = 0.0
@@ -32,10 +33,11 @@ ALONE = Neighbourly()
 
 
 class StageTimes:
-    """Nanoseconds of the stages of one model on one device."""
+    """Nanoseconds of the stages of one model on one device. Where both pools share a card (`shares_card`), stages of the two
+    sides run at once there and slow each other as kernels of two engines do (`share`, serving/cost/contention.py)."""
 
-    def __init__(self, stages: ModelStages) -> None:
-        self.stages, self.spread = stages, stages.spread
+    def __init__(self, stages: ModelStages, shares_card: bool = False) -> None:
+        self.stages, self.spread, self._shares_card = stages, stages.spread, shares_card
         self.attention_beside = self._neighbourly("stage_decode", stages.attention)
         last = stages.spec.num_layers - 1
         self.ffn_beside = self._neighbourly("stage_routed", lambda rows, _: stages.ffn(last, rows))
@@ -87,10 +89,16 @@ class StageTimes:
         return self.attention_beside.mean(layers * attention_ns, self.ffn_beside, self.ffns_ns(passes))
 
     def _neighbourly(self, operator: str, stage_of: Callable[[int, int], Stage]) -> Neighbourly:
-        beside = self.stages.beside_stream(operator)
+        hardware = self.stages.hardware
+        bandwidth = hardware.memory_bandwidth
+        if self._shares_card:
+            loads = [stage_of(1, 64).load(), Load(1.0, bandwidth, 0.0)]
+            beside = slowdowns(loads, hardware, Contention(), self.stages.dtype)[0]
+        else:
+            beside = self.stages.beside_stream(operator)
         if beside <= 1.0:
             return ALONE
-        stage, bandwidth = stage_of(1, 64), self.stages.hardware.memory_bandwidth
+        stage = stage_of(1, 64)
         return Neighbourly(beside, min(1.0, stage.work.bytes / (stage.device_s * bandwidth)))
 
     def _attention_ns(self, batch: int, context: int, chunks: tuple[tuple[int, int], ...]) -> int:

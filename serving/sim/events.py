@@ -19,26 +19,31 @@ IDLE, MAY_BEGIN, HAS_ENDED = range(3)  # why the loop returned
 # entry does: a count, then so many pairs of FFN device and nanoseconds. ROUTE below 0: the whole step is one stage of FIRST_NS.
 (DUE, NUMBER, EVENT, LAYER, WAITING, DEVICE, STATE, FIRST_NS, ATTENTION_NS, FINISH_NS, LAYERS, CROSS_NS, CROSSED_BYTES, ROUTE,
  JOBS, LANE_MINDS, FFN_MINDS, LANE_FIELDS) = range(18)  # fmt: skip
-# Record of an attention device: its lanes lie side by side.
-FIRST_LANE, LANES, CURSOR, BUSY, ASKS, FREE_NS, BUSY_NS, CROSSED, DEVICE_FIELDS = range(9)
+# Record of an attention device: its lanes lie side by side. MEMORY numbers what it draws on: a card's, or that of a host's cores.
+FIRST_LANE, LANES, CURSOR, BUSY, ASKS, FREE_NS, BUSY_NS, CROSSED, MEMORY, DEVICE_FIELDS = range(10)
 # Record of an FFN device.
-FFN_FREE_NS, FFN_BUSY_NS, FFN_STEPS, FFN_FIELDS = range(4)
+FFN_FREE_NS, FFN_BUSY_NS, FFN_STEPS, FFN_MEMORY, FFN_FIELDS = range(5)
 # What runs on a device (a pair of each) and what a lane's stages are (two pairs): slowdown beside a stream, share drawn.
 PAIR = 2
 PUSHED, NEXT_NS, COUNTERS = range(3)
 
 
 def lost_ns(own, own_is_ffn, now_ns, stage_ns, beside, draws, devices, device_runs, ffns, ffn_runs):
-    """What a stage that begins now loses to neighbours that run already, and they to it: charged to the later of the two,
-    because the end of the earlier one is settled. Stretching is by serving.cost.contention's rule."""
+    """What a stage that begins now loses to neighbours on the same memory that run already, and they to it: charged to the later
+    of the two, because the end of the earlier one is settled. Stretching is by serving.cost.contention's rule."""
     lost = 0.0
+    memory = ffns[own * FFN_FIELDS + FFN_MEMORY] if own_is_ffn else devices[own * DEVICE_FIELDS + MEMORY]
     for other in range(len(devices) // DEVICE_FIELDS):
+        if devices[other * DEVICE_FIELDS + MEMORY] != memory:
+            continue
         overlap_ns = min(devices[other * DEVICE_FIELDS + FREE_NS] - now_ns, stage_ns)
         if (own_is_ffn or other != own) and overlap_ns > 0:
             mine = 1.0 + (beside - 1.0) * device_runs[other * PAIR + 1]
             theirs = 1.0 + (device_runs[other * PAIR] - 1.0) * draws
             lost += overlap_ns * ((1.0 - 1.0 / mine) + (1.0 - 1.0 / theirs))
     for other in range(len(ffns) // FFN_FIELDS):
+        if ffns[other * FFN_FIELDS + FFN_MEMORY] != memory:
+            continue
         overlap_ns = min(ffns[other * FFN_FIELDS + FFN_FREE_NS] - now_ns, stage_ns)
         if not (own_is_ffn and other == own) and overlap_ns > 0:
             mine = 1.0 + (beside - 1.0) * ffn_runs[other * PAIR + 1]

@@ -1,6 +1,8 @@
-"""Cores of one host that are no devices of a pipeline, and slow each other over the memory that they share all the same."""
+"""Devices of no pipeline that slow each other all the same, over memory that they share: cores of one host."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from serving.sim import events
 from serving.sim.costs import ALONE, Neighbourly
@@ -10,20 +12,31 @@ class Neighbours:
     """What runs on each of them, and until when, as the event loop of a pipeline keeps it of its own devices."""
 
     def __init__(self) -> None:
-        self._devices: list[int] = []
-        self._runs: list[float] = []
+        self.devices: list[int] = []
+        self.runs: list[float] = []
 
-    def add(self) -> int:
-        """Another device; its number."""
-        self._devices += [0] * events.DEVICE_FIELDS
-        self._runs += [ALONE.beside, ALONE.draws]
-        return len(self._devices) // events.DEVICE_FIELDS - 1
+    def add(self, memory: int) -> Neighbour:
+        """Another device, on the memory of that number."""
+        device = [0] * events.DEVICE_FIELDS
+        device[events.MEMORY] = memory
+        self.devices += device
+        self.runs += [ALONE.beside, ALONE.draws]
+        return Neighbour(self, len(self.devices) // events.DEVICE_FIELDS - 1)
 
-    def begin(self, device: int, now_ns: int, stage_ns: int, runs: Neighbourly) -> int:
-        """A stage that takes `stage_ns` alone begins on `device`; what it takes beside those that run already (events.lost_ns)."""
+
+@dataclass(frozen=True)
+class Neighbour:
+    """One of them."""
+
+    among: Neighbours
+    number: int
+
+    def begin(self, now_ns: int, stage_ns: int, runs: Neighbourly) -> int:
+        """A stage that takes `stage_ns` alone begins here; what it takes beside those that run already (events.lost_ns)."""
+        devices, others = self.among.devices, self.among.runs
         took_ns = stage_ns + events.lost_ns(
-            device, False, now_ns, stage_ns, runs.beside, runs.draws, self._devices, self._runs, (), ()
+            self.number, False, now_ns, stage_ns, runs.beside, runs.draws, devices, others, (), ()
         )
-        self._devices[device * events.DEVICE_FIELDS + events.FREE_NS] = now_ns + took_ns
-        self._runs[device * events.PAIR : (device + 1) * events.PAIR] = runs.beside, runs.draws
+        devices[self.number * events.DEVICE_FIELDS + events.FREE_NS] = now_ns + took_ns
+        others[self.number * events.PAIR : (self.number + 1) * events.PAIR] = runs.beside, runs.draws
         return took_ns

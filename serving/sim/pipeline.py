@@ -56,21 +56,24 @@ class Pipeline:
         self._device_of: list[int] = []  # by lane
         clock.attach(self)
 
-    def add_ffn(self) -> FFNDevice:
-        self._ffns = self._flat([*self._ffns, *[0] * events.FFN_FIELDS], int)
+    def add_ffn(self, memory: int = 0) -> FFNDevice:
+        """Of those that draw on the `memory` of that number."""
+        ffn = [0] * events.FFN_FIELDS
+        ffn[events.FFN_MEMORY] = memory
+        self._ffns = self._flat([*self._ffns, *ffn], int)
         self._ffn_runs = self._flat([*self._ffn_runs, ALONE.beside, ALONE.draws], float)
         return FFNDevice(self, len(self._ffns) // events.FFN_FIELDS - 1)
 
     def add_attention(
-        self, begin: Callable[[], Step | None], complete: Callable[[object], None], lanes: int
+        self, begin: Callable[[], Step | None], complete: Callable[[object], None], lanes: int, memory: int = 0
     ) -> AttentionDevice:
         """`begin()` gives the next step or None, and is not asked again before a sequence is submitted or a step ends;
-        `complete(payload)` takes a step that is done."""
+        `complete(payload)` takes a step that is done. `memory` as for :meth:`add_ffn`."""
         number = len(self._begin)
         self._begin.append(begin)
         self._complete.append(complete)
         device = [0] * events.DEVICE_FIELDS
-        device[events.FIRST_LANE], device[events.LANES] = len(self._payloads), lanes
+        device[events.FIRST_LANE], device[events.LANES], device[events.MEMORY] = len(self._payloads), lanes, memory
         lane = [0] * events.LANE_FIELDS
         lane[events.DEVICE] = number
         self._payloads += [None] * lanes

@@ -23,7 +23,7 @@ from serving.sequence import Sequence as LiveSequence
 from serving.sim.clock import VirtualClock
 from serving.sim.costs import ALONE, StageTimes
 from serving.sim.host_cache import SimulatedHostCache
-from serving.sim.neighbours import Neighbours
+from serving.sim.neighbours import Neighbour
 from serving.sim.workers import SIMULATED_TOKEN, SimulatedWorker
 from serving.workers.build_swap import controller_of
 from serving.workers.config import SwapWorkerConfig
@@ -82,13 +82,13 @@ class SimulatedSwapWorker(SimulatedWorker):
         role: SwapWorkerConfig,
         times: list[StageTimes],
         host_cache: SimulatedHostCache,
-        neighbours: Neighbours,
+        core: Neighbour,
         prefill: bool = True,
     ) -> None:
         super().__init__(name, clock)
         self._role, self._times, self._prefill = role, times, prefill
         self._random = random.Random(name)
-        self._neighbours, self._number = neighbours, neighbours.add()
+        self._core = core
         self._host_cache = host_cache
         host_cache.prime(role.primed, role.resident)
         self._hardware = times[0].stages.hardware
@@ -253,7 +253,7 @@ class SimulatedSwapWorker(SimulatedWorker):
         beside = self._times[lane.plan.model].whole_beside(lane.passes, lane.attention_ns)
         took_ns = alone_ns
         if beside is not ALONE:
-            took_ns = self._neighbours.begin(self._number, self._clock.now_ns(), alone_ns, beside)
+            took_ns = self._core.begin(self._clock.now_ns(), alone_ns, beside)
         self._busy = True
         self._counters["busy_ns"] += took_ns
         self._clock.after(took_ns / 1e9, lambda: self._stepped(lane))

@@ -101,10 +101,16 @@ class SimulatedFFNWorker(SimulatedWorker):
     """Serves rows in order of arrival."""
 
     def __init__(
-        self, name: str, clock: VirtualClock, role: FFNWorkerConfig, times: list[StageTimes], device: FFNDevice
+        self,
+        name: str,
+        clock: VirtualClock,
+        role: FFNWorkerConfig,
+        times: list[StageTimes],
+        device: FFNDevice,
+        memory: int,
     ) -> None:
         super().__init__(name, clock)
-        self.node, self.device = role.device.node, device
+        self.node, self.device, self.memory = role.device.node, device, memory
         self.times = times
 
     def read_counters(self) -> dict[str, int]:
@@ -123,6 +129,7 @@ class SimulatedModelWorker(SimulatedWorker):
         ffn_workers: list[SimulatedFFNWorker],
         pipeline: Pipeline,
         prefill: bool = True,
+        memory: int = 0,
     ) -> None:
         super().__init__(name, clock)
         self._role, self._times, self._pipeline = role, times, pipeline
@@ -138,7 +145,7 @@ class SimulatedModelWorker(SimulatedWorker):
         self._held: dict[int, tuple[int, int]] = {}  # request id -> model, pages
         self._next_sample_ns = 0
         self._routes = [Route.of(role, index, ffn_workers, pipeline) for index in range(len(role.models))]
-        self._device = pipeline.add_attention(self._begin, self._complete, role.lanes)
+        self._device = pipeline.add_attention(self._begin, self._complete, role.lanes, memory)
         # Whether nobody else has a say in when a step that is one stage ends, and what comes after it.
         self._leaps = role.lanes == 1 and all(one.alone for one in times)
         self._leap: Leap | None = None  # the steps under way where they are more than one

@@ -15,13 +15,15 @@ from serving.cuda.groups.worker import CardGroupWorker
 from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
 from serving.cuda.layout import BLOCK_TOKENS
 from serving.growth import PreemptingGrowth
+from serving.interface import Device, ServedModel
 from serving.layers.sizes import weight_bytes_attention, weight_bytes_ffn
 from serving.memory.budget import MemoryBudget
 from serving.memory.kv_pool import KVPool
-from serving.memory.lent import SharedBudget
+from serving.memory.lent import SharedBudget, SharedPageLender
 from serving.parallel.capacity import share_model
+from serving.parallel.group import GroupPlan
 from serving.parallel.share import ShareOfWeights
-from serving.workers.config import CardGroup, CardGroupsConfig
+from serving.workers.config import CardGroup, CardGroupsConfig, PoolConfig
 from serving.workers.counters import Counters
 from serving.workers.model_worker import HostedModel
 
@@ -85,23 +87,35 @@ def build_card_group_worker(role: CardGroupsConfig, wires) -> CardGroupWorker:
 def _load(group: CardGroup, budgets: Budgets) -> _Loaded:
     ranks, pools = [], []
     for rank, device in enumerate(group.devices):
-        share, lender = group.plan.share(rank), None
-        model, budget = share_model(group.model, group.plan, rank), budgets[device.name]
-        if group.lent:
-            budget, lender = borrow(group.lent[rank])
-        place, dtype = card(device), getattr(torch, model.dtype)
-        budget.charge(f"attention weights of {model.name}", weight_bytes_attention(model.spec, model.dtype))
-        budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(model.spec, model.dtype))
-        with torch.cuda.device(place), ShareOfWeights(weights_of(group.model, place), share) as weights:
-            attention = CardAttentionHalf(model.spec, weights, dtype, place)
-            ffn = CardFFNHalf(model.spec, weights, dtype, place)
+        budget, lender = borrow(group.lent[rank]) if group.lent else (budgets[device.name], None)
         config = group.pools[group.plan.replica_of(rank)]
-        if lender is None:  # pages that are lent have been charged by whoever lends them
-            budget.charge(f"KV pool {config.name}", config.num_pages * config.page_bytes)
-        pool = open_pool(config.num_pages, config.page_bytes, [model], config.max_runs, device, lender)
+        held, pool = load_rank(group.model, group.plan, rank, device, config, budget, lender)
+        ranks.append(held)
         pools.append(pool)
-        kv = pool.models[model.name]
-        blocks = torch.arange(-(-kv.geometry.max_context_tokens // BLOCK_TOKENS), device=place)
-        first_token = share.heads.uneven(group.model.spec.vocab_size).start
-        ranks.append(CardRank(attention, ffn, kv, blocks, group.plan.tp, first_token))
     return _Loaded(group, tuple(ranks), tuple(pools))
+
+
+def load_rank(
+    whole: ServedModel,
+    plan: GroupPlan,
+    rank: int,
+    device: Device,
+    config: PoolConfig,
+    budget: MemoryBudget | SharedBudget,
+    lender: SharedPageLender | None = None,
+) -> tuple[CardRank, KVPool]:
+    """What `rank` of `plan` holds of the `whole` model, on `device`, and its pool as `config` says; both are charged to `budget`."""
+    share, model, place = plan.share(rank), share_model(whole, plan, rank), card(device)
+    dtype = getattr(torch, model.dtype)
+    budget.charge(f"attention weights of {model.name}", weight_bytes_attention(model.spec, model.dtype))
+    budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(model.spec, model.dtype))
+    with torch.cuda.device(place), ShareOfWeights(weights_of(whole, place), share) as weights:
+        attention = CardAttentionHalf(model.spec, weights, dtype, place)
+        ffn = CardFFNHalf(model.spec, weights, dtype, place)
+    if lender is None:  # pages that are lent have been charged by whoever lends them
+        budget.charge(f"KV pool {config.name}", config.num_pages * config.page_bytes)
+    pool = open_pool(config.num_pages, config.page_bytes, [model], config.max_runs, device, lender)
+    kv = pool.models[model.name]
+    blocks = torch.arange(-(-kv.geometry.max_context_tokens // BLOCK_TOKENS), device=place)
+    first_token = share.heads.uneven(whole.spec.vocab_size).start
+    return CardRank(attention, ffn, kv, blocks, plan.tp, first_token), pool

@@ -13,19 +13,20 @@ from itertools import zip_longest
 import torch
 
 from serving.batching import StepLimits
-from serving.cuda.layout import Shape, decode_numbers, idle_numbers, parted, prefill_numbers, smallest
+from serving.cuda.layout import fill_numbers
+from serving.part_shapes import IDLE, Part, Shape, parts_of, smallest
 from serving.scheduler import StepPlan
 
 
 @dataclass(frozen=True)
 class GroupPart:
-    """Part `number` of a step. `numbers` are what :meth:`serving.cuda.layout.CardLayout.of` reads, by replica; `tokens` says of
-    how many sequences each replica gets a new token; row i of the FFN's is that of `sources[i]` ([dp * rows] int64)."""
+    """Part `number` of a step. `numbers` are what :meth:`serving.cuda.layout.CardLayout.of` reads, by replica; `wanted` says which
+    sequences of each replica get a new token; row i of the FFN's is that of `sources[i]` ([dp * rows] int64)."""
 
     number: int
     shape: Shape
     numbers: tuple[torch.Tensor, ...]
-    tokens: tuple[int, ...]
+    wanted: tuple[list[int], ...]
     sources: torch.Tensor
 
 
@@ -33,55 +34,31 @@ class GroupParts:
     """Host memory for the parts of one step at a time, of `replicas` replicas; `pinned` where cards copy from it."""
 
     def __init__(self, replicas: int, shapes: Seq[Shape], limits: StepLimits, pinned: bool) -> None:
-        self._shapes, parts = list(shapes), limits.max_batch + 1
+        self._replicas, self._shapes = replicas, list(shapes)
         numbers, rows = max(shape.numbers for shape in shapes), max(shape.rows for shape in shapes)
-        self._numbers = torch.zeros(replicas, parts, numbers, dtype=torch.int64, pin_memory=pinned)
-        self._sources = torch.zeros(parts, replicas * rows, dtype=torch.int64, pin_memory=pinned)
+        self._numbers = torch.zeros(replicas, limits.max_batch, numbers, dtype=torch.int64, pin_memory=pinned)
+        self._sources = torch.zeros(limits.max_batch, replicas * rows, dtype=torch.int64, pin_memory=pinned)
 
     def of(self, plans: Seq[StepPlan | None]) -> list[GroupPart]:
-        """The step of `plans`, by replica: first all that decode, then the first other sequence of each, the second... What it
-        returns holds until the next call."""
-        split = [parted(plan) if plan is not None else ([], []) for plan in plans]
-        parts: list[GroupPart] = []
-        most = max(len(decoding) for decoding, _ in split)
-        if most:
-            shape = smallest(self._shapes, False, most)
-            numbers = self._numbers_of(0, shape)
-            for (decoding, _), out in zip(split, numbers, strict=True):
-                decode_numbers(decoding, out)
-            active = [range(len(decoding)) for decoding, _ in split]
-            parts.append(self._part(0, shape, numbers, tuple(map(len, active)), active))
-        for chunks in zip_longest(*(others for _, others in split), fillvalue=(None, 0)):
-            shape = smallest(self._shapes, True, max(rows for _, rows in chunks))
-            numbers = self._numbers_of(len(parts), shape)
-            for (sequence, rows), out in zip(chunks, numbers, strict=True):
-                prefill_numbers(sequence, rows, out)
-            wanted = tuple(int(sequence is not None and rows == sequence.pending) for sequence, rows in chunks)
-            active = [range(shape.rows - rows, shape.rows) for _, rows in chunks]
-            parts.append(self._part(len(parts), shape, numbers, wanted, active))
-        return parts
+        """The step of `plans`, by replica: the first part of each, the second... What it returns holds until the next call."""
+        by_replica = [parts_of(plan) if plan is not None else [] for plan in plans]
+        made = []
+        for number, parts in enumerate(zip_longest(*by_replica, fillvalue=IDLE)):
+            decode, chunk = max(len(part.decoding) for part in parts), max(part.rows for part in parts)
+            made.append(self._made(number, smallest(self._shapes, decode, chunk), parts))
+        return made
 
     def idle(self, shape: Shape) -> GroupPart:
         """A part in which no replica has anything to do."""
-        numbers = self._numbers_of(0, shape)
-        for out in numbers:
-            idle_numbers(shape, out)
-        return self._part(0, shape, numbers, (0,) * len(numbers), [range(0)] * len(numbers))
+        return self._made(0, shape, [IDLE] * self._replicas)
 
-    def _numbers_of(self, number: int, shape: Shape) -> tuple[torch.Tensor, ...]:
-        return tuple(replica[number, : shape.numbers] for replica in self._numbers)
-
-    def _part(
-        self,
-        number: int,
-        shape: Shape,
-        numbers: tuple[torch.Tensor, ...],
-        tokens: tuple[int, ...],
-        active: Seq[range],
-    ) -> GroupPart:
+    def _made(self, number: int, shape: Shape, parts: Seq[Part]) -> GroupPart:
         """Every active row stands for itself, every idle one is the first active row again."""
-        places = [replica * shape.rows + row for replica, rows in enumerate(active) for row in rows]
-        sources = self._sources[number, : len(active) * shape.rows]
+        numbers = tuple(replica[number, : shape.numbers] for replica in self._numbers)
+        for part, out in zip(parts, numbers, strict=True):
+            fill_numbers(part, shape, out)
+        places = [replica * shape.rows + row for replica, part in enumerate(parts) for row in part.active(shape)]
+        sources = self._sources[number, : len(parts) * shape.rows]
         sources.fill_(places[0] if places else 0)
         sources[places] = torch.tensor(places, dtype=torch.int64)
-        return GroupPart(number, shape, numbers, tokens, sources)
+        return GroupPart(number, shape, numbers, tuple(part.wanted(shape) for part in parts), sources)

@@ -13,8 +13,9 @@ from serving.cuda.groups.parts import GroupPart, GroupParts
 from serving.cuda.groups.rank import CardRank, Rows
 from serving.cuda.groups.rows import AloneRows, ExchangedRows, exchanged_rows
 from serving.cuda.lane import Lane
-from serving.cuda.layout import CardLayout, Shape, shapes_of
+from serving.cuda.layout import CardLayout
 from serving.parallel.group import GroupPlan
+from serving.part_shapes import Shape, shapes_of
 from serving.scheduler import StepPlan
 
 
@@ -31,9 +32,11 @@ class GroupRunner:
         most = plan.dp * max(shape.rows for shape in self._shapes)
         self._sources = [torch.zeros(most, dtype=torch.int64, device=rank.device) for rank in ranks]
         cards = [rank.device for rank in ranks]
-        self._rows: dict[bool, list[ExchangedRows]] = {  # of prefill and of decode parts, whose slots differ in size
-            prefill: exchanged_rows(plan, cards, rows, self._width, half.dtype)
-            for prefill, rows in ((False, limits.max_batch), (True, limits.prefill_chunk))
+        self._rows: dict[
+            bool, list[ExchangedRows]
+        ] = {  # of parts with a chunk and without one, whose slots differ in size
+            chunk: exchanged_rows(plan, cards, rows, self._width, half.dtype)
+            for chunk, rows in ((False, limits.max_batch), (True, limits.max_rows))
         }
         self._graphs: dict[tuple[int, Shape], torch.cuda.CUDAGraph] = {}
         self.bytes_crossed = 0
@@ -43,7 +46,7 @@ class GroupRunner:
     def launch(self, plans: Seq[StepPlan | None]) -> None:
         """Start a step of `plans`, by replica; what they read has been mapped."""
         for lane in self._lanes:
-            lane.places = []
+            lane.begin()
         for part in self._parts.of(plans):
             for rank, lane in enumerate(self._lanes):
                 with torch.cuda.stream(lane.stream):
@@ -71,12 +74,8 @@ class GroupRunner:
     def _bring_tokens(self, rank: int, part: GroupPart) -> None:
         """From the first rank of each replica; the others have the same."""
         replica, lane = self._plan.replica_of(rank), self._lanes[rank]
-        wanted = part.tokens[replica]
-        if not wanted or rank != self._plan.ranks_of(replica)[0]:
-            return
-        first = self._limits.max_batch + part.number if part.shape.prefill else 0
-        lane.tokens_host[first : first + wanted].copy_(lane.tokens_of(part.shape)[:wanted], non_blocking=True)
-        lane.places.extend(range(first, first + wanted))
+        if rank == self._plan.ranks_of(replica)[0]:
+            lane.bring_tokens(part.number, part.shape, part.wanted[replica])
 
     def _posted_bytes(self, rows: int) -> int:
         """Bytes that all ranks post to others in a part of `rows` rows a replica."""
@@ -102,7 +101,7 @@ class GroupRunner:
         for rank, lane in enumerate(self._lanes):
             for shape in reversed(self._shapes):
                 self._idle(rank, shape)
-                rows = self._rows[shape.prefill][rank]
+                rows = self._rows[shape.chunk > 0][rank]
                 self._graphs[rank, shape] = captured(
                     lane, lane.stream, lambda rank=rank, shape=shape, rows=rows: self._step(rank, shape, rows)
                 )

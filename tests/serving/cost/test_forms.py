@@ -83,6 +83,7 @@ SHAPED = {
     "prefill_mla": ({"batch_size": 1, "isl": 1024, "num_heads": 16}, "isl"),
     "collective": ({"num_gpus": 4, "message_size": 1 << 20}, "message_size"),
     "stage_decode": ({"batch_size": 2, "context": 100}, "context"),
+    "stage_beside": ({"batch_size": 2, "context": 100}, "context"),
     "stage_prefill": ({"isl": 64, "past": 64}, "past"),
     "stage_routed": ({"num_tokens": 4, "distinct": 6}, "num_tokens"),
     **{f"stage_{name}": ({"rows": 8}, "rows") for name in ("dense", "begin", "end")},

@@ -22,12 +22,13 @@ from serving.cuda.groups.rank import CardRank
 from serving.cuda.groups.rows import AloneRows
 from serving.cuda.groups.worker import CardGroupWorker
 from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
-from serving.cuda.layout import BLOCK_TOKENS, CardLayout, shapes_of
+from serving.cuda.layout import BLOCK_TOKENS, CardLayout
 from serving.growth import PreemptingGrowth
 from serving.memory.kv_pool import KVPool
 from serving.parallel.group import GroupPlan
 from serving.parallel.host import Instance, sharing_devices
 from serving.parallel.share import ShareOfWeights, share_spec
+from serving.part_shapes import shapes_of
 from serving.scheduler import StepScheduler
 from serving.sequence import Sequence
 from serving.shm.region import SharedRegion
@@ -113,8 +114,8 @@ class Group:
         tokens: list[list[int]] = [[] for _ in plans]
         for part in self.parts.of(plans):
             by_rank = self._run(part)
-            for replica, wanted in enumerate(part.tokens):
-                results = {tuple(by_rank[rank][:wanted]) for rank in self.plan.ranks_of(replica)}
+            for replica, wanted in enumerate(part.wanted):
+                results = {tuple(by_rank[rank][place] for place in wanted) for rank in self.plan.ranks_of(replica)}
                 assert len(results) == 1, "ranks of a replica have come apart"
                 tokens[replica].extend(results.pop())
         return tokens
@@ -250,7 +251,7 @@ def test_a_rank_alone_computes_the_same_shapes(group):
         with torch.inference_mode():
             layout = group.on_the_cpu(CardLayout.of(shape, part.numbers[0], held.blocks), held.kv)
             tokens = held.forward(layout, sources, AloneRows(group.plan))
-        assert tokens.shape == ((1,) if shape.prefill else (shape.rows,))
+        assert tokens.shape == (shape.sequences,)
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=4))
@@ -272,7 +273,7 @@ def test_idle_rows_repeat_an_active_one(decoding):
     active = {replica * part.shape.rows + row for replica, count in enumerate(decoding) for row in range(count)}
     assert set(part.sources.tolist()) == active
     assert all(part.sources[row] == row for row in active)
-    assert part.tokens == tuple(decoding)
+    assert part.wanted == tuple(list(range(count)) for count in decoding)
 
 
 class ReplicaRun:

@@ -8,26 +8,17 @@ import judges
 import pytest
 import torch
 
-from serving.batching import StepLimits
 from serving.checkpoints import open_checkpoint
 from serving.cost.table1 import published_spec
 from serving.cuda.capture import CardModel
 from serving.cuda.exchange import InPlace
 from serving.cuda.ffn_parts import FFNParts
 from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
-from serving.cuda.layout import (
-    BLOCK_TOKENS,
-    IDLE_SLOT,
-    CardLayout,
-    Shape,
-    decode_numbers,
-    prefill_numbers,
-    shapes_of,
-    smallest,
-)
+from serving.cuda.layout import BLOCK_TOKENS, IDLE_SLOT, CardLayout, fill_numbers
 from serving.interface import ServedModel
 from serving.memory.kv_pool import KVPool
 from serving.parallel.share import Share, ShareOfWeights, Slice, share_spec
+from serving.part_shapes import Part, Shape
 from serving.residency.image import ShapesOnly, placed_bytes
 from serving.sequence import Sequence
 from serving.spec import ARCHITECTURES, load_spec
@@ -60,52 +51,44 @@ def open_sequence(model, prompt, new_tokens):
     return Sequence(0, 0, list(prompt), len(prompt), new_tokens, run=run)
 
 
-@torch.inference_mode()
-def run_part(model, shape, fill):
+def layout_of(model, part, shape):
     numbers = torch.zeros(shape.numbers, dtype=torch.int64)
-    fill(numbers)
-    return model.forward(CardLayout.of(shape, numbers, model.blocks), InPlace(model.ffn)).tolist()
+    fill_numbers(part, shape, numbers)
+    return CardLayout.of(shape, numbers, model.blocks)
 
 
-def decode(model, *sequences):
-    tokens = run_part(model, Shape(False, len(sequences)), lambda out: decode_numbers(sequences, out))
-    for sequence, token in zip(sequences, tokens, strict=True):
-        sequence.cached += 1
-        sequence.append(token)
-
-
-def prefill(model, sequence, rows):
-    (token,) = run_part(model, Shape(True, rows), lambda out: prefill_numbers(sequence, rows, out))
-    wanted = rows == sequence.pending
-    sequence.cached += rows
-    if wanted:
-        sequence.append(token)
+@torch.inference_mode()
+def run(model, *decoding, prompt=None, rows=0):
+    """One part, in the shape that it fills: sequences that decode, and the next `rows` tokens of a prompt."""
+    part, shape = Part(decoding, prompt, rows), Shape(len(decoding), rows)
+    tokens = model.forward(layout_of(model, part, shape), InPlace(model.ffn)).tolist()
+    assert len(tokens) == shape.sequences
+    wanted = part.wanted(shape)
+    for sequence, count in [*((each, 1) for each in decoding), *([(prompt, rows)] if prompt else [])]:
+        sequence.cached += count
+    for place in wanted:
+        (decoding[place] if place < len(decoding) else prompt).append(tokens[place])
 
 
 @pytest.mark.parametrize("card_model", ARCHITECTURES, indirect=True)
 def test_tokens_equal_the_judge(card_model):
-    """Two sequences: one prefilled in chunks while the other decodes, then both decode."""
+    """Two sequences: one prefilled in chunks, alone and beside the other's decode row, then both decode."""
     directory, model = card_model
     prompts = [(5, 9, 2, 7, 1, 3, 8), (4, 6)]
     long, short = (open_sequence(model, prompt, 6) for prompt in prompts)
-    prefill(model, short, 2)
-    decode(model, short)
-    prefill(model, long, 4)
-    prefill(model, long, 3)
-    for _ in range(3):
-        decode(model, short, long)
+    run(model, prompt=short, rows=2)
+    run(model, short)
+    run(model, prompt=long, rows=2)
+    run(model, short, prompt=long, rows=3)
+    run(model, short, prompt=long, rows=2)
+    while len(short.tokens) < len(prompts[1]) + 6:
+        run(model, short, long)
     while len(long.tokens) < len(prompts[0]) + 6:
-        decode(model, long)
+        run(model, long)
     for sequence, prompt in zip((long, short), prompts, strict=True):
         new = sequence.tokens[len(prompt) :]
         assert new == judges.greedy_reference(directory, prompt, len(new))
     assert len(long.tokens) == len(prompts[0]) + 6
-
-
-def layout_of(model, shape, fill):
-    numbers = torch.zeros(shape.numbers, dtype=torch.int64)
-    fill(numbers)
-    return CardLayout.of(shape, numbers, model.blocks)
 
 
 @pytest.mark.parametrize("card_model", ["deepseek_v2"], indirect=True)
@@ -114,7 +97,7 @@ def test_rows_that_fill_up_a_decode_shape_are_idle(card_model):
     sequences = [open_sequence(model, (1, 2, 3), 4), open_sequence(model, (7,) * 70, 4)]
     for sequence in sequences:
         sequence.cached = len(sequence.tokens) - 1
-    layout = layout_of(model, Shape(False, 4), lambda out: decode_numbers(sequences, out))
+    layout = layout_of(model, Part(tuple(sequences)), Shape(4, 0))
     starts = [sequence.run.start_slot for sequence in sequences]
     assert layout.slots.tolist() == [starts[0] + 2, starts[1] + 69, IDLE_SLOT, IDLE_SLOT]
     assert layout.positions[:2].tolist() == [2, 69]
@@ -123,18 +106,33 @@ def test_rows_that_fill_up_a_decode_shape_are_idle(card_model):
 
 
 @pytest.mark.parametrize("card_model", ["deepseek_v2"], indirect=True)
-def test_rows_that_fill_up_a_prefill_shape_come_first(card_model):
+def test_rows_that_fill_up_a_chunk_come_first(card_model):
     """So that the last row is the last token's; their places before the first token are taken as the first."""
     _, model = card_model
     sequence = open_sequence(model, tuple(range(10, 20)), 4)
     sequence.cached = 3
-    layout = layout_of(model, Shape(True, 16), lambda out: prefill_numbers(sequence, 5, out))
+    layout = layout_of(model, Part((), sequence, 5), Shape(0, 16))
     start = sequence.run.start_slot
     assert layout.token_ids.tolist() == [0] * 11 + [13, 14, 15, 16, 17]
     assert layout.positions.tolist() == [0] * 8 + list(range(8))
     assert layout.slots.tolist() == [IDLE_SLOT] * 11 + [start + place for place in range(3, 8)]
     assert layout.kv_lens.tolist() == [8]
     assert layout.logit_rows.tolist() == [15]
+
+
+@pytest.mark.parametrize("card_model", ["mixtral"], indirect=True)
+def test_decode_rows_come_before_a_chunk(card_model):
+    _, model = card_model
+    short, long = open_sequence(model, (1, 2, 3), 4), open_sequence(model, tuple(range(10, 20)), 4)
+    short.cached, long.cached = 2, 3
+    layout = layout_of(model, Part((short,), long, 7), Shape(3, 8))
+    starts = [sequence.run.start_slot for sequence in (short, long)]
+    assert layout.token_ids.tolist() == [3, 0, 0, 0, 13, 14, 15, 16, 17, 18, 19]
+    assert layout.slots.tolist() == [starts[0] + 2, *[IDLE_SLOT] * 3, *range(starts[1] + 3, starts[1] + 10)]
+    assert layout.kv_lens.tolist() == [3, 0, 0, 10] and layout.logit_rows.tolist() == [0, 1, 2, 10]
+    cache = model.kv.layers[0]
+    assert layout.decode_kv(cache).kv_lens.tolist() == [3, 0, 0] and layout.chunk_kv(cache).kv_lens.tolist() == [10]
+    assert (layout.chunk_kv(cache).block_table[:, 0] * BLOCK_TOKENS).tolist() == starts[1:]
 
 
 def test_every_layer_has_one_holder(tiny_checkpoints):
@@ -152,14 +150,6 @@ def test_every_layer_has_one_holder(tiny_checkpoints):
     for wrong in ((half(cards[0], first, *others),), (half(cards[0], first), half(cards[1], first, *others, last))):
         with pytest.raises(ValueError, match="hold layers"):
             FFNParts(*wrong)
-
-
-def test_shapes_are_powers_of_two_up_to_the_limits():
-    shapes = shapes_of(StepLimits(max_batch=6, prefill_chunk=100), max_context_tokens=4096)
-    assert [shape.rows for shape in shapes if not shape.prefill] == [1, 2, 4, 6]
-    assert [shape.rows for shape in shapes if shape.prefill] == [16, 32, 64, 100]
-    assert smallest(shapes, True, 33) == Shape(True, 64)
-    assert [shape.rows for shape in shapes_of(StepLimits(1, 100), 8)] == [1, 8]
 
 
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "glm-4.7-flash", "deepseek-v2-lite", "mixtral-8x7b"])

@@ -91,8 +91,9 @@ def test_a_folder_without_results_is_named(tmp_path):
 def test_p99_of_each_model_and_against_the_same_load():
     requests = [(0.0, Request(0, "a", (1,), 2)), (0.0, Request(1, "b", (1,), 2))]
     slow, quick = ({0: [0.0, 1.0, 1.5], 1: [0.0, 1.0, gap]} for gap in (1.3, 1.1))
+    load = {"rate_rps": 2.0, "kv_gib": 1.0, "skew": 0.9, "seed": 0}
     rows = [
-        {"system": name, "rate_rps": 2.0, "kv_gib": 1.0, "seed": 0, "p99_by_model": serve.p99_by_model(times, requests)}
+        {**load, "system": name, "p99_by_model": serve.p99_by_model(times, requests)}
         for name, times in (("crosspool lowered", quick), ("elastic", slow))
     ]
     serve._compare(rows, "crosspool lowered")

@@ -57,9 +57,9 @@ def test_prompts_that_take_longer_and_dearer_switches_slow_what_they_should():
     assert simulate.simulate(engines, dear)["tbt_mean_s"] > simulate.simulate(engines, Assumed())["tbt_mean_s"]
 
 
-def test_steps_in_parts_take_longer_where_prompts_and_decode_rows_meet():
+def test_steps_in_parts_take_longer_where_prompts_meet():
     usual, parted = simulate.simulate(QUICK, Assumed()), simulate.simulate(QUICK, Assumed(in_parts=True))
-    assert parted["tbt_p99_s"] > 1.1 * usual["tbt_p99_s"]
+    assert parted["tbt_p99_s"] > usual["tbt_p99_s"]
     alone = Case(QUICK.label, QUICK.models, QUICK.pools_bytes, QUICK.rate_rps, 1, QUICK.seed, (64, 64), 0.0)
     times = [simulate.simulate(alone, Assumed(in_parts=each))["ttft_mean_s"] for each in (False, True)]
     assert times[1] == pytest.approx(times[0], rel=0.01)

@@ -6,12 +6,12 @@ from typing import ClassVar
 import pytest
 import torch
 
-from serving.cuda.layout import shapes_of
 from serving.gpu_suite import steps
 from serving.gpu_suite.engine import load
 from serving.gpu_suite.steps_table import steps_table
 from serving.interface import ServedModel
 from serving.memory.kv_pool import KVPool
+from serving.part_shapes import shapes_of
 from serving.spec import load_spec
 
 on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none")
@@ -54,22 +54,23 @@ def test_steps_are_composed_as_they_say(tiny, monkeypatch):
     monkeypatch.setattr(steps, "StepRunner", Recorder)
     idle = SimpleNamespace(attention_s=lambda numbers: 0.25, ffn_s=lambda: 0.5, dense_s=lambda: 0.0)
     monkeypatch.setattr(steps, "Sides", lambda model, shape: idle)
-    wanted = [steps.Step(chunks=1, rows=5, past=19), steps.Step(2, 33), steps.Step(1, 40, 2, 7, 3)]
+    both = steps.Step(2, 33, 1, 5, 19)
+    wanted = [steps.Step(chunks=1, rows=5, past=19), steps.Step(2, 33), both, steps.Step(1, 40, 2, 7, 3)]
     longer = steps.Step(1, tiny.kv.geometry.max_context_tokens + 1)
     rows = list(steps.measure("tiny", tiny, "fused", [*wanted, longer], 2))
-    asked = [Recorder.launched[index][:3] for index in (0, 5, 10)]  # three of each do not count
-    assert asked == [((5,), (24,), (4,)), ((1, 1), (33, 33), (0, 1)), ((1, 7, 7), (40, 10, 10), (0, 7, 14))]
+    asked = [Recorder.launched[index][:3] for index in (0, 5, 10, 15)]  # three of each do not count
+    assert asked[:2] == [((5,), (24,), (4,)), ((1, 1), (33, 33), (0, 1))]
+    assert asked[2:] == [((1, 1, 5), (33, 33, 24), (0, 1, 6)), ((1, 7, 7), (40, 10, 10), (0, 7, 14))]
     assert len({fresh for *_, fresh in Recorder.launched}) == len(Recorder.launched)
-    assert [row["batch"] for row in rows] == [0, 2, 1] and all(row["most_ms"] >= row["step_ms"] > 0 for row in rows)
-    assert [row.get("attention_ms") for row in rows] == [250.0, 250.0, None]
+    assert [row["batch"] for row in rows] == [0, 2, 2, 1] and all(row["most_ms"] >= row["step_ms"] > 0 for row in rows)
+    assert [row.get("attention_ms") for row in rows] == [250.0, 250.0, 250.0, None]
 
 
 @pytest.mark.cpu
 def test_every_graph_is_measured_and_a_size_between():
     measured = steps.steps_to_measure()
     for shape in shapes_of(steps.LIMITS, 1 << 20):
-        alone = [step for step in measured if step.chunks == shape.prefill and bool(step.batch) != shape.prefill]
-        assert any((step.rows if shape.prefill else step.batch) == shape.rows for step in alone), shape
+        assert any((step.batch, step.rows, step.chunks) == (*shape, bool(shape.chunk)) for step in measured), shape
     assert any(step.rows & (step.rows - 1) for step in measured)
     assert all(step.sequences <= steps.LIMITS.max_batch for step in measured)
     assert all(step.chunks * step.rows <= steps.LIMITS.prefill_chunk for step in measured)
@@ -111,11 +112,12 @@ def test_a_machine_without_a_card_is_told(tmp_path, capsys):
 def test_steps_run_on_a_card(architecture, control, tiny_checkpoints):
     model = ServedModel(load_spec(tiny_checkpoints[architecture]), tiny_checkpoints[architecture], "bfloat16", True)
     together, _, pool = load(model, 4 << 30, kv_bytes=1 << 29)
-    wanted = [steps.Step(chunks=1, rows=27, past=19), steps.Step(3, 33), steps.Step(1, 40, 2, 7, 3)]
+    both = steps.Step(3, 33, 1, 27, 19)
+    wanted = [steps.Step(chunks=1, rows=27, past=19), steps.Step(3, 33), both, steps.Step(1, 40, 2, 7, 3)]
     rows = list(steps.measure(model.name, together, control, wanted, 2))
     assert len(rows) == len(wanted) and all(row["step_ms"] > 0 for row in rows)
-    for row in rows[:2]:
+    for row in rows[:3]:
         assert row["attention_ms"] > 0 and row["ffn_ms"] > row["dense_ms"] >= 0
-    assert "ffn_ms" not in rows[2]
+    assert "ffn_ms" not in rows[3]
     del together
     pool.close()

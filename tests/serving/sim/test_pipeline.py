@@ -45,7 +45,11 @@ def simulate(requests, compiled, prefill=True, **options):
     return [row.token_times_ns for row in seen.requests], seen.devices, seen.pools
 
 
-@pytest.mark.parametrize("options", [{}, {"lanes": 3}, {"ffn_sharding": "layer"}, {"control": "host"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lanes": 3}, {"ffn_sharding": "layer"}, {"control": "host"}, {"ffn_sharding": "layer", "kv_share": 0.5}],
+    ids=str,
+)
 def test_compiled_or_not_it_is_the_same_run(options):
     requests = trace(4, 4.0)
     compiled = simulate(requests, True, **options)
@@ -102,23 +106,24 @@ def test_a_step_alone_takes_the_sum_of_its_stages():
     assert done == (0, 5 * 10 + 2 + ffns + 2 * 5 * 3 + 5)
 
 
-def test_devices_that_share_memory_slow_each_other_while_both_run():
+@pytest.mark.parametrize(("memories", "lost_by_each"), [((0, 0), 0.5), ((1, 1), 0.5), ((0, 1), 0.0)])
+def test_devices_that_share_memory_slow_each_other_while_both_run(memories, lost_by_each):
     """Two cores of one host: the stage that begins while another runs bears what both lose, and nothing when alone."""
     clock = VirtualClock()
     pipeline, done = Pipeline(clock), []
 
-    def device(shapes):
+    def device(shapes, memory):
         left = list(shapes)
 
         def begin():
             return Step(0, left.pop(), 0, 0, 1, attention_beside=Neighbourly(beside=2.0, draws=1.0)) if left else None
 
-        return pipeline.add_attention(begin, lambda _: done.append(clock.now_ns()), 1)
+        return pipeline.add_attention(begin, lambda _: done.append(clock.now_ns()), 1, memory)
 
-    first, second = device([100]), device([100])
+    first, second = (device([100], memory) for memory in memories)
     pipeline.submit(first)
     clock.sleep(60e-9)
     pipeline.submit(second)
     clock.sleep(1e-6)
-    overlap_ns, lost_by_each = 40, 0.5
+    overlap_ns = 40
     assert done == [100, 60 + 100 + 2 * overlap_ns * lost_by_each]
