@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 
 from kernels.attention.split import block_channels
-from kernels.launch import ceil_div, launch, next_power_of_2, num_sms
+from kernels.launch import launch, next_power_of_2, num_sms
 from kernels.paged_kv import PagedKV
 
 FIELDS = tl.constexpr(4)  # of a tile: sequence, the sequence's first row, first pair of it, rows of the sequence
-SHARE_TOKENS = tl.constexpr(128)  # the least share: below it, what it reads no longer covers writing and joining its result
-JOIN_TOKENS = tl.constexpr(256)  # the longest tile must take so much longer than a share, or joining costs more than it gains
+SHARE_TOKENS = tl.constexpr(128)  # the least share: what a shorter one reads does not cover writing and joining its result
+JOIN_TOKENS = tl.constexpr(256)  # by which the longest tile must exceed a share, or joining costs more than it gains
 
 _MOST_ROUNDS = 4  # of whole tiles over the card: with more, the last one's idle programs are few
 _JOINED_ELEMENTS = 8192  # of partial results in a program's registers at a time
@@ -227,7 +227,8 @@ class SharePlan:
         constants = self.constants
         units = len(self.tiles) * self.readers
         lanes = self.block_m
-        while lanes > 1 and (units * self.block_m // lanes < _JOIN_PROGRAMS or lanes * constants["BLOCK_D"] > _JOINED_ELEMENTS):
+        most = _JOINED_ELEMENTS // constants["BLOCK_D"]
+        while lanes > 1 and (lanes > most or units * self.block_m // lanes < _JOIN_PROGRAMS):
             lanes //= 2
         launch(
             _join_kernel,

@@ -16,7 +16,7 @@ from kernels.attention.shares import (
     tile_steps,
     write_tile,
 )
-from kernels.attention.split import SplitPlan, block_slots, find_work, scale_log2, write_chunk
+from kernels.attention.split import SplitPlan, find_work, look_up, scale_log2, slots_of, write_chunk
 from kernels.launch import launch, next_power_of_2
 from kernels.paged_kv import PagedKV
 from kernels.tile import dot
@@ -26,7 +26,7 @@ from kernels.tile import dot
 def _attend_tile(
     q,
     cache_ptr,
-    table_ptr,
+    block,
     start,
     end,
     last_seen,
@@ -42,8 +42,8 @@ def _attend_tile(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One step of online softmax: tokens `start`.. below `end`, row i seeing those up to `last_seen[i]`."""
-    slots = block_slots(table_ptr, start, end, BLOCK_TOKENS, BLOCK_N)
+    """One step of online softmax: tokens `start`.. below `end` in `block`, row i seeing those up to `last_seen[i]`."""
+    slots = slots_of(block, start, BLOCK_TOKENS, BLOCK_N)
     token = start + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_D)[None, :]
     key = cache_ptr + (slots * (2 * KV_HEADS) + kv_head)[:, None] * DIM + channel
@@ -54,14 +54,14 @@ def _attend_tile(
     else:
         keys = tl.load(key)
         values = tl.load(key + KV_HEADS * DIM)
-    scores = dot(q, tl.trans(keys), tl.zeros((q.shape[0], BLOCK_N), tl.float32)) * scale
+    scores = dot(q, tl.trans(keys), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
     if MASKED:
         scores = tl.where(token[None, :] <= last_seen[:, None], scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
     base = new_top
     if MASKED:  # a row that has seen nothing yet: nothing minus nothing is no number
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
-    weights = tl.exp2(scores - base[:, None])
+    weights = tl.exp2(scores * scale - base[:, None])
     fade = tl.exp2(top - base)
     mass = mass * fade + tl.sum(weights, axis=1)
     acc = dot(weights.to(values.dtype), values, acc * fade[:, None])
@@ -108,8 +108,9 @@ def _decode_kernel(
     acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
     last_seen = tl.zeros((BLOCK_H,), tl.int32) + (end - 1)
     for start in range(first, end, BLOCK_N):
+        block = look_up(table, start, end, BLOCK_TOKENS, BLOCK_N)
         top, mass, acc = _attend_tile(
-            q, cache_ptr, table, start, end, last_seen, kv_head, scale, top, mass, acc,
+            q, cache_ptr, block, start, end, last_seen, kv_head, scale, top, mass, acc,
             True, KV_HEADS, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
         )  # fmt: skip
     write_chunk(
@@ -137,14 +138,20 @@ def _prefill_share(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     # Steps that every row sees need no mask; those that some see only a part of come last.
     unmasked = tl.minimum(tl.maximum(all_see // BLOCK_N, first), last)
+    # Blocks are looked up one step ahead: else a step's reads would wait for the table's.
+    block = look_up(table, first * BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
     for start in range(first * BLOCK_N, unmasked * BLOCK_N, BLOCK_N):
+        here = block
+        block = look_up(table, start + BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
         top, mass, acc = _attend_tile(
-            q, cache_ptr, table, start, end, last_seen, kv_head, scale, top, mass, acc,
+            q, cache_ptr, here, start, end, last_seen, kv_head, scale, top, mass, acc,
             False, KV_HEADS, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
         )  # fmt: skip
     for start in range(unmasked * BLOCK_N, last * BLOCK_N, BLOCK_N):
+        here = block
+        block = look_up(table, start + BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
         top, mass, acc = _attend_tile(
-            q, cache_ptr, table, start, end, last_seen, kv_head, scale, top, mass, acc,
+            q, cache_ptr, here, start, end, last_seen, kv_head, scale, top, mass, acc,
             True, KV_HEADS, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
         )  # fmt: skip
     write_tile(acc, top, mass, whole, row, exists, slot, out_ptr, partial_ptr, lse_ptr, DIM, BLOCK_D, BLOCK_M)
@@ -240,14 +247,15 @@ def prefill_gqa(q: torch.Tensor, kv: PagedKV, query_lens: tuple[int, ...], scale
     q = q.contiguous()
     _, num_heads, dim = q.shape
     kv_heads = kv.cache.shape[2]
-    pairs = next_power_of_2(max(query_lens) * (num_heads // kv_heads))  # that share a KV head, of the longest chunk
+    # That share a KV head, of the longest chunk, as far as that matters to a tile's size.
+    pairs = min(128, max(16, next_power_of_2(max(query_lens) * (num_heads // kv_heads))))
     if q.element_size() == 4:
         default = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "waves": 1}
     elif pairs <= 64:
-        default = {"BLOCK_M": max(16, pairs), "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "waves": 2}
+        default = {"BLOCK_M": pairs, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "waves": 2}
     else:
         default = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "waves": 1}
-    chosen = dict(tuning.config("prefill_gqa", f"d{dim}_kh{kv_heads}_p{pairs}", q, default))
+    chosen = tuning.config("prefill_gqa", f"d{dim}_kh{kv_heads}_p{pairs}", q, default)
     plan = SharePlan(q, kv, query_lens, kv_heads, dim, chosen)
     out = torch.empty_like(q)
     launch(
