@@ -21,12 +21,15 @@ from kernels.launch import launch, next_power_of_2, num_sms
 from kernels.paged_kv import PagedKV
 
 FIELDS = tl.constexpr(4)  # of a tile: sequence, the sequence's first row, first pair of it, rows of the sequence
-SHARE_TOKENS = tl.constexpr(128)  # the least share: what a shorter one reads does not cover writing and joining its result
+SHARE_TOKENS = tl.constexpr(
+    128
+)  # the least share: what a shorter one reads does not cover writing and joining its result
 JOIN_TOKENS = tl.constexpr(256)  # by which the longest tile must exceed a share, or joining costs more than it gains
 
 _MOST_ROUNDS = 4  # of whole tiles over the card: with more, the last one's idle programs are few
 _JOINED_ELEMENTS = 8192  # of partial results in a program's registers at a time
 _JOIN_PROGRAMS = 512
+_FEWEST_TILES = 128  # that a program looks at: with less, kernels would be compiled for every size of chunk
 
 
 @triton.jit
@@ -114,7 +117,7 @@ def write_tile(
         tl.store(lse_ptr + place, top + tl.log2(mass))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _join_kernel(
     tiles_ptr,
     lens_ptr,
@@ -215,7 +218,7 @@ class SharePlan:
             "GROUP": self.group,
             "DIM": self.dim,
             "BLOCK_D": block_channels(self.dim),
-            "BLOCK_B": next_power_of_2(len(self.tiles)) if self.may_share else 1,
+            "BLOCK_B": max(_FEWEST_TILES, next_power_of_2(len(self.tiles))) if self.may_share else 1,
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
         }

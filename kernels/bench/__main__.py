@@ -11,6 +11,7 @@ Exits with 1, and times nothing of an operator, if one of its results is wrong.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -87,8 +88,7 @@ def run_checks(options: argparse.Namespace, device: torch.device, dtype: torch.d
 
 def run_crossings(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Row]:
     """The mailbox's and the resident executor's rows; CUDA only."""
-    from kernels.bench.crossing import crossing_seconds, resident_seconds
-    from kernels.resident_ffn.executor import Blocks
+    from kernels.bench.crossing import RESIDENT_BLOCKS, compile_workers, crossing_seconds, resident_seconds
 
     runs: list[tuple[str, str, int, Target | None, Callable[[], tuple[float, float]]]] = []
     if "mailbox" in options.ops:
@@ -104,13 +104,13 @@ def run_crossings(options: argparse.Namespace, device: torch.device, dtype: torc
                 )
             )
     if "resident_ffn" in options.ops:
-        for rows, slices in ((1, 16), (1, 32), (4, 16), (16, 16)):
+        compile_workers(1, device, dtype, RESIDENT_BLOCKS)
+        for rows, blocks in itertools.product((1, 4, 16), RESIDENT_BLOCKS):
             target = Target(microseconds=40.0) if rows == 1 else None
-            blocks = Blocks(gate_up=slices)
             runs.append(
                 (
                     "resident_ffn",
-                    f"Qwen3 with router, slices of {slices}",
+                    blocks.name,
                     rows,
                     target,
                     lambda rows=rows, blocks=blocks: resident_seconds(rows, device, dtype, blocks),

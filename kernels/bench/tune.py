@@ -31,12 +31,12 @@ FEW_ROWS = [
 ]
 GATE_UP_OF_SOME_ROWS = [
     {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": 4, "num_stages": stages}
-    for m, n in ((16, 32), (16, 64), (16, 128), (32, 64), (32, 128), (64, 64), (64, 128))
-    for k, stages in ((128, 3), (64, 4), (64, 5))
+    for m, n in ((16, 64), (16, 128), (32, 64), (32, 128), (64, 64))
+    for k, stages in ((128, 3), (64, 4))
 ]
 GATE_UP_OF_MANY_ROWS = [
     {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages, "GROUP": group}
-    for m, n, warps, stages in ((128, 128, 8, 3), (128, 128, 8, 4), (128, 64, 4, 3), (64, 128, 4, 3))
+    for m, n, warps, stages in ((128, 128, 8, 3), (128, 128, 8, 4), (128, 64, 4, 3))
     for group in (8, 32, ALL_TILES)
 ]
 

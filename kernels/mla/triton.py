@@ -176,7 +176,7 @@ def _prefill_share(
     write_tile(acc, top, mass, whole, row, exists, slot, out_ptr, partial_ptr, lse_ptr, DIM, BLOCK_D, BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _prefill_kernel(
     q_latent_ptr,
     q_rope_ptr,
