@@ -53,15 +53,26 @@ def find_work(
 
 
 @triton.jit
-def block_slots(table_ptr, start, end, BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Cache slots [BLOCK_N] int64 of tokens `start`..; those from `end` on are not to be read."""
+def look_up(table_ptr, start, end, BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What :func:`slots_of` needs of the block table for tokens `start`..: one block where a tile lies within one, else the
+    block of every token below `end`."""
+    if BLOCK_TOKENS % BLOCK_N == 0:
+        block = tl.load(table_ptr + start // BLOCK_TOKENS, mask=start < end, other=0)
+    else:
+        token = start + tl.arange(0, BLOCK_N)
+        block = tl.load(table_ptr + token // BLOCK_TOKENS, mask=token < end, other=0)
+    return block
+
+
+@triton.jit
+def slots_of(block, start, BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Cache slots [BLOCK_N] int64 of tokens `start`.., from what :func:`look_up` gave for them."""
     lane = tl.arange(0, BLOCK_N)
-    if BLOCK_TOKENS % BLOCK_N == 0:  # a tile lies within one block: one look-up
-        block = tl.load(table_ptr + start // BLOCK_TOKENS).to(tl.int64)
-        return block * BLOCK_TOKENS + start % BLOCK_TOKENS + lane
-    token = start + lane
-    block = tl.load(table_ptr + token // BLOCK_TOKENS, mask=token < end, other=0).to(tl.int64)
-    return block * BLOCK_TOKENS + token % BLOCK_TOKENS
+    if BLOCK_TOKENS % BLOCK_N == 0:
+        slots = block.to(tl.int64) * BLOCK_TOKENS + start % BLOCK_TOKENS + lane
+    else:
+        slots = block.to(tl.int64) * BLOCK_TOKENS + (start + lane) % BLOCK_TOKENS
+    return slots
 
 
 @triton.jit

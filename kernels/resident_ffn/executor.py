@@ -33,9 +33,17 @@ class Blocks:
     gate_up: int = 16
     down: int = 16
     depth: int = 128
+    down_depth: int = 128
     router: int = 512
     num_warps: int = 4
     num_stages: int = 6
+    down_stages: int = 9
+
+    @property
+    def name(self) -> str:
+        """Slice, channels a step and steps in flight of gate and up, the same of down, and warps."""
+        gate_up = f"{self.gate_up}x{self.depth}x{self.num_stages}"
+        return f"{gate_up}, {self.down}x{self.down_depth}x{self.down_stages}, {self.num_warps} warps"
 
 
 class ResidentFFN:
@@ -64,7 +72,7 @@ class ResidentFFN:
         self.table = LayerTable.build(models, device)
         self.device, self.dtype, self.capacity, self.max_spins = device, dtype, capacity, max_spins
         wide = dtype == torch.float32
-        self.blocks = blocks or (Blocks(depth=32, router=64, num_stages=2) if wide else Blocks())
+        self.blocks = blocks or (Blocks(depth=32, down_depth=32, router=64, num_stages=2) if wide else Blocks())
         layers = self.table.layers
         depth = max(layer.depth for layer in layers)
         self.slot_elements = -(-max_rows * depth // 16) * 16
@@ -143,11 +151,12 @@ class ResidentFFN:
             CAPACITY=self.capacity,
             ROWS=blocks.rows,
             BLOCK_E=self.block_e,
-            TOP_K=next_power_of_2(max(1, max(layer.top_k for layer in layers))),
             GROUPS=next_power_of_2(max(layer.num_groups for layer in layers)),
             BLOCK_N=blocks.gate_up,
             DOWN_N=blocks.down,
             BLOCK_K=blocks.depth,
+            DOWN_K=blocks.down_depth,
+            DOWN_STAGES=blocks.down_stages,
             BLOCK_R=blocks.router,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,

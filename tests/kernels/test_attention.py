@@ -80,6 +80,66 @@ def test_prefill_gqa(heads, kv_heads, dim, lengths, rows, block_tokens, dtype, d
     check("out", form.prefill_gqa(q, kv, rows, dim**-0.5), gqa_reference.prefill_gqa(q, kv, rows, dim**-0.5))
 
 
+LONG_PREFIXES = {
+    "one_tile_cut": ((700,), (3,)),
+    "idle_rows_and_a_short_neighbour": ((650, 5), (21, 9)),
+    "as_many_tiles_as_programs": ((900, 40, 610), (9, 3, 8)),
+}
+
+
+@pytest.mark.parametrize(("lengths", "rows"), LONG_PREFIXES.values(), ids=LONG_PREFIXES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_tokens"), [*SHAPES, (5, 1, 80, 64)])
+def test_prefill_gqa_after_a_long_prefix(heads, kv_heads, dim, lengths, rows, block_tokens, device, check):
+    """Tiles of few rows are cut among programs, and joined."""
+    from kernels.attention import triton as form
+
+    kv = paged(lengths, (2, kv_heads, dim), block_tokens, torch.float32, device)
+    q = torch.randn(sum(rows), heads, dim, device=device)
+    out = form.prefill_gqa(q, kv, rows, dim**-0.5).split(rows)
+    known = [slice(max(0, count - length), None) for length, count in zip(lengths, rows, strict=True)]  # not idle
+    real = tuple(min(length, count) for length, count in zip(lengths, rows, strict=True))
+    wanted = torch.cat([part[mine] for part, mine in zip(q.split(rows), known, strict=True)])
+    given = torch.cat([part[mine] for part, mine in zip(out, known, strict=True)])
+    assert torch.cat(out).isfinite().all()
+    check("out", given, gqa_reference.prefill_gqa(wanted, kv, real, dim**-0.5))
+
+
+@pytest.mark.parametrize(("lengths", "rows"), LONG_PREFIXES.values(), ids=LONG_PREFIXES)
+@pytest.mark.parametrize("apart", [0, 1])
+def test_prefill_mla_after_a_long_prefix(apart, lengths, rows, device, check):
+    from kernels import tuning
+    from kernels.mla import triton as form
+
+    kv = paged(lengths, (24 + 4,), 48, torch.float32, device)
+    latent, turned = torch.randn(sum(rows), 5, 24, device=device), torch.randn(sum(rows), 5, 4, device=device)
+    tuning.set_override("prefill_mla", {"APART": apart})
+    try:
+        out = form.prefill_mla(latent, turned, kv, rows, 0.2).split(rows)
+    finally:
+        tuning.set_override("prefill_mla", None)
+    known = [slice(max(0, count - length), None) for length, count in zip(lengths, rows, strict=True)]  # not idle
+    real = tuple(min(length, count) for length, count in zip(lengths, rows, strict=True))
+    wanted = [torch.cat([x[mine] for x, mine in zip(q.split(rows), known, strict=True)]) for q in (latent, turned)]
+    given = torch.cat([part[mine] for part, mine in zip(out, known, strict=True)])
+    assert torch.cat(out).isfinite().all()
+    check("o_latent", given, mla_reference.prefill_mla(*wanted, kv, real, 0.2))
+
+
+@pytest.mark.parametrize(("length", "cut"), [(20, False), (2000, True)], ids=["short", "long"])
+def test_only_tiles_after_a_long_prefix_are_cut(length, cut, device, monkeypatch):
+    """The plan is the same for both: what decides is on the device. Without the joining kernel, what was cut is missing."""
+    from kernels.attention import triton as form
+    from kernels.attention.shares import SharePlan
+
+    kv = paged((2000,), (2, 2, 16), 64, torch.float32, device)
+    kv = PagedKV(kv.cache, 64, kv.block_table, torch.tensor([length], dtype=torch.int32, device=device))
+    q = torch.randn(20, 4, 16, device=device)
+    monkeypatch.setattr(SharePlan, "join", lambda plan, out: None)
+    expected = gqa_reference.prefill_gqa(q, kv, (20,), 0.25)
+    same = torch.isclose(form.prefill_gqa(q, kv, (20,), 0.25), expected, atol=1e-4).all()
+    assert bool(same) == (not cut)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 3, 4), (5, 1, 8), (6, 2, 12)])
 def test_heads_narrower_than_a_card_multiplies(heads, kv_heads, dim, device, check):
     from kernels.attention import triton as form
