@@ -16,17 +16,16 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.attention.scratch import MOST_LANES, share_slots
 from kernels.attention.split import block_channels
 from kernels.launch import launch, next_power_of_2, num_sms
 from kernels.paged_kv import PagedKV
 
 FIELDS = tl.constexpr(4)  # of a tile: sequence, the sequence's first row, first pair of it, rows of the sequence
-SHARE_TOKENS = tl.constexpr(
-    128
-)  # the least share: what a shorter one reads does not cover writing and joining its result
+# The least share: what a shorter one reads does not cover writing and joining its result.
+SHARE_TOKENS = tl.constexpr(128)
 JOIN_TOKENS = tl.constexpr(256)  # by which the longest tile must exceed a share, or joining costs more than it gains
 
-_MOST_ROUNDS = 4  # of whole tiles over the card: with more, the last one's idle programs are few
 _JOINED_ELEMENTS = 8192  # of partial results in a program's registers at a time
 _JOIN_PROGRAMS = 512
 _FEWEST_TILES = 128  # that a program looks at: with less, kernels would be compiled for every size of chunk
@@ -199,15 +198,16 @@ class SharePlan:
         blocks: dict[str, int],
     ) -> None:
         """`readers`: KV heads. `blocks`: BLOCK_M, BLOCK_N, and how many `waves` of programs a multiprocessor runs at once."""
+        assert blocks["BLOCK_M"] * blocks["waves"] <= MOST_LANES, "more scratch than is charged"
         self.readers, self.group, self.dim = readers, q.shape[1] // readers, dim
         self.block_m, self.block_n = blocks["BLOCK_M"], blocks["BLOCK_N"]
         self.tiles, self.lens = query_tiles(tuple(query_lens), self.group, self.block_m, q.device), kv.kv_lens
         self.programs = blocks["waves"] * num_sms(q.device)
         units = len(self.tiles) * readers
         longest = kv.block_table.shape[1] * kv.block_tokens
-        self.may_share = units <= _MOST_ROUNDS * self.programs and longest > JOIN_TOKENS.value
+        slots = share_slots(units, self.programs) if longest > JOIN_TOKENS.value else 0
+        self.may_share = slots > 0
         self.grid = (max(units, self.programs) if self.may_share else units,)
-        slots = units + self.programs if self.may_share else 1
         self.partial = torch.empty((slots, self.block_m, dim), dtype=torch.float32, device=q.device)
         self.lse = torch.empty((slots, self.block_m), dtype=torch.float32, device=q.device)
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.attention.scratch import MOST_WAVES, split_slots
 from kernels.launch import ceil_div, launch, next_power_of_2, num_sms
 from kernels.paged_kv import PagedKV
 from kernels.tile import LOG2_E
@@ -171,12 +172,12 @@ class SplitPlan:
 
     def __init__(self, q: torch.Tensor, kv: PagedKV, readers: int, block_n: int, dim: int, waves: int) -> None:
         """`readers`: programs that read each token of the cache (KV heads, or blocks of heads in MLA)."""
+        assert waves <= MOST_WAVES, "more scratch than is charged"
         batch, self.heads = q.shape[0], q.shape[1]
         self.readers, self.dim, self.block_n = readers, dim, block_n
         self.programs = waves * num_sms(q.device)
         self.min_chunk = max(MIN_CHUNK_TOKENS, block_n)
-        # sum(ceil(len / chunk)) <= batch + sum(len) / chunk, and chunk >= sum(len) readers / programs
-        self.work = batch + ceil_div(self.programs, readers)
+        self.work = split_slots(batch, self.programs, readers)
         self.may_split = kv.block_table.shape[1] * kv.block_tokens > self.min_chunk
         self.lens, self.batch = kv.kv_lens, batch
         shape = (self.work, self.heads) if self.may_split else (1, 1)

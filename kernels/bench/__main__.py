@@ -11,7 +11,7 @@ Exits with 1, and times nothing of an operator, if one of its results is wrong.
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
 import os
 import sys
 import time
@@ -88,34 +88,20 @@ def run_checks(options: argparse.Namespace, device: torch.device, dtype: torch.d
 
 def run_crossings(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Row]:
     """The mailbox's and the resident executor's rows; CUDA only."""
-    from kernels.bench.crossing import RESIDENT_BLOCKS, compile_workers, crossing_seconds, resident_seconds
+    from kernels.bench.crossing import crossing_seconds, resident_seconds
 
     runs: list[tuple[str, str, int, Target | None, Callable[[], tuple[float, float]]]] = []
     if "mailbox" in options.ops:
         for rows in (1, 16):
-            target = Target(microseconds=4.0)
+            measure = functools.partial(crossing_seconds, rows, 2048, device, dtype)
             runs.append(
-                (
-                    "mailbox",
-                    "one way",
-                    rows,
-                    target,
-                    lambda rows=rows: (crossing_seconds(rows, 2048, device, dtype), 0.0),
-                )
+                ("mailbox", "one way", rows, Target(microseconds=4.0), lambda measure=measure: (measure(), 0.0))
             )
     if "resident_ffn" in options.ops:
-        compile_workers(1, device, dtype, RESIDENT_BLOCKS)
-        for rows, blocks in itertools.product((1, 4, 16), RESIDENT_BLOCKS):
+        for rows in (1, 4, 16):
             target = Target(microseconds=40.0) if rows == 1 else None
-            runs.append(
-                (
-                    "resident_ffn",
-                    blocks.name,
-                    rows,
-                    target,
-                    lambda rows=rows, blocks=blocks: resident_seconds(rows, device, dtype, blocks),
-                )
-            )
+            measure = functools.partial(resident_seconds, rows, device, dtype)
+            runs.append(("resident_ffn", "Qwen3 with router", rows, target, measure))
     return [_crossing_row(*run, dtype) for run in runs]
 
 

@@ -7,33 +7,18 @@ seconds, never in a hang.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from kernels.bench.cases import QWEN3
 from kernels.bench.measure import capture
 from kernels.bench.problems import expert_weights
-from kernels.launch import compile_ahead, recording
 from kernels.mailbox import Mailbox, put, wait
 from kernels.resident_ffn import FFNLayer, ResidentFFN, ffn_layer
-from kernels.resident_ffn.executor import Blocks
 
 MAX_SPINS = 500_000  # some tenths of a second
 ROUNDS = 50
-# Of the resident worker, to compare.
-RESIDENT_BLOCKS = tuple(
-    Blocks(gate_up=n, depth=k, num_stages=stages, down=n2, down_depth=k2, down_stages=stages2, num_warps=warps)
-    for n, k, stages, n2, k2, stages2, warps in (
-        (16, 128, 6, 16, 128, 9, 4),
-        (32, 128, 6, 16, 128, 9, 4),
-        (32, 128, 6, 16, 256, 6, 4),
-        (32, 256, 4, 16, 256, 6, 4),
-        (64, 128, 5, 16, 256, 6, 4),
-        (64, 256, 3, 16, 256, 6, 8),
-        (64, 128, 5, 16, 256, 7, 8),
-    )
-)
 
 
 def crossing_seconds(
@@ -82,31 +67,15 @@ def crossing_seconds(
     return sorted(times)[len(times) // 2]
 
 
-def compile_workers(num_rows: int, device: torch.device, dtype: torch.dtype, blocks: Sequence[Blocks]) -> None:
-    """Compile the resident worker in each of these block sizes, at the same time."""
-    layer = _layer(device, dtype)
-    with recording() as calls:
-        for one in blocks:
-            ResidentFFN([[layer]], dtype, device, num_slots=2, max_rows=num_rows, blocks=one).launch_worker(1, 0)
-    compile_ahead(calls)
-
-
-def _layer(device: torch.device, dtype: torch.dtype) -> FFNLayer:
+def resident_seconds(num_rows: int, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(seconds of one submit-to-collect of the Qwen3 shape, router included; relative error of the result)."""
     depth, width, num_experts, top_k = QWEN3
     router = torch.randn(num_experts, depth, device=device).to(dtype) * depth**-0.5
     weights = expert_weights(num_experts, depth, width, device, dtype)
-    return FFNLayer(router, weights, top_k=top_k, rule="softmax_renorm")
-
-
-def resident_seconds(
-    num_rows: int, device: torch.device, dtype: torch.dtype, blocks: Blocks | None = None
-) -> tuple[float, float]:
-    """(seconds of one submit-to-collect of the Qwen3 shape, router included; relative error of the result)."""
-    layer = _layer(device, dtype)
-    depth = layer.depth
+    layer = FFNLayer(router, weights, top_k=top_k, rule="softmax_renorm")
     inputs = [torch.randn(num_rows, depth, device=device).to(dtype) for _ in range(8)]
     expected = ffn_layer(layer, inputs[-1])
-    executor = ResidentFFN([[layer]], dtype, device, num_slots=2, max_rows=num_rows, blocks=blocks, max_spins=MAX_SPINS)
+    executor = ResidentFFN([[layer]], dtype, device, num_slots=2, max_rows=num_rows, max_spins=MAX_SPINS)
     outputs: list[torch.Tensor] = []
 
     def step(x: torch.Tensor) -> Callable[[], None]:

@@ -54,11 +54,7 @@ PREFILL_GQA = [
         (64, 64, 4, 2, 2), (64, 64, 4, 3, 2), (64, 128, 4, 2, 1), (64, 32, 4, 4, 2),
     )
 ]  # fmt: skip
-PREFILL_MLA = [
-    {"BLOCK_N": n, "num_stages": stages, "APART": apart, "num_warps": 8}
-    for n, stages in ((32, 2), (32, 3), (32, 4), (64, 2))
-    for apart in (0, 1)
-]
+PREFILL_MLA = [{"BLOCK_N": n, "num_stages": stages} for n, stages in ((32, 2), (32, 3), (32, 4), (64, 2))]
 
 
 def candidates(operator: str, rows: int) -> list[Configs]:

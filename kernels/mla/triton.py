@@ -21,7 +21,7 @@ from kernels.attention.shares import (
     write_tile,
 )
 from kernels.attention.split import SplitPlan, block_channels, find_work, look_up, scale_log2, slots_of, write_chunk
-from kernels.launch import ceil_div, launch, next_power_of_2
+from kernels.launch import ceil_div, launch, multiplies_by_warp_groups, next_power_of_2
 from kernels.paged_kv import PagedKV
 from kernels.tile import dot
 
@@ -39,55 +39,57 @@ def _weigh(scores, token, last_seen, top, mass):
 
 
 @triton.jit
-def _latent_tile(
-    q_latent,
-    q_rope,
-    cache_ptr,
-    block,
-    start,
-    end,
-    last_seen,
-    scale,
-    top,
-    mass,
-    acc,
-    APART: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROPE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+def _load_latents(
+    cache_ptr, block, start, end,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
-    """One step of online softmax over the latents of tokens `start`.. below `end`, which lie in `block`.
-
-    Triton lets all warps compute whole rows of scores where it sees them become an operand of another product; with 64 rows,
-    two groups of four warps then compute the same. It does not see so far through a branch: `APART` puts the scores in one
-    that is always taken, and each group computes half of the tokens.
-    """
+):  # fmt: skip
+    """Latents [N, D] and rope keys [N, R] of tokens `start`.. below `end`, which lie in `block`."""
     entry = cache_ptr + slots_of(block, start, BLOCK_TOKENS, BLOCK_N)[:, None] * (DIM + ROPE)
-    token = start + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_D)[None, :]
     turned = tl.arange(0, BLOCK_R)[None, :]
-    inside = (token < end)[:, None]
-    latents = tl.load(entry + channel, mask=inside & (channel < DIM), other=0.0)  # [N, D]
-    keys = tl.load(entry + DIM + turned, mask=inside & (turned < ROPE), other=0.0)  # [N, R]
+    inside = (start + tl.arange(0, BLOCK_N) < end)[:, None]
+    latents = tl.load(entry + channel, mask=inside & (channel < DIM), other=0.0)
+    return latents, tl.load(entry + DIM + turned, mask=inside & (turned < ROPE), other=0.0)
+
+
+@triton.jit
+def _attend(
+    q_latent, q_rope, cache_ptr, block, start, end, last_seen, scale, top, mass, acc,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax: tokens `start`.. below `end` in `block`, row i seeing those up to `last_seen[i]`."""
+    latents, keys = _load_latents(cache_ptr, block, start, end, DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N)
     nothing = tl.zeros((q_latent.shape[0], BLOCK_N), tl.float32)
-    if APART:
-        # No constants: the compiler would keep a tile of them in shared memory.
-        weights = tl.broadcast_to((mass * 0.0)[:, None], (q_latent.shape[0], BLOCK_N)).to(latents.dtype)
-        fade = mass * 0.0 + 1.0
-        if start < end:
-            # Scaled apart, or the compiler would make one product an operand of the other.
-            scores = dot(q_latent, tl.trans(latents), nothing) * scale + dot(q_rope, tl.trans(keys), nothing) * scale
-            top, mass, wide_weights, fade = _weigh(scores, token, last_seen, top, mass)
-            weights = wide_weights.to(latents.dtype)
-    else:
-        scores = dot(q_rope, tl.trans(keys), dot(q_latent, tl.trans(latents), nothing)) * scale
-        top, mass, wide_weights, fade = _weigh(scores, token, last_seen, top, mass)
+    scores = dot(q_rope, tl.trans(keys), dot(q_latent, tl.trans(latents), nothing)) * scale
+    top, mass, weights, fade = _weigh(scores, start + tl.arange(0, BLOCK_N), last_seen, top, mass)
+    return top, mass, dot(weights.to(latents.dtype), latents, acc * fade[:, None])
+
+
+@triton.jit
+def _attend_by_warp_groups(
+    q_latent, q_rope, cache_ptr, block, start, end, last_seen, scale, top, mass, acc,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same where a card multiplies by groups of four warps (Hopper) and a tile has two of them.
+
+    Where Triton sees scores become an operand of another product, it lets each group compute whole rows of them: of 64 rows,
+    both compute the same scores. It does not see so far through a branch. So they are computed in one that is always taken,
+    and each group computes those of half of the tokens.
+    """
+    latents, keys = _load_latents(cache_ptr, block, start, end, DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N)
+    nothing = tl.zeros((q_latent.shape[0], BLOCK_N), tl.float32)
+    # No constants: the compiler would keep a tile of them in shared memory.
+    weights = tl.broadcast_to((mass * 0.0)[:, None], (q_latent.shape[0], BLOCK_N)).to(latents.dtype)
+    fade = mass * 0.0 + 1.0
+    if start < end:  # always
+        # Scaled apart, or the compiler would make one product an operand of the other.
+        scores = dot(q_latent, tl.trans(latents), nothing) * scale + dot(q_rope, tl.trans(keys), nothing) * scale
+        top, mass, wide_weights, fade = _weigh(scores, start + tl.arange(0, BLOCK_N), last_seen, top, mass)
         weights = wide_weights.to(latents.dtype)
-    acc = dot(weights, latents, acc * fade[:, None])
-    return top, mass, acc
+    return top, mass, dot(weights, latents, acc * fade[:, None])
 
 
 @triton.jit
@@ -135,9 +137,9 @@ def _decode_kernel(
     last_seen = tl.zeros((BLOCK_H,), tl.int32) + (end - 1)
     for start in range(first, end, BLOCK_N):
         block = look_up(table, start, end, BLOCK_TOKENS, BLOCK_N)
-        top, mass, acc = _latent_tile(
+        top, mass, acc = _attend(
             q_latent, q_rope, cache_ptr, block, start, end, last_seen, scale, top, mass, acc,
-            False, DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
+            DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
         )  # fmt: skip
     write_chunk(
         acc, top, mass, whole, row, work, head, heads, head < heads, out_ptr, partial_ptr, lse_ptr, DIM, BLOCK_D
@@ -149,7 +151,7 @@ def _prefill_share(
     q_latent_ptr, q_rope_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, table_stride,
     scale, tile, first, last, whole, slot,
     HEADS: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOKENS: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, APART: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARP_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Steps `first` to `last` of one tile."""
     sequence, row, head, exists, last_seen, _, end = load_tile(tiles_ptr, lens_ptr, tile, HEADS, BLOCK_M)
@@ -169,10 +171,16 @@ def _prefill_share(
     for start in range(first * BLOCK_N, last * BLOCK_N, BLOCK_N):
         here = block
         block = look_up(table, start + BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
-        top, mass, acc = _latent_tile(
-            q_latent, q_rope, cache_ptr, here, start, end, last_seen, scale, top, mass, acc,
-            APART, DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
-        )  # fmt: skip
+        if WARP_GROUPS:
+            top, mass, acc = _attend_by_warp_groups(
+                q_latent, q_rope, cache_ptr, here, start, end, last_seen, scale, top, mass, acc,
+                DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
+            )  # fmt: skip
+        else:
+            top, mass, acc = _attend(
+                q_latent, q_rope, cache_ptr, here, start, end, last_seen, scale, top, mass, acc,
+                DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
+            )  # fmt: skip
     write_tile(acc, top, mass, whole, row, exists, slot, out_ptr, partial_ptr, lse_ptr, DIM, BLOCK_D, BLOCK_M)
 
 
@@ -192,7 +200,7 @@ def _prefill_kernel(
     table_stride,
     scale,
     MAY_SHARE: tl.constexpr,
-    APART: tl.constexpr,
+    WARP_GROUPS: tl.constexpr,
     ROPE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -214,7 +222,7 @@ def _prefill_kernel(
             _prefill_share(
                 q_latent_ptr, q_rope_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr,
                 table_stride, scale, tile, first, last, whole, tile + program,
-                GROUP, ROPE, BLOCK_R, BLOCK_TOKENS, DIM, BLOCK_D, BLOCK_M, BLOCK_N, APART,
+                GROUP, ROPE, BLOCK_R, BLOCK_TOKENS, DIM, BLOCK_D, BLOCK_M, BLOCK_N, WARP_GROUPS,
             )  # fmt: skip
             position += last - first
     else:
@@ -222,7 +230,7 @@ def _prefill_kernel(
         _prefill_share(
             q_latent_ptr, q_rope_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr,
             table_stride, scale, program, 0, last, True, 0,
-            GROUP, ROPE, BLOCK_R, BLOCK_TOKENS, DIM, BLOCK_D, BLOCK_M, BLOCK_N, APART,
+            GROUP, ROPE, BLOCK_R, BLOCK_TOKENS, DIM, BLOCK_D, BLOCK_M, BLOCK_N, WARP_GROUPS,
         )  # fmt: skip
 
 
@@ -283,7 +291,6 @@ def prefill_mla(
         "BLOCK_N": 16 if wide else 32,
         "num_warps": 8,
         "num_stages": 2 if wide else 3,
-        "APART": 0 if wide else 1,
         "waves": 1,
     }
     chosen = tuning.config("prefill_mla", f"r{rank}_h{heads}", q_latent, default)
@@ -306,7 +313,7 @@ def prefill_mla(
         kv.block_table.stride(0),
         scale_log2(scale),
         MAY_SHARE=plan.may_share,
-        APART=chosen["APART"],
+        WARP_GROUPS=not wide and multiplies_by_warp_groups(q_latent.device),
         ROPE=q_rope.shape[2],
         BLOCK_R=block_channels(q_rope.shape[2]),
         BLOCK_TOKENS=kv.block_tokens,

@@ -14,6 +14,7 @@ from kernels.resident_ffn.triton import FIELDS, STOP, collect_kernel, resident_w
 
 # Left to itself the assembler trades a few spilled registers for an occupancy that one program a multiprocessor lacks.
 MAX_REGISTERS = 255
+MAX_WARPS = 4  # of the worker: 8 warps of 255 registers a thread are all 65,536 registers of a multiprocessor
 
 ERRORS = {
     1: "a mailbox wait gave up",
@@ -26,11 +27,11 @@ ERRORS = {
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes of the worker, of which one program runs on each multiprocessor: two would take all registers, and the
-    kernels that feed it could never start."""
+    """Block sizes of the worker, of which one program runs on each multiprocessor and must leave room on it: a worker that
+    takes all registers lets no kernel start that would feed it."""
 
     rows: int = 16
-    gate_up: int = 16
+    gate_up: int = 32
     down: int = 16
     depth: int = 128
     down_depth: int = 128
@@ -39,11 +40,12 @@ class Blocks:
     num_stages: int = 6
     down_stages: int = 9
 
-    @property
-    def name(self) -> str:
-        """Slice, channels a step and steps in flight of gate and up, the same of down, and warps."""
-        gate_up = f"{self.gate_up}x{self.depth}x{self.num_stages}"
-        return f"{gate_up}, {self.down}x{self.down_depth}x{self.down_stages}, {self.num_warps} warps"
+    def __post_init__(self) -> None:
+        if self.num_warps > MAX_WARPS:
+            raise ValueError(
+                f"{self.num_warps} warps of the resident worker take all registers of a multiprocessor, and nothing could "
+                f"submit to it; at most {MAX_WARPS}"
+            )
 
 
 class ResidentFFN:
@@ -72,7 +74,9 @@ class ResidentFFN:
         self.table = LayerTable.build(models, device)
         self.device, self.dtype, self.capacity, self.max_spins = device, dtype, capacity, max_spins
         wide = dtype == torch.float32
-        self.blocks = blocks or (Blocks(depth=32, down_depth=32, router=64, num_stages=2) if wide else Blocks())
+        self.blocks = blocks or (
+            Blocks(gate_up=16, depth=32, down_depth=32, router=64, num_stages=2) if wide else Blocks()
+        )
         layers = self.table.layers
         depth = max(layer.depth for layer in layers)
         self.slot_elements = -(-max_rows * depth // 16) * 16
@@ -94,9 +98,8 @@ class ResidentFFN:
         shared = max(layer.shared_width for layer in layers)
         self.hidden = torch.zeros(max(1, rows * hidden), dtype=dtype, device=device)
         self.shared_hidden = torch.zeros(max(1, rows * shared), dtype=dtype, device=device)
-        self._stop_row = torch.zeros(
-            1, 1, dtype=dtype, device=self.results_device
-        )  # nothing is allocated beside the worker
+        # Made now: nothing is allocated beside the worker.
+        self._stop_row = torch.zeros(1, 1, dtype=dtype, device=self.results_device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.started_tasks = 0  # descriptors before which the running worker began
 

@@ -105,18 +105,12 @@ def test_prefill_gqa_after_a_long_prefix(heads, kv_heads, dim, lengths, rows, bl
 
 
 @pytest.mark.parametrize(("lengths", "rows"), LONG_PREFIXES.values(), ids=LONG_PREFIXES)
-@pytest.mark.parametrize("apart", [0, 1])
-def test_prefill_mla_after_a_long_prefix(apart, lengths, rows, device, check):
-    from kernels import tuning
+def test_prefill_mla_after_a_long_prefix(lengths, rows, dtype, device, check):
     from kernels.mla import triton as form
 
-    kv = paged(lengths, (24 + 4,), 48, torch.float32, device)
-    latent, turned = torch.randn(sum(rows), 5, 24, device=device), torch.randn(sum(rows), 5, 4, device=device)
-    tuning.set_override("prefill_mla", {"APART": apart})
-    try:
-        out = form.prefill_mla(latent, turned, kv, rows, 0.2).split(rows)
-    finally:
-        tuning.set_override("prefill_mla", None)
+    kv = paged(lengths, (24 + 4,), 48, dtype, device)
+    latent, turned = torch.randn(sum(rows), 5, 28, device=device).to(dtype).split([24, 4], dim=-1)
+    out = form.prefill_mla(latent, turned, kv, rows, 0.2).split(rows)
     known = [slice(max(0, count - length), None) for length, count in zip(lengths, rows, strict=True)]  # not idle
     real = tuple(min(length, count) for length, count in zip(lengths, rows, strict=True))
     wanted = [torch.cat([x[mine] for x, mine in zip(q.split(rows), known, strict=True)]) for q in (latent, turned)]
@@ -204,3 +198,33 @@ def test_prefill_mla(heads, rank, rope_dim, lengths, rows, block_tokens, dtype, 
     q_rope = torch.randn(sum(rows), heads, rope_dim, dtype=dtype, device=device)
     expected = mla_reference.prefill_mla(q_latent, q_rope, kv, rows, 0.2)
     check("o_latent", form.prefill_mla(q_latent, q_rope, kv, rows, 0.2), expected)
+
+
+@pytest.mark.parametrize("rows", [(1,), (37, 5, 256), (1, 9, 70)], ids=str)
+@pytest.mark.parametrize("block_m", [16, 64, 128])
+def test_scratch_of_a_step_is_within_what_a_plan_charges(rows, block_m, device):
+    """Block sizes may be any of the tuner's; what is charged is said without them."""
+    from kernels.attention import gqa_scratch_bytes
+    from kernels.attention.shares import SharePlan
+    from kernels.attention.split import SplitPlan
+    from kernels.launch import num_sms
+
+    heads, kv_heads, dim = 12, 2, 24
+    kv = paged((600,) * len(rows), (2, kv_heads, dim), 64, torch.float32, device)
+    chunks = torch.randn(sum(rows), heads, dim, device=device)
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": 32, "waves": 128 // block_m}
+    plans = (
+        SharePlan(chunks, kv, rows, kv_heads, dim, blocks),
+        SplitPlan(chunks[: len(rows)], kv, kv_heads, 32, dim, 4),
+    )
+    taken = sum(tensor.nbytes for plan in plans for tensor in (plan.partial, plan.lse))
+    charged = gqa_scratch_bytes(len(rows), sum(rows), heads, kv_heads, dim, num_sms(device))
+    assert 0 < taken <= charged
+
+
+def test_scratch_of_mla_is_charged_by_latents():
+    """16 heads of rank 512 on 132 multiprocessors: 8 + 4 x 132 chunks of decode, lanes of all programs and of 256 rows."""
+    from kernels.mla import mla_scratch_bytes
+
+    lanes = 128 * 132 + 256 * 16 + 8 * 128
+    assert mla_scratch_bytes(8, 256, 16, 512, 132) == 4 * 513 * ((8 + 4 * 132) * 16 + lanes)
