@@ -48,6 +48,20 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def warm_workers():
+    """Workers that tests start themselves are forked from a process that has imported what they need; not where there are
+    cards, whose drivers do not outlive a fork."""
+    import serving.workers.process as process
+    from warm_workers import PARENT
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setattr(process, "launch", PARENT.launch)
+        yield
+        PARENT.stop()
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoints(tmp_path_factory) -> dict[str, Path]:
     """A tiny checkpoint of every architecture, by architecture, made once a session."""
