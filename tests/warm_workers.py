@@ -62,7 +62,7 @@ class Parent:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, environment: Mapping[str, str]) -> None:
+    def start(self) -> None:
         """Begin to import; once is enough."""
         if self._process is not None:
             return
@@ -70,11 +70,12 @@ class Parent:
         self._ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LONGEST)
         with theirs:
             command = [sys.executable, __file__, str(os.getpid()), str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+            threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # as a worker has
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, **threads})
 
     def launch(self, inherited_fds: Sequence[int], stderr_fd: int, environment: Mapping[str, str]) -> Forked:
         """What takes the place of :func:`serving.workers.process.launch`."""
-        self.start(environment)
+        self.start()
         stdin_read, stdin_write = os.pipe()
         status_read, status_write = os.pipe()
         request = {
