@@ -52,8 +52,9 @@ def pytest_xdist_make_scheduler(config, log):
 def warm_workers():
     """Workers that tests start themselves are forked from a process that has imported what they need; not where there are
     cards, whose drivers do not outlive a fork."""
-    import serving.workers.process as process
     from warm_workers import PARENT
+
+    from serving.workers import process
 
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
+import importlib
 import json
 import os
 import select
@@ -179,9 +180,7 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    import kernels.native.code
-    import serving.workers.build
-    import serving.workers.timeline
-
+    for name in ("kernels.native.code", "serving.workers.build", "serving.workers.timeline"):
+        importlib.import_module(name)
     gc.freeze()
     _serve(socket.socket(fileno=int(sys.argv[2])))
