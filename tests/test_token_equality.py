@@ -4,6 +4,7 @@ Each system serves ragged batches of one to eight requests, prompts longer than 
 on every architecture; afterwards no page, process, descriptor or shared memory is left.
 """
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -37,8 +38,13 @@ PAIRS = [("mixtral", "deepseek_v2"), ("deepseek", "qwen3_moe"), ("glm4_moe_lite"
 
 
 def open_descriptors():
+    """What this process has open: equal before and after where nothing is left, and named by the test where something is."""
     gc.collect()  # what earlier tests left to be collected must not be while one counts
-    return len(os.listdir("/proc/self/fd"))
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return sorted(found)
 
 
 def ragged_requests(model, count, rng, first_id=0):
