@@ -1,4 +1,7 @@
-"""The calls that :mod:`kernels.aot` compiles: every operator on meta tensors, with the shapes of the models served."""
+"""The calls that :mod:`kernels.aot` compiles: every operator on meta tensors, with the shapes of the models served.
+
+Meta tensors stand for an H200: what is done on Hopper alone (MLA's prefill) is compiled for the other cards too, and spills there.
+"""
 
 from __future__ import annotations
 

@@ -106,6 +106,7 @@ def test_prefill_gqa_after_a_long_prefix(heads, kv_heads, dim, lengths, rows, bl
 
 @pytest.mark.parametrize(("lengths", "rows"), LONG_PREFIXES.values(), ids=LONG_PREFIXES)
 def test_prefill_mla_after_a_long_prefix(lengths, rows, dtype, device, check):
+    """Both ways to a step's scores: in a branch for bfloat16, without for float32."""
     from kernels.mla import triton as form
 
     kv = paged(lengths, (24 + 4,), 48, dtype, device)
