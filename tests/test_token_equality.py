@@ -9,8 +9,8 @@ import dataclasses
 import gc
 import os
 import random
-from collections import Counter
 import time
+from collections import Counter
 
 import judges
 import pytest
