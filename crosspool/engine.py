@@ -46,7 +46,7 @@ class CrossPoolOptions(EngineOptions):
     devices `resident` (lowered, with an FFN kernel that never returns). The first
     `kv_devices` devices are the KV pool, data-parallel ranks that each hold all attention weights and take a request where
     most KV is free; all others are the weights pool, with what `kv_share` of a KV device's memory leaves (cards only, which
-    both pools may share), over which `ffn_sharding` spreads FFNs: `whole` models, each `layer` on one device, or every
+    both pools may share; None: what all FFNs leave of a lone card), over which `ffn_sharding` spreads FFNs: `whole` models, each `layer` on one device, or every
     layer's width over all (`tensor`). With `stages` 4 transfers are stages of their own beside
     attention and FFN; with 2 a device is held up by rows that leave it (within a host the core that computes copies them in
     either case, and four stages only tell the two apart).
@@ -67,7 +67,7 @@ class CrossPoolOptions(EngineOptions):
     lanes: int = 2
     control: str = "lowered"
     kv_devices: int = 1
-    kv_share: float = 1.0
+    kv_share: float | None = 1.0
     ffn_sharding: str = "whole"
     quantile: float = 0.99
     planned_token_s: float = 0.04
@@ -88,8 +88,11 @@ class CrossPoolOptions(EngineOptions):
             raise UserError(f"option kv_devices is {self.kv_devices!r}; the KV pool needs at least one device")
         if self.control not in CONTROLS:
             raise UserError(f"option control is {self.control!r}; known: {', '.join(CONTROLS)}")
-        if not 0 < self.kv_share <= 1:
-            raise UserError(f"option kv_share is {self.kv_share!r}; it is above 0, and 1 where a device is KV's alone")
+        if self.kv_share is not None and not 0 < self.kv_share <= 1:
+            raise UserError(
+                f"option kv_share is {self.kv_share!r}; it is above 0, 1 where a device is KV's alone, null for what the FFNs "
+                "leave of a lone card"
+            )
         require_known(self.ffn_sharding)
         if self.admission not in ADMISSIONS:
             raise UserError(f"option admission is {self.admission!r}; known: {', '.join(ADMISSIONS)}")
@@ -126,7 +129,7 @@ class CrossPool(HostedSystem):
         """KV and attention halves on the first `kv_devices` devices, FFNs on the others as `ffn_sharding` says."""
         if self.options.control == "resident" and cluster.devices[0].kind != "cuda":
             raise UserError("option control=resident is of cuda devices; on others lowered control polls mailboxes")
-        kv_devices, weights_devices = self._pools_of(cluster)
+        kv_devices, weights_devices = self._pools_of(cluster, models)
         pool = share_out(models, weights_devices, self.options.ffn_sharding)
         plans = [self._plan_kv_pool(device, models) for device in kv_devices]
         for device, held in zip(weights_devices, pool, strict=True):
@@ -137,15 +140,17 @@ class CrossPool(HostedSystem):
         held = {"ffn": to_plain(pool), "expected": expected, "profiles": self._profiles(models, demand)}
         return Placement(self.name, tuple(models), tuple(plans), {**asdict(options), **held})
 
-    def _pools_of(self, cluster: Cluster) -> tuple[tuple[Device, ...], tuple[Device, ...]]:
+    def _pools_of(
+        self, cluster: Cluster, models: Sequence[ServedModel]
+    ) -> tuple[tuple[Device, ...], tuple[Device, ...]]:
         """The devices of the KV pool and those of the weights pool; a card that both share is two devices."""
         ranks, share = self.options.kv_devices, self.options.kv_share
         kv_devices, weights_devices = cluster.devices[:ranks], cluster.devices[ranks:]
-        if share < 1:
+        if share != 1:
             if any(device.kind != "cuda" for device in kv_devices):
                 raise UserError(f"option kv_share is {share}: pools share devices of kind cuda only")
             whole = kv_devices
-            kv_devices = tuple(replace(d, memory_bytes=int(d.memory_bytes * share)) for d in whole)
+            kv_devices = tuple(replace(d, memory_bytes=self._kv_pool_bytes(cluster, d, models)) for d in whole)
             rest = [
                 replace(d, name=f"{d.name}-weights", memory_bytes=d.memory_bytes - kv.memory_bytes)
                 for d, kv in zip(whole, kv_devices, strict=True)
@@ -157,6 +162,19 @@ class CrossPool(HostedSystem):
                 f"there are {len(cluster.devices)}"
             )
         return kv_devices, weights_devices
+
+    def _kv_pool_bytes(self, cluster: Cluster, device: Device, models: Sequence[ServedModel]) -> int:
+        """What the KV pool has of a device that it shares."""
+        if self.options.kv_share is not None:
+            return int(device.memory_bytes * self.options.kv_share)
+        if len(cluster.devices) > 1:
+            raise UserError(
+                f"option kv_share is null, what the FFNs leave of a lone card; there are {len(cluster.devices)} devices: give a share"
+            )
+        needed = sum(ffn_bytes(model) for model in models)
+        needed += max(ffn_workspace_bytes(model, self.options.limits) for model in models)
+        require_weights(device, needed, "FFN weights and workspace of the weights pool")
+        return device.memory_bytes - needed
 
     def notes(self) -> dict[str, object]:
         """What the planner expected of the KV demand and what was observed; how pages were mapped, and what of them was lost

@@ -1,4 +1,7 @@
-"""The calls that :mod:`kernels.aot` compiles: every operator on meta tensors, with the shapes of the models served."""
+"""The calls that :mod:`kernels.aot` compiles: every operator on meta tensors, with the shapes of the models served.
+
+Meta tensors stand for an H200: what is done on Hopper alone (MLA's prefill) is compiled for the other cards too, and spills there.
+"""
 
 from __future__ import annotations
 
@@ -58,10 +61,10 @@ def _decode_gqa(heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.
     decode_gqa(_empty(batch, heads, dim, dtype=dtype), _kv(batch, (2, kv_heads, dim), dtype), dim**-0.5)
 
 
-def _prefill_gqa(tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
+def _prefill_gqa(tokens: int, kv_heads: int = 8, dtype: torch.dtype = torch.bfloat16) -> None:
     from kernels.attention.triton import prefill_gqa
 
-    prefill_gqa(_empty(tokens, 32, 128, dtype=dtype), _kv(1, (2, 8, 128), dtype), (tokens,), 128**-0.5)
+    prefill_gqa(_empty(tokens, 32, 128, dtype=dtype), _kv(1, (2, kv_heads, 128), dtype), (tokens,), 128**-0.5)
 
 
 def _decode_mla(heads: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -71,11 +74,11 @@ def _decode_mla(heads: int, dtype: torch.dtype = torch.bfloat16) -> None:
     decode_mla(_empty(8, heads, 512, dtype=dtype), _empty(8, heads, 64, dtype=dtype), kv, 192**-0.5)
 
 
-def _prefill_mla(heads: int, dtype: torch.dtype = torch.bfloat16) -> None:
+def _prefill_mla(tokens: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> None:
     from kernels.mla.triton import prefill_mla
 
-    q = _empty(512, heads, 512, dtype=dtype)
-    prefill_mla(q, _empty(512, heads, 64, dtype=dtype), _kv(1, (576,), dtype), (512,), 192**-0.5)
+    q = _empty(tokens, heads, 512, dtype=dtype)
+    prefill_mla(q, _empty(tokens, heads, 64, dtype=dtype), _kv(1, (576,), dtype), (tokens,), 192**-0.5)
 
 
 def _router(num_experts: int, top_k: int, rule: str, num_groups: int = 1, top_groups: int = 1) -> None:
@@ -157,13 +160,18 @@ CASES: dict[str, Callable[[], None]] = {
     "decode_gqa_16_16_128": functools.partial(_decode_gqa, 16, 16, 128),
     "decode_gqa_fp32": functools.partial(_decode_gqa, 32, 8, 128, torch.float32),
     "prefill_gqa_2048": functools.partial(_prefill_gqa, 2048),
-    "prefill_gqa_fp32": functools.partial(_prefill_gqa, 512, torch.float32),
+    "prefill_gqa_256": functools.partial(_prefill_gqa, 256, 4),
+    "prefill_gqa_16": functools.partial(_prefill_gqa, 16, 4),
+    "prefill_gqa_mha_16": functools.partial(_prefill_gqa, 16, 32),
+    "prefill_gqa_fp32": functools.partial(_prefill_gqa, 512, 8, torch.float32),
     "decode_mla_16": functools.partial(_decode_mla, 16),
     "decode_mla_20": functools.partial(_decode_mla, 20),
     "decode_mla_128": functools.partial(_decode_mla, 128),
     "decode_mla_fp32": functools.partial(_decode_mla, 16, torch.float32),
-    "prefill_mla_16": functools.partial(_prefill_mla, 16),
-    "prefill_mla_fp32": functools.partial(_prefill_mla, 16, torch.float32),
+    "prefill_mla_4096": functools.partial(_prefill_mla, 4096, 16),
+    "prefill_mla_256": functools.partial(_prefill_mla, 256, 20),
+    "prefill_mla_16": functools.partial(_prefill_mla, 16, 16),
+    "prefill_mla_fp32": functools.partial(_prefill_mla, 512, 16, torch.float32),
     "router_mixtral": functools.partial(_router, 8, 2, "softmax_topk_renorm"),
     "router_qwen3": functools.partial(_router, 128, 8, "softmax_renorm"),
     "router_deepseek_v3": functools.partial(_router, 256, 8, "sigmoid_bias", 8, 4),

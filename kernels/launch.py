@@ -80,6 +80,12 @@ def num_sms(device: torch.device) -> int:
     return 132 if device.type == "meta" else INTERPRETED_SMS
 
 
+@functools.cache
+def multiplies_by_warp_groups(device: torch.device) -> bool:
+    """Whether a product on `device` takes groups of four warps, as Hopper's do; as for an H200 off CUDA."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

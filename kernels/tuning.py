@@ -48,6 +48,11 @@ def set_override(operator: str, config: dict[str, int] | None) -> None:
         _overrides[operator] = config
 
 
+def known(operator: str, key: str, device: torch.device) -> dict[str, int]:
+    """What was found for `operator` under a key, as :func:`take_last_key` gives it, on a card such as `device`."""
+    return _table(device).get(f"{operator}/{key}", {})
+
+
 def config(operator: str, key: str, like: torch.Tensor, default: dict[str, int]) -> dict[str, int]:
     """Block sizes of `operator` for the shape class `key` in the dtype and on the device of `like`: tuned where known,
     `default` elsewhere."""
@@ -55,14 +60,14 @@ def config(operator: str, key: str, like: torch.Tensor, default: dict[str, int])
     _last_keys[operator] = key
     if operator in _overrides:
         return {**default, **_overrides[operator]}
-    return {**default, **_table(like.device).get(f"{operator}/{key}", {})}
+    return {**default, **known(operator, key, like.device)}
 
 
 def save(device: torch.device, found: dict[str, dict[str, int]], directory: Path = TUNED_DIRECTORY) -> Path:
     """Merge `found` ("operator/key" -> configuration) into the card's file; returns its path."""
     path = directory / f"{card_name(device)}.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    before = json.loads(path.read_text()) if path.exists() else {}
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**known, **found}, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps({**before, **found}, indent=1, sort_keys=True) + "\n")
     _table.cache_clear()
     return path

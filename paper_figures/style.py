@@ -41,6 +41,7 @@ _LOOKS = {
     "static": Look("Static partition", "#E69F00", "s", "--"),
     "static-searched": Look("Static, searched", "#E69F00", "p", (0, (4, 1, 1, 1))),
     "elastic": Look("Elastic (kvcached)", "#D55E00", "^", "-."),
+    "elastic-mps": Look("Elastic through MPS", "#D55E00", "<", (0, (1, 1))),
     "elastic-cap": Look("Elastic, capped", "#D55E00", "2", ":"),
     "elastic-placement": Look("Elastic + placement", "#56B4E9", "P", (0, (3, 1))),
     "elastic-placement-cap": Look("Elastic + placement, capped", "#56B4E9", "3", ":"),
@@ -63,6 +64,7 @@ PERCENTILE_LINES = {"p50": ":", "p95": "--", "p99": "-"}
 # are those of the presets in conf/system, which the record does not name.
 _ENDINGS = {
     ("static", "placement", "searched"): "searched",
+    ("elastic", "mps", True): "mps",
     ("swap", "mode", "token"): "token",
     ("swap", "zero_cost", True): "zero-cost",
     **{(system, "admission", "cap"): "cap" for system in ("elastic", "elastic-placement", "quota")},

@@ -30,6 +30,15 @@ _GPU_TBT_FIGURES = (
     "summary",
 )
 _GPU_THREE = ("gpu-crosspool", "gpu-static", "gpu-elastic")
+_GPU_ONE = (
+    "gpu1-crosspool",
+    "gpu-static",
+    "gpu-elastic",
+    "gpu-elastic-mps",
+    "gpu-elastic-placement",
+    "gpu-quota",
+    "gpu-swap",
+)
 _PAPER_RATES = (0.2, 0.5, 0.8, 1.0)
 
 
@@ -346,6 +355,42 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         gpus=2,
         gpu_gib=114,
         systems=_GPU_THREE,
+    ),
+    Experiment(
+        name="gpu-one",
+        question="Two DeepSeek models on one GPU of 80 GB, every system with the same memory, measured.",
+        base=("conf=gpu-one",),
+        sweeps={"full": {_RATE: (0.5, 1.0, 1.5), _SEED: (0, 1, 2)}},
+        figures=_GPU_TBT_FIGURES,
+        cell_s=65,
+        memory_gib=70,
+        gpus=1,
+        gpu_gib=75,
+        systems=_GPU_ONE,
+    ),
+    Experiment(
+        name="gpu-one-40gb",
+        question="The same models on 40 GB, which hold one of them at a time: what does swapping cost?",
+        base=("conf=gpu-one-40gb",),
+        sweeps={"full": {_RATE: (0.1, 0.2), _SEED: (0, 1, 2)}},
+        figures=("tbt_by_model", "latency_vs_rate", "outcomes", "summary"),
+        cell_s=90,
+        memory_gib=70,
+        gpus=1,
+        gpu_gib=39,
+        systems=("gpu-swap", "gpu-swap-token"),
+    ),
+    Experiment(
+        name="gpu-one-mixtral",
+        question="Mixtral-8x7B and DeepSeek-MoE-16B on one GPU of 141 GB: skew at a fixed total rate, measured.",
+        base=("conf=gpu-one-mixtral",),
+        sweeps={"full": {_SKEW: (0.0, 0.9, 2.1), _SEED: (0, 1, 2)}},
+        figures=("tbt_by_model", "placement", "outcomes", "summary"),
+        cell_s=75,
+        memory_gib=16,
+        gpus=1,
+        gpu_gib=128,
+        systems=("gpu1-crosspool", "gpu-static", "gpu-elastic", "gpu-elastic-mps"),
     ),
     Experiment(
         name="gpu-pair",

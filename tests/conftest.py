@@ -48,11 +48,28 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def warm_workers():
+    """Workers that tests start themselves are forked from a process that has imported what they need; not where there are
+    cards, whose drivers do not outlive a fork."""
+    from warm_workers import PARENT
+
+    from serving.workers import process
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setattr(process, "launch", PARENT.launch)
+        yield PARENT
+        PARENT.stop()
+
+
 @pytest.fixture(scope="session")
-def tiny_checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """A tiny checkpoint of every architecture, by architecture, made once a session."""
+def tiny_checkpoints(tmp_path_factory, warm_workers) -> dict[str, Path]:
+    """A tiny checkpoint of every architecture, by architecture, made once a session. Whoever serves them needs workers."""
     from serving.checkpoints.make import make_checkpoint
     from serving.spec import ARCHITECTURES
 
+    if not torch.cuda.is_available():
+        warm_workers.start()  # imports while checkpoints are made, and is there before anybody counts descriptors
     root = tmp_path_factory.mktemp("checkpoints")
     return {name: make_checkpoint(name, "tiny", root / name, seed=1, progress=False) for name in ARCHITECTURES}

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 from reference_deepseek import ReferenceDeepseek
+from warm_workers import PARENT
 
 from serving.spec import load_spec
 
@@ -57,7 +58,7 @@ def worker_processes() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children(recursive=True):
         try:
-            if "serving.workers" in child.cmdline():
+            if "serving.workers" in child.cmdline() or PARENT.has_forked(child):
                 found.append(child)
         except psutil.Error:
             continue  # gone meanwhile

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -26,6 +27,8 @@ pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "ARTIFACT.md", "baselines/README.md")
+# Read one after the other in one copy, as by whoever goes on to the next: what the first has run, the second finds done.
+READINGS = (("README.md", "ARTIFACT.md"), ("baselines/README.md",))
 BLOCK = re.compile(r"^```bash *\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:python (?:-m|bench\.py)|\./)[^`]*)`")
 
@@ -108,8 +111,8 @@ def can_run(command: str) -> bool:
     return not any(word in f"{command}$" for word in CANNOT_RUN)
 
 
-def started(document: str, folder: Path) -> subprocess.Popen:
-    """The blocks of `document` from top to bottom, running in a copy of this repository whose results are its own."""
+def started(documents: Sequence[str], folder: Path) -> subprocess.Popen:
+    """The blocks of `documents` from top to bottom, running in a copy of this repository whose results are its own."""
     copy = folder / "repository"
     made = {".git", ".venv", ".cache", ".hypothesis", ".pytest_cache", "checkpoints", "outputs", "local"}
 
@@ -125,7 +128,8 @@ def started(document: str, folder: Path) -> subprocess.Popen:
         "WANDB_MODE": "disabled", "TMPDIR": str(folder.parent), "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
-    lines = [line for body in blocks(document) for line in body.splitlines() if can_run(line)]
+    bodies = [body for document in documents for body in blocks(document)]
+    lines = [line for body in bodies for line in body.splitlines() if can_run(line)]
     with (folder / "printed").open("w") as printed:
         return subprocess.Popen(
             ["bash", "-c", "set -ex\n" + "\n".join(lines)], cwd=copy, env=environment, stdout=printed,
@@ -135,14 +139,14 @@ def started(document: str, folder: Path) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    """All documents' blocks at once, since most of their time goes to starting one process after another; runs that compute
-    wait for each other's cores all the same, which they lock in the folder that the copies share. By document."""
+    """All readings at once, since most of their time goes to starting one process after another; runs that compute
+    wait for each other's cores all the same, which they lock in the folder that the copies share. By reading."""
     root = tmp_path_factory.mktemp("documents")
     scripts = {}
-    for number, document in enumerate(DOCUMENTS):
+    for number, documents in enumerate(READINGS):
         folder = root / str(number)
         folder.mkdir()
-        scripts[document] = (started(document, folder), folder / "printed")
+        scripts[documents] = (started(documents, folder), folder / "printed")
     yield scripts
     for script, _ in scripts.values():
         if script.poll() is None:
@@ -150,14 +154,18 @@ def running(tmp_path_factory):
             script.wait()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_block_runs_from_top_to_bottom(document, running):
-    script, printed = running[document]
+@pytest.mark.parametrize("documents", READINGS, ids="+".join)
+def test_every_block_runs_from_top_to_bottom(documents, running):
+    script, printed = running[documents]
     try:
         status = script.wait(timeout=600)
     except subprocess.TimeoutExpired:
         status = "none after 600 s"
     assert status == 0, printed.read_text()[-6000:]
+
+
+def test_every_document_is_read():
+    assert [document for documents in READINGS for document in documents] == list(DOCUMENTS)
 
 
 def test_the_reuse_walkthroughs_are_told_as_they_are_tested():

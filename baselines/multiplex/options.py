@@ -31,7 +31,7 @@ class ElasticOptions(EngineOptions):
 
     groups: Mapping[str, Any] = field(default_factory=dict)
     contention: str = "share"
-    interference: float = 0.1
+    interference: float | None = None
     slice_s: float = 2e-3
     switch_s: float = 1e-4
     admission: str = "reserved"

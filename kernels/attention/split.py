@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.attention.scratch import MOST_WAVES, split_slots
 from kernels.launch import ceil_div, launch, next_power_of_2, num_sms
 from kernels.paged_kv import PagedKV
 from kernels.tile import LOG2_E
@@ -53,15 +54,26 @@ def find_work(
 
 
 @triton.jit
-def block_slots(table_ptr, start, end, BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Cache slots [BLOCK_N] int64 of tokens `start`..; those from `end` on are not to be read."""
+def look_up(table_ptr, start, end, BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What :func:`slots_of` needs of the block table for tokens `start`..: one block where a tile lies within one, else the
+    block of every token below `end`."""
+    if BLOCK_TOKENS % BLOCK_N == 0:
+        block = tl.load(table_ptr + start // BLOCK_TOKENS, mask=start < end, other=0)
+    else:
+        token = start + tl.arange(0, BLOCK_N)
+        block = tl.load(table_ptr + token // BLOCK_TOKENS, mask=token < end, other=0)
+    return block
+
+
+@triton.jit
+def slots_of(block, start, BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Cache slots [BLOCK_N] int64 of tokens `start`.., from what :func:`look_up` gave for them."""
     lane = tl.arange(0, BLOCK_N)
-    if BLOCK_TOKENS % BLOCK_N == 0:  # a tile lies within one block: one look-up
-        block = tl.load(table_ptr + start // BLOCK_TOKENS).to(tl.int64)
-        return block * BLOCK_TOKENS + start % BLOCK_TOKENS + lane
-    token = start + lane
-    block = tl.load(table_ptr + token // BLOCK_TOKENS, mask=token < end, other=0).to(tl.int64)
-    return block * BLOCK_TOKENS + token % BLOCK_TOKENS
+    if BLOCK_TOKENS % BLOCK_N == 0:
+        slots = block.to(tl.int64) * BLOCK_TOKENS + start % BLOCK_TOKENS + lane
+    else:
+        slots = block.to(tl.int64) * BLOCK_TOKENS + (start + lane) % BLOCK_TOKENS
+    return slots
 
 
 @triton.jit
@@ -160,12 +172,12 @@ class SplitPlan:
 
     def __init__(self, q: torch.Tensor, kv: PagedKV, readers: int, block_n: int, dim: int, waves: int) -> None:
         """`readers`: programs that read each token of the cache (KV heads, or blocks of heads in MLA)."""
+        assert waves <= MOST_WAVES, "more scratch than is charged"
         batch, self.heads = q.shape[0], q.shape[1]
         self.readers, self.dim, self.block_n = readers, dim, block_n
         self.programs = waves * num_sms(q.device)
         self.min_chunk = max(MIN_CHUNK_TOKENS, block_n)
-        # sum(ceil(len / chunk)) <= batch + sum(len) / chunk, and chunk >= sum(len) readers / programs
-        self.work = batch + ceil_div(self.programs, readers)
+        self.work = split_slots(batch, self.programs, readers)
         self.may_split = kv.block_table.shape[1] * kv.block_tokens > self.min_chunk
         self.lens, self.batch = kv.kv_lens, batch
         shape = (self.work, self.heads) if self.may_split else (1, 1)

@@ -1,15 +1,22 @@
-"""MHA and GQA over pages on CUDA: split decode, and prefill by tiles of query rows."""
+"""MHA and GQA over pages on CUDA: split decode, and prefill by tiles of (row, head) pairs in even shares."""
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels import tuning
-from kernels.attention.split import SplitPlan, block_channels, block_slots, find_work, scale_log2, write_chunk
+from kernels.attention.shares import (
+    SharePlan,
+    find_tile,
+    load_tile,
+    share_steps,
+    steps_of_program,
+    tile_steps,
+    write_tile,
+)
+from kernels.attention.split import SplitPlan, find_work, look_up, scale_log2, slots_of, write_chunk
 from kernels.launch import launch, next_power_of_2
 from kernels.paged_kv import PagedKV
 from kernels.tile import dot
@@ -19,7 +26,7 @@ from kernels.tile import dot
 def _attend_tile(
     q,
     cache_ptr,
-    table_ptr,
+    block,
     start,
     end,
     last_seen,
@@ -35,8 +42,8 @@ def _attend_tile(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One step of online softmax: tokens `start`.. below `end`, row i seeing those up to `last_seen[i]`."""
-    slots = block_slots(table_ptr, start, end, BLOCK_TOKENS, BLOCK_N)
+    """One step of online softmax: tokens `start`.. below `end` in `block`, row i seeing those up to `last_seen[i]`."""
+    slots = slots_of(block, start, BLOCK_TOKENS, BLOCK_N)
     token = start + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_D)[None, :]
     key = cache_ptr + (slots * (2 * KV_HEADS) + kv_head)[:, None] * DIM + channel
@@ -47,12 +54,15 @@ def _attend_tile(
     else:
         keys = tl.load(key)
         values = tl.load(key + KV_HEADS * DIM)
-    scores = dot(q, tl.trans(keys), tl.zeros((q.shape[0], BLOCK_N), tl.float32)) * scale
+    scores = dot(q, tl.trans(keys), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
     if MASKED:
         scores = tl.where(token[None, :] <= last_seen[:, None], scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_top[:, None])
-    fade = tl.exp2(top - new_top)
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+    base = new_top
+    if MASKED:  # a row that has seen nothing yet: nothing minus nothing is no number
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weights = tl.exp2(scores * scale - base[:, None])
+    fade = tl.exp2(top - base)
     mass = mass * fade + tl.sum(weights, axis=1)
     acc = dot(weights.to(values.dtype), values, acc * fade[:, None])
     return new_top, mass, acc
@@ -98,8 +108,9 @@ def _decode_kernel(
     acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
     last_seen = tl.zeros((BLOCK_H,), tl.int32) + (end - 1)
     for start in range(first, end, BLOCK_N):
+        block = look_up(table, start, end, BLOCK_TOKENS, BLOCK_N)
         top, mass, acc = _attend_tile(
-            q, cache_ptr, table, start, end, last_seen, kv_head, scale, top, mass, acc,
+            q, cache_ptr, block, start, end, last_seen, kv_head, scale, top, mass, acc,
             True, KV_HEADS, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
         )  # fmt: skip
     write_chunk(
@@ -109,6 +120,44 @@ def _decode_kernel(
 
 
 @triton.jit
+def _prefill_share(
+    q_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, table_stride, scale,
+    tile, kv_head, first, last, whole, slot,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Steps `first` to `last` of one tile."""
+    sequence, row, member, exists, last_seen, all_see, end = load_tile(tiles_ptr, lens_ptr, tile, GROUP, BLOCK_M)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    row = row * (KV_HEADS * GROUP) + kv_head * GROUP + member
+    mask = exists[:, None] & (channel < DIM)
+    q = tl.load(q_ptr + row.to(tl.int64)[:, None] * DIM + channel, mask=mask, other=0.0)
+    table = table_ptr + sequence.to(tl.int64) * table_stride
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    # Steps that every row sees need no mask; those that some see only a part of come last.
+    unmasked = tl.minimum(tl.maximum(all_see // BLOCK_N, first), last)
+    # Blocks are looked up one step ahead: else a step's reads would wait for the table's.
+    block = look_up(table, first * BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
+    for start in range(first * BLOCK_N, unmasked * BLOCK_N, BLOCK_N):
+        here = block
+        block = look_up(table, start + BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
+        top, mass, acc = _attend_tile(
+            q, cache_ptr, here, start, end, last_seen, kv_head, scale, top, mass, acc,
+            False, KV_HEADS, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
+        )  # fmt: skip
+    for start in range(unmasked * BLOCK_N, last * BLOCK_N, BLOCK_N):
+        here = block
+        block = look_up(table, start + BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
+        top, mass, acc = _attend_tile(
+            q, cache_ptr, here, start, end, last_seen, kv_head, scale, top, mass, acc,
+            True, KV_HEADS, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
+        )  # fmt: skip
+    write_tile(acc, top, mass, whole, row, exists, slot, out_ptr, partial_ptr, lse_ptr, DIM, BLOCK_D, BLOCK_M)
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
 def _prefill_kernel(
     q_ptr,
     cache_ptr,
@@ -116,45 +165,44 @@ def _prefill_kernel(
     lens_ptr,
     tiles_ptr,
     out_ptr,
+    partial_ptr,
+    lse_ptr,
+    num_tiles,
+    programs,
     table_stride,
     scale,
+    MAY_SHARE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    head = tl.program_id(0)
-    tile = tiles_ptr + tl.program_id(1) * 4
-    sequence = tl.load(tile)
-    first_row = tl.load(tile + 1)
-    rows = tl.load(tile + 2)
-    position = tl.load(lens_ptr + sequence) - tl.load(tile + 3)  # of the tile's first row
-    lane = tl.arange(0, BLOCK_M)
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    place = ((first_row + lane).to(tl.int64) * (KV_HEADS * GROUP) + head)[:, None] * DIM + channel
-    mask = (lane < rows)[:, None] & (channel < DIM)
-    q = tl.load(q_ptr + place, mask=mask, other=0.0)
-    table = table_ptr + sequence.to(tl.int64) * table_stride
-    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    mass = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    last_seen = tl.maximum(position + lane, 0)  # rows that fill up a graph's chunk may lie before the first token
-    end = tl.maximum(position + rows, 1)
-    everyone_sees = tl.maximum(position + 1, 0) // BLOCK_N * BLOCK_N
-    for start in range(0, everyone_sees, BLOCK_N):
-        top, mass, acc = _attend_tile(
-            q, cache_ptr, table, start, end, last_seen, head // GROUP, scale, top, mass, acc,
-            False, KV_HEADS, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
+    program = tl.program_id(0)
+    if MAY_SHARE:
+        index = tl.arange(0, BLOCK_B)
+        steps = tile_steps(tiles_ptr, lens_ptr, index, index < num_tiles, GROUP, BLOCK_M, BLOCK_N)
+        share = share_steps(steps, num_tiles, KV_HEADS, programs, BLOCK_N)
+        position, stop = steps_of_program(steps, index, share, program, KV_HEADS)
+        while position < stop:
+            tile, kv_head, first, last, whole = find_tile(steps, index, position, stop, KV_HEADS)
+            _prefill_share(
+                q_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, table_stride, scale,
+                tile, kv_head, first, last, whole, tile * KV_HEADS + kv_head + program,
+                KV_HEADS, GROUP, BLOCK_TOKENS, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            position += last - first
+    else:
+        tile = program // KV_HEADS
+        last = tile_steps(tiles_ptr, lens_ptr, tile, True, GROUP, BLOCK_M, BLOCK_N)
+        _prefill_share(
+            q_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, table_stride, scale,
+            tile, program % KV_HEADS, 0, last, True, 0,
+            KV_HEADS, GROUP, BLOCK_TOKENS, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    for start in range(everyone_sees, end, BLOCK_N):
-        top, mass, acc = _attend_tile(
-            q, cache_ptr, table, start, end, last_seen, head // GROUP, scale, top, mass, acc,
-            True, KV_HEADS, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
-        )  # fmt: skip
-    tl.store(out_ptr + place, (acc / mass[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def decode_gqa(q: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
@@ -194,52 +242,43 @@ def decode_gqa(q: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
     return out
 
 
-@functools.lru_cache(maxsize=128)
-def query_tiles(query_lens: tuple[int, ...], rows_per_tile: int, device: torch.device) -> torch.Tensor:
-    """Tiles [N, 4] int32 of a ragged batch: sequence, first row, rows, rows from the tile's first to the sequence's last.
-    Those that see most come first. Kept for the next layers, which ask for the same."""
-    tiles, first = [], 0
-    for sequence, length in enumerate(query_lens):
-        for done in range(0, length, rows_per_tile):
-            tiles.append((sequence, first + done, min(rows_per_tile, length - done), length - done))
-        first += length
-    tiles.sort(key=lambda tile: tile[3])
-    return torch.tensor(tiles, dtype=torch.int32, device=device).reshape(-1, 4)
-
-
 def prefill_gqa(q: torch.Tensor, kv: PagedKV, query_lens: tuple[int, ...], scale: float) -> torch.Tensor:
     """See :func:`kernels.attention.prefill_gqa`; the cache is read through `kv.block_table`."""
     q = q.contiguous()
     _, num_heads, dim = q.shape
     kv_heads = kv.cache.shape[2]
-    longest = max(query_lens)
+    # That share a KV head, of the longest chunk, as far as that matters to a tile's size.
+    pairs = min(128, max(16, next_power_of_2(max(query_lens) * (num_heads // kv_heads))))
     if q.element_size() == 4:
-        default = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    elif longest <= 64:
-        default = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+        default = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "waves": 1}
+    elif pairs <= 64:
+        default = {"BLOCK_M": pairs, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "waves": 2}
     else:
-        default = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-    if longest <= 16:
-        default["BLOCK_M"] = 16
-    chosen = tuning.config("prefill_gqa", f"d{dim}_t{next_power_of_2(longest)}", q, default)
-    tiles = query_tiles(tuple(query_lens), chosen["BLOCK_M"], q.device)
+        default = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "waves": 1}
+    chosen = tuning.config("prefill_gqa", f"d{dim}_kh{kv_heads}_p{pairs}", q, default)
+    plan = SharePlan(q, kv, query_lens, kv_heads, dim, chosen)
     out = torch.empty_like(q)
     launch(
         _prefill_kernel,
-        (num_heads, len(tiles)),
+        plan.grid,
         q,
         kv.cache,
         kv.block_table,
         kv.kv_lens,
-        tiles,
+        plan.tiles,
         out,
+        plan.partial,
+        plan.lse,
+        len(plan.tiles),
+        plan.programs,
         kv.block_table.stride(0),
         scale_log2(scale),
+        MAY_SHARE=plan.may_share,
         KV_HEADS=kv_heads,
-        GROUP=num_heads // kv_heads,
         BLOCK_TOKENS=kv.block_tokens,
-        DIM=dim,
-        BLOCK_D=block_channels(dim),
-        **chosen,
+        **plan.constants,
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
     )
+    plan.join(out)
     return out

@@ -11,6 +11,7 @@ Exits with 1, and times nothing of an operator, if one of its results is wrong.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -38,6 +39,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("ops", nargs="*", help=f"any of: {', '.join(known)} (default: all)")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="PART", help="tune and time only cases whose shape has one of these in it"
+    )
     parser.add_argument("--all", action="store_true", help="check in both dtypes, whatever is timed")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on CUDA, float32 on the CPU")
@@ -85,34 +89,19 @@ def run_checks(options: argparse.Namespace, device: torch.device, dtype: torch.d
 def run_crossings(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Row]:
     """The mailbox's and the resident executor's rows; CUDA only."""
     from kernels.bench.crossing import crossing_seconds, resident_seconds
-    from kernels.resident_ffn.executor import Blocks
 
     runs: list[tuple[str, str, int, Target | None, Callable[[], tuple[float, float]]]] = []
     if "mailbox" in options.ops:
         for rows in (1, 16):
-            target = Target(microseconds=4.0)
+            measure = functools.partial(crossing_seconds, rows, 2048, device, dtype)
             runs.append(
-                (
-                    "mailbox",
-                    "one way",
-                    rows,
-                    target,
-                    lambda rows=rows: (crossing_seconds(rows, 2048, device, dtype), 0.0),
-                )
+                ("mailbox", "one way", rows, Target(microseconds=4.0), lambda measure=measure: (measure(), 0.0))
             )
     if "resident_ffn" in options.ops:
-        for rows, slices in ((1, 16), (1, 32), (4, 16), (16, 16)):
+        for rows in (1, 4, 16):
             target = Target(microseconds=40.0) if rows == 1 else None
-            blocks = Blocks(gate_up=slices)
-            runs.append(
-                (
-                    "resident_ffn",
-                    f"Qwen3 with router, slices of {slices}",
-                    rows,
-                    target,
-                    lambda rows=rows, blocks=blocks: resident_seconds(rows, device, dtype, blocks),
-                )
-            )
+            measure = functools.partial(resident_seconds, rows, device, dtype)
+            runs.append(("resident_ffn", "Qwen3 with router", rows, target, measure))
     return [_crossing_row(*run, dtype) for run in runs]
 
 
@@ -143,13 +132,15 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = DTYPES[options.dtype or ("bfloat16" if options.device == "cuda" else "float32")]
     if options.device == "cpu":
         torch.set_num_threads(options.threads)
+    cases = [case for case in (CUDA_CASES if options.device == "cuda" else CPU_CASES) if case.op in options.ops]
+    if options.shapes:
+        cases = [case for case in cases if any(part in case.shape for part in options.shapes)]
     if options.device == "cuda":
         kinds = DTYPES.values() if options.all else (dtype,)
         checks = [(case, kind) for case in CHECKS if case.op in options.ops for kind in kinds]
-        compile_cases([*checks, *((case, dtype) for case in CUDA_CASES if case.op in options.ops)], device)
+        compile_cases([*checks, *((case, dtype) for case in cases)], device)
         print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
     red = run_checks(options, device, dtype)
-    cases = [case for case in (CUDA_CASES if options.device == "cuda" else CPU_CASES) if case.op in options.ops]
     for op in sorted(red):
         print(f"{op}: not timed, a check failed", file=sys.stderr)
     cases = [case for case in cases if case.op not in red]

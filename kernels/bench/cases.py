@@ -52,6 +52,15 @@ def _moe_cases(name: str, layer: tuple[int, ...], targets: dict[int, Target | No
     ]
 
 
+def _chunk_cases(op: str, model: str, build: Callable[..., Problem], *sizes: int) -> list[Case]:
+    """Chunks of a prompt after tokens that are there."""
+    return [
+        _case(op, f"{model} {rows} after {before}", build, before + rows, rows, *sizes)
+        for rows in (16, 64, 256)
+        for before in (0, 2048, 8192, 32768)
+    ]
+
+
 CHECKS = [
     _case("rms_norm", "3x200", problems.norm, 3, 200),
     _case("rms_norm", "130x2048", problems.norm, 130, 2048),
@@ -62,9 +71,13 @@ CHECKS = [
     _case("decode_gqa", "ragged, 20/20 of 80", problems.decode_gqa, [3000, 2], 20, 20, 80),
     _case("prefill_gqa", "200 of 700, 32/8 of 128", problems.prefill_gqa, 700, 200, 32, 8, 128),
     _case("prefill_gqa", "9 of 9, 20/20 of 80", problems.prefill_gqa, 9, 9, 20, 20, 80),
+    _case("prefill_gqa", "7 of 9000, 20/4 of 80", problems.prefill_gqa, 9000, 7, 20, 4, 80),
+    _case("prefill_gqa", "130 of 4099, 32/4 of 128", problems.prefill_gqa, 4099, 130, 32, 4, 128),
     _case("decode_mla", "ragged, 16 heads", problems.decode_mla, [1, 64, 65, 700, 4099], 16, 512, 64),
     _case("decode_mla", "ragged, 20 heads", problems.decode_mla, [900, 2], 20, 512, 64),
     _case("prefill_mla", "70 of 300, 20 heads", problems.prefill_mla, 300, 70, 20, 512, 64),
+    _case("prefill_mla", "7 of 9000, 16 heads", problems.prefill_mla, 9000, 7, 16, 512, 64),
+    _case("prefill_mla", "130 of 4099, 20 heads", problems.prefill_mla, 4099, 130, 20, 512, 64),
     _case("router", "7 rows, 8 experts", problems.routing, 7, 8, 2, "softmax_topk_renorm", (1, 1)),
     _case("router", "600 rows, 160 experts in groups", problems.routing, 600, 160, 6, "softmax", (8, 3)),
     _case("router", "33 rows, 256 experts in groups", problems.routing, 33, 256, 8, "sigmoid_bias", (8, 4)),
@@ -92,10 +105,13 @@ CUDA_CASES = [
     _case("decode_gqa", "8 x 16K, 16/16", problems.decode_gqa, [16384] * 8, 16, 16, 128, target=Target(bandwidth=0.75)),
     _case("prefill_gqa", "4096 of 4096, 32/8", problems.prefill_gqa, 4096, 4096, 32, 8, 128),
     _case("prefill_gqa", "512 of 16K, 32/8", problems.prefill_gqa, 16384, 512, 32, 8, 128),
+    *_chunk_cases("prefill_gqa", "Qwen3", problems.prefill_gqa, 32, 4, 128),
     _case("decode_mla", "1 x 64K, 16 heads", problems.decode_mla, [65536], 16, 512, 64, target=Target(bandwidth=0.28)),
     _case("decode_mla", "32 x 8K, 16 heads", problems.decode_mla, [8192] * 32, 16, 512, 64, target=Target(0.60)),
     _case("decode_mla", "8 x 16K, 20 heads", problems.decode_mla, [16384] * 8, 20, 512, 64),
     _case("prefill_mla", "1024 of 4096, 16 heads", problems.prefill_mla, 4096, 1024, 16, 512, 64),
+    *_chunk_cases("prefill_mla", "DeepSeek-V2-Lite", problems.prefill_mla, 16, 512, 64),
+    *_chunk_cases("prefill_mla", "GLM-4.7-Flash", problems.prefill_mla, 20, 512, 64),
     _case("router", "T=1, 128 experts", problems.routing, 1, 128, 8, "softmax_renorm", (1, 1)),
     _case("router", "T=4096, 128 experts", problems.routing, 4096, 128, 8, "softmax_renorm", (1, 1)),
     *_moe_cases(

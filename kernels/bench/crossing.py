@@ -16,7 +16,6 @@ from kernels.bench.measure import capture
 from kernels.bench.problems import expert_weights
 from kernels.mailbox import Mailbox, put, wait
 from kernels.resident_ffn import FFNLayer, ResidentFFN, ffn_layer
-from kernels.resident_ffn.executor import Blocks
 
 MAX_SPINS = 500_000  # some tenths of a second
 ROUNDS = 50
@@ -68,9 +67,7 @@ def crossing_seconds(
     return sorted(times)[len(times) // 2]
 
 
-def resident_seconds(
-    num_rows: int, device: torch.device, dtype: torch.dtype, blocks: Blocks | None = None
-) -> tuple[float, float]:
+def resident_seconds(num_rows: int, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(seconds of one submit-to-collect of the Qwen3 shape, router included; relative error of the result)."""
     depth, width, num_experts, top_k = QWEN3
     router = torch.randn(num_experts, depth, device=device).to(dtype) * depth**-0.5
@@ -78,7 +75,7 @@ def resident_seconds(
     layer = FFNLayer(router, weights, top_k=top_k, rule="softmax_renorm")
     inputs = [torch.randn(num_rows, depth, device=device).to(dtype) for _ in range(8)]
     expected = ffn_layer(layer, inputs[-1])
-    executor = ResidentFFN([[layer]], dtype, device, num_slots=2, max_rows=num_rows, blocks=blocks, max_spins=MAX_SPINS)
+    executor = ResidentFFN([[layer]], dtype, device, num_slots=2, max_rows=num_rows, max_spins=MAX_SPINS)
     outputs: list[torch.Tensor] = []
 
     def step(x: torch.Tensor) -> Callable[[], None]:

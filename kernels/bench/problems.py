@@ -149,14 +149,14 @@ def decode_gqa(
 def prefill_gqa(
     length: int, rows: int, heads: int, kv_heads: int, dim: int, device: torch.device, dtype: torch.dtype
 ) -> Problem:
-    kv = _paged([length], (2, kv_heads, dim), device, dtype)
     q = torch.randn(rows, heads, dim, device=device).to(dtype)
     seen = rows * (2 * length - rows + 1) // 2  # (query, key) pairs under the causal mask
     moved = q.element_size() * (2 * length * kv_heads * dim + 2 * q.numel())
+    caches = [_paged([length], (2, kv_heads, dim), device, dtype) for _ in range(_variants(moved))]
     peers = {"SDPA": [_sdpa_peer(q, kv_heads, length, rows, device, dtype)]} if rows == length else {}
     return Problem(
-        [lambda: (attention.prefill_gqa(q, kv, (rows,), dim**-0.5),)],
-        lambda _: (attention_reference.prefill_gqa(q, kv, (rows,), dim**-0.5),),
+        [lambda kv=kv: (attention.prefill_gqa(q, kv, (rows,), dim**-0.5),) for kv in caches],
+        lambda i: (attention_reference.prefill_gqa(q, caches[i], (rows,), dim**-0.5),),
         moved,
         4 * seen * heads * dim,
         peers,
@@ -185,15 +185,16 @@ def decode_mla(
 def prefill_mla(
     length: int, rows: int, heads: int, rank: int, rope_dim: int, device: torch.device, dtype: torch.dtype
 ) -> Problem:
-    kv = _paged([length], (rank + rope_dim,), device, dtype)
     q_latent = torch.randn(rows, heads, rank, device=device).to(dtype)
     q_rope = torch.randn(rows, heads, rope_dim, device=device).to(dtype)
     scale = (rank + rope_dim) ** -0.5
     seen = rows * (2 * length - rows + 1) // 2
+    moved = q_latent.element_size() * (length * (rank + rope_dim) + rows * heads * (2 * rank + rope_dim))
+    caches = [_paged([length], (rank + rope_dim,), device, dtype) for _ in range(_variants(moved))]
     return Problem(
-        [lambda: (mla.prefill_mla(q_latent, q_rope, kv, (rows,), scale),)],
-        lambda _: (mla_reference.prefill_mla(q_latent, q_rope, kv, (rows,), scale),),
-        q_latent.element_size() * (length * (rank + rope_dim) + rows * heads * (2 * rank + rope_dim)),
+        [lambda kv=kv: (mla.prefill_mla(q_latent, q_rope, kv, (rows,), scale),) for kv in caches],
+        lambda i: (mla_reference.prefill_mla(q_latent, q_rope, caches[i], (rows,), scale),),
+        moved,
         2 * seen * heads * (2 * rank + rope_dim),
     )
 

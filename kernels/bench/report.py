@@ -36,6 +36,10 @@ class Row:
     def compute_fraction(self, ceilings: Ceilings) -> float:
         return self.flops / self.seconds / ceilings.flops
 
+    def floor_seconds(self, ceilings: Ceilings) -> float:
+        """The least time that this machine's measured bandwidth and compute leave for the row's bytes and operations."""
+        return max(self.bytes / ceilings.bytes_per_s, self.flops / ceilings.flops)
+
     def goal(self, ceilings: Ceilings) -> tuple[str, bool | None]:
         """(target against measured, in words; whether it is met), by the datasheet's bandwidth as targets are."""
         if self.target is None or self.seconds is None:
@@ -53,7 +57,7 @@ class Row:
 def table(rows: list[Row], ceilings: Ceilings) -> str:
     """The rows as text; fractions are of what this machine was measured to do, targets of its datasheet."""
     head = (
-        f"{'op':12} {'shape':34} {'dtype':9} {'us':>9} {'GB/s':>7} {'% bw':>6} {'TFLOP/s':>8} {'% fl':>6} "
+        f"{'op':12} {'shape':34} {'dtype':9} {'us':>9} {'floor':>8} {'GB/s':>7} {'% bw':>6} {'TFLOP/s':>8} {'% fl':>6} "
         f"{'peer':>12} {'x peer':>7} {'target':>20} {'met':>4}"
     )
     return "\n".join([head, *(_line(row, ceilings) for row in rows)])
@@ -69,7 +73,7 @@ def _line(row: Row, ceilings: Ceilings) -> str:
         faster = f"{row.peers_s[peer] / row.seconds:.2f}"
     goal, met = row.goal(ceilings)
     return (
-        f"{start} {row.seconds * 1e6:9.1f} {row.bytes / row.seconds / 1e9:7.0f} {row.bandwidth_fraction(ceilings):6.1%} "
+        f"{start} {row.seconds * 1e6:9.1f} {row.floor_seconds(ceilings) * 1e6:8.1f} {row.bytes / row.seconds / 1e9:7.0f} {row.bandwidth_fraction(ceilings):6.1%} "
         f"{row.flops / row.seconds / 1e12:8.1f} {row.compute_fraction(ceilings):6.1%} {peer:>12} {faster:>7} "
         f"{goal:>20} {'' if met is None else 'yes' if met else 'NO':>4} {row.note}"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import time
 
 import torch
@@ -10,92 +12,145 @@ import torch
 from kernels import tuning
 from kernels.bench.cases import Case
 from kernels.bench.measure import seconds_per_call
-from kernels.bench.run import SEED, TOLERANCE, worst_error
+from kernels.bench.problems import Tensors
+from kernels.bench.run import SEED, TOLERANCE, expectations, worst_error
 from kernels.launch import compile_ahead, recording
+from kernels.moe_ffn.blocks import ALL_TILES, OF_DOWN, SMALL_ROWS
 
 
 def _product(**choices: tuple[int, ...]) -> list[dict[str, int]]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
+Configs = list[dict[str, int]]
+
 FEW_ROWS = [
     {"BLOCK_N": n, "DOWN_N": down, "BLOCK_K": k, "num_stages": stages}
     for n, down in ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
     for k, stages in ((128, 5), (256, 3), (256, 4))
 ]
-SOME_ROWS = _product(BLOCK_N=(32, 64, 128), DOWN_N=(64, 128), BLOCK_K=(128, 64), num_stages=(3, 4))
-MANY_ROWS = [
-    {"BLOCK_M": m, "BLOCK_N": n, "DOWN_N": down, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages}
-    for m, n, down, warps in ((128, 128, 128, 8), (128, 64, 128, 4), (64, 128, 128, 4), (128, 128, 256, 8))
-    for stages in (3, 4)
+GATE_UP_OF_SOME_ROWS = [
+    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": 4, "num_stages": stages}
+    for m, n in ((16, 64), (16, 128), (32, 64), (32, 128), (64, 64))
+    for k, stages in ((128, 3), (64, 4))
+]
+GATE_UP_OF_MANY_ROWS = [
+    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages, "GROUP": group}
+    for m, n, warps, stages in ((128, 128, 8, 3), (128, 128, 8, 4), (128, 64, 4, 3))
+    for group in (8, 32, ALL_TILES)
 ]
 
 
-def candidates(operator: str, rows: int) -> list[dict[str, int]]:
-    """Configurations worth trying; none for an operator that has nothing to choose."""
+def _of_down(configs: Configs) -> Configs:
+    """The same for down, whose slices may be twice as wide: it has one accumulator where gate and up have two."""
+    renamed = [{OF_DOWN[name]: value for name, value in config.items()} for config in configs]
+    return renamed + [{**config, "DOWN_N": 2 * config["DOWN_N"]} for config in renamed if config["DOWN_N"] == 128]
+
+
+PREFILL_GQA = [
+    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages, "waves": waves}
+    for m, n, warps, stages, waves in (
+        (128, 64, 8, 2, 1), (128, 64, 8, 3, 1), (128, 64, 8, 4, 1), (128, 128, 8, 2, 1), (128, 128, 8, 3, 1),
+        (64, 64, 4, 2, 2), (64, 64, 4, 3, 2), (64, 128, 4, 2, 1), (64, 32, 4, 4, 2),
+    )
+]  # fmt: skip
+PREFILL_MLA = [{"BLOCK_N": n, "num_stages": stages} for n, stages in ((32, 2), (32, 3), (32, 4), (64, 2))]
+
+
+def candidates(operator: str, rows: int) -> list[Configs]:
+    """Configurations worth trying, in rounds of which each begins with the best of those before; none for an operator that
+    has nothing to choose."""
     if operator == "decode_gqa":
-        return _product(BLOCK_N=(32, 64, 128), num_stages=(5, 7), waves=(2, 3, 4))
+        return [_product(BLOCK_N=(32, 64, 128), num_stages=(5, 7), waves=(2, 3, 4))]
     if operator == "decode_mla":
-        return _product(BLOCK_H=(16, 32), BLOCK_N=(32, 64), num_warps=(4, 8), num_stages=(3, 5), waves=(2,))
+        return [_product(BLOCK_H=(16, 32), BLOCK_N=(32, 64), num_warps=(4, 8), num_stages=(3, 5), waves=(2,))]
     if operator == "prefill_gqa":
-        return _product(BLOCK_M=(64, 128), BLOCK_N=(64, 128), num_warps=(4, 8), num_stages=(3, 5))
+        return [PREFILL_GQA]
     if operator == "prefill_mla":
-        return _product(BLOCK_M=(32, 64), BLOCK_N=(16, 32, 64), num_warps=(4, 8), num_stages=(2, 3))
+        return [PREFILL_MLA]
     if operator == "moe_ffn":
-        return FEW_ROWS if rows <= 16 else SOME_ROWS if rows <= 256 else MANY_ROWS
+        if rows <= SMALL_ROWS:
+            return [FEW_ROWS]
+        gate_up = GATE_UP_OF_SOME_ROWS if rows <= 256 else GATE_UP_OF_MANY_ROWS
+        return [gate_up, _of_down(gate_up)]
     return []
 
 
-def tune(cases: list[Case], device: torch.device, dtype: torch.dtype, limit_s: float) -> dict[str, dict[str, int]]:
-    """The best configuration by "operator/key", of what could be tried in `limit_s` seconds shared evenly among cases."""
-    found: dict[str, dict[str, int]] = {}
-    began = time.monotonic()
-    for index, case in enumerate(cases):
-        share = (limit_s - (time.monotonic() - began)) / (len(cases) - index)
+class _Trial:
+    """A case that configurations are tried on."""
+
+    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
+        self.operator = "moe_ffn" if case.op == "dense_ffn" else case.op
+        self.shape, self.device, self.tolerance = f"{case.op} {case.shape}", device, TOLERANCE[dtype]
         torch.manual_seed(SEED)
-        with torch.inference_mode():
-            best = _tune_case(case, device, dtype, share)
-        if best is not None:
-            found[best[0]] = best[1]
+        self.problem = case.build(device, dtype)
+        tuning.take_last_key(self.operator)
+        self.problem.variants[0]()
+        self.key = tuning.take_last_key(self.operator)  # None: it has nothing to choose
+
+    @functools.cached_property
+    def expected(self) -> dict[int, Tensors]:
+        return expectations(self.problem)
+
+    def seconds(self) -> float:
+        """Of a call as it is configured now; infinite where that is wrong or does not fit this card."""
+        try:
+            if worst_error(self.problem, self.expected) <= self.tolerance:
+                return seconds_per_call(self.problem.variants, self.device)
+        except Exception:  # noqa: BLE001  such a configuration is simply not chosen
+            torch.cuda.empty_cache()
+        return math.inf
+
+
+def tune(cases: list[Case], device: torch.device, dtype: torch.dtype, limit_s: float) -> dict[str, dict[str, int]]:
+    """The best configuration by "operator/key", of what could be tried in `limit_s` seconds shared evenly among cases. Cases
+    with the same key, which must follow each other, share one: that with the least product of their times."""
+    found: dict[str, dict[str, int]] = {}
+    deadline = time.monotonic() + limit_s
+    done = 0
+    with torch.inference_mode():
+        trials = (_Trial(case, device, dtype) for case in cases)
+        for (operator, key), group in itertools.groupby(trials, lambda trial: (trial.operator, trial.key)):
+            alike = list(group)
+            share = (deadline - time.monotonic()) * len(alike) / (len(cases) - done)
+            done += len(alike)
+            if key is not None:
+                best = _tune_alike(alike, time.monotonic() + share)
+                if best:
+                    found[f"{operator}/{key}"] = best
     return found
 
 
-def _tune_case(
-    case: Case, device: torch.device, dtype: torch.dtype, limit_s: float
-) -> tuple[str, dict[str, int]] | None:
-    deadline = time.monotonic() + limit_s
-    operator = "moe_ffn" if case.op == "dense_ffn" else case.op
-    problem = case.build(device, dtype)
-    tuning.take_last_key(operator)
-    problem.variants[0]()
-    key = tuning.take_last_key(operator)
-    if key is None:
-        return None
+def _tune_alike(trials: list[_Trial], deadline: float) -> dict[str, int]:
+    """The best configuration of cases that share one; empty where none is better than the default."""
+    operator, key = trials[0].operator, trials[0].key
     rows = int(key.rsplit("_t", 1)[1]) if "_t" in key else 0
-    best_seconds, best = seconds_per_call(problem.variants, device), None
-    default_seconds = best_seconds
-    configs = candidates(operator, rows)
+    best: dict[str, int] = {}
+    default_times = best_times = [trial.seconds() for trial in trials]
+    for configs in candidates(operator, rows):
+        begin = best or tuning.known(operator, key, trials[0].device)
+        tried = [{**begin, **config} for config in configs]
+        _compile(trials, tried)
+        for config in tried:
+            if time.monotonic() > deadline:
+                print(f"{trials[0].shape}: out of time, the later configurations were not tried")
+                break
+            tuning.set_override(operator, config)
+            times = [trial.seconds() for trial in trials]
+            tuning.set_override(operator, None)
+            if math.prod(mine / theirs for mine, theirs in zip(times, best_times, strict=True)) < 1:
+                best, best_times = config, times
+    for trial, default, now in zip(trials, default_times, best_times, strict=True):
+        print(f"tuned {trial.shape}: {default * 1e6:.1f} -> {now * 1e6:.1f} us {best or 'default'}", flush=True)
+    return best
+
+
+def _compile(trials: list[_Trial], configs: Configs) -> None:
+    """Compile what the trials would launch with each of `configs`, in parallel."""
     with recording() as calls:
         for config in configs:
-            tuning.set_override(operator, config)
-            problem.variants[0]()
-        tuning.set_override(operator, None)
+            tuning.set_override(trials[0].operator, config)
+            for trial in trials:
+                trial.problem.variants[0]()
+        tuning.set_override(trials[0].operator, None)
     compile_ahead(calls)
-    for config in configs:
-        if time.monotonic() > deadline:
-            print(f"{case.op} {case.shape}: out of time, the later configurations were not tried")
-            break
-        tuning.set_override(operator, config)
-        try:
-            if worst_error(problem) <= TOLERANCE[dtype]:
-                seconds = seconds_per_call(problem.variants, device)
-                if seconds < best_seconds:
-                    best_seconds, best = seconds, config
-        except Exception:  # noqa: BLE001  a configuration that does not fit this card is simply not chosen
-            torch.cuda.empty_cache()
-        finally:
-            tuning.set_override(operator, None)
-    print(
-        f"tuned {case.op} {case.shape}: {default_seconds * 1e6:.1f} -> {best_seconds * 1e6:.1f} us {best or 'default'}"
-    )
-    return None if best is None else (f"{operator}/{key}", best)

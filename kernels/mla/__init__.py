@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from kernels.attention.scratch import decode_scratch_bytes, prefill_scratch_bytes
 from kernels.dispatch import cuda_form
 from kernels.mla import cpu as host_form
 from kernels.paged_kv import PagedKV
+
+MOST_HEADS_A_PROGRAM = 32  # of decode
 
 
 def decode_mla(q_latent: torch.Tensor, q_rope: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
@@ -21,3 +24,11 @@ def prefill_mla(
     """Causal chunks: as :func:`decode_mla` with `query_lens[b]` rows of sequence b, its last tokens. Result [T, H, rank]."""
     form = cuda_form(__name__) if q_latent.is_cuda else host_form
     return form.prefill_mla(q_latent, q_rope, kv, query_lens, scale)
+
+
+def mla_scratch_bytes(batch: int, rows: int, heads: int, rank: int, sms: int) -> int:
+    """As :func:`kernels.attention.gqa_scratch_bytes`, of latents of `rank` channels."""
+    readers = -(-heads // MOST_HEADS_A_PROGRAM)
+    return decode_scratch_bytes(batch, heads, readers, rank, sms) + prefill_scratch_bytes(
+        rows, batch, heads, 1, rank, sms
+    )

@@ -11,52 +11,85 @@ import triton
 import triton.language as tl
 
 from kernels import tuning
-from kernels.attention.split import SplitPlan, block_channels, block_slots, find_work, scale_log2, write_chunk
-from kernels.attention.triton import query_tiles
-from kernels.launch import ceil_div, launch, next_power_of_2
+from kernels.attention.shares import (
+    SharePlan,
+    find_tile,
+    load_tile,
+    share_steps,
+    steps_of_program,
+    tile_steps,
+    write_tile,
+)
+from kernels.attention.split import SplitPlan, block_channels, find_work, look_up, scale_log2, slots_of, write_chunk
+from kernels.launch import ceil_div, launch, multiplies_by_warp_groups, next_power_of_2
 from kernels.paged_kv import PagedKV
 from kernels.tile import dot
 
 
 @triton.jit
-def _latent_tile(
-    q_latent,
-    q_rope,
-    cache_ptr,
-    table_ptr,
-    start,
-    end,
-    last_seen,
-    scale,
-    top,
-    mass,
-    acc,
-    MASKED: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROPE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+def _weigh(scores, token, last_seen, top, mass):
+    """Of `scores` [M, N]: each lane's largest score so far, its sum of weights, the weights of these tokens, and the factor for
+    what was summed before."""
+    scores = tl.where(token[None, :] <= last_seen[:, None], scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    base = tl.where(new_top == -float("inf"), 0.0, new_top)  # a lane that has seen nothing yet
+    weights = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(top - base)
+    return new_top, mass * fade + tl.sum(weights, axis=1), weights, fade
+
+
+@triton.jit
+def _load_latents(
+    cache_ptr, block, start, end,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
-    """One step of online softmax over the latents of tokens `start`.. below `end`."""
-    entry = cache_ptr + block_slots(table_ptr, start, end, BLOCK_TOKENS, BLOCK_N)[:, None] * (DIM + ROPE)
-    token = start + tl.arange(0, BLOCK_N)
+):  # fmt: skip
+    """Latents [N, D] and rope keys [N, R] of tokens `start`.. below `end`, which lie in `block`."""
+    entry = cache_ptr + slots_of(block, start, BLOCK_TOKENS, BLOCK_N)[:, None] * (DIM + ROPE)
     channel = tl.arange(0, BLOCK_D)[None, :]
     turned = tl.arange(0, BLOCK_R)[None, :]
-    inside = (token < end)[:, None]
-    latents = tl.load(entry + channel, mask=inside & (channel < DIM), other=0.0)  # [N, D]
-    keys = tl.load(entry + DIM + turned, mask=inside & (turned < ROPE), other=0.0)  # [N, R]
-    scores = dot(q_latent, tl.trans(latents), tl.zeros((q_latent.shape[0], BLOCK_N), tl.float32))
-    scores = dot(q_rope, tl.trans(keys), scores) * scale
-    if MASKED:
-        scores = tl.where(token[None, :] <= last_seen[:, None], scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_top[:, None])
-    fade = tl.exp2(top - new_top)
-    mass = mass * fade + tl.sum(weights, axis=1)
-    acc = dot(weights.to(latents.dtype), latents, acc * fade[:, None])
-    return new_top, mass, acc
+    inside = (start + tl.arange(0, BLOCK_N) < end)[:, None]
+    latents = tl.load(entry + channel, mask=inside & (channel < DIM), other=0.0)
+    return latents, tl.load(entry + DIM + turned, mask=inside & (turned < ROPE), other=0.0)
+
+
+@triton.jit
+def _attend(
+    q_latent, q_rope, cache_ptr, block, start, end, last_seen, scale, top, mass, acc,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax: tokens `start`.. below `end` in `block`, row i seeing those up to `last_seen[i]`."""
+    latents, keys = _load_latents(cache_ptr, block, start, end, DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N)
+    nothing = tl.zeros((q_latent.shape[0], BLOCK_N), tl.float32)
+    scores = dot(q_rope, tl.trans(keys), dot(q_latent, tl.trans(latents), nothing)) * scale
+    top, mass, weights, fade = _weigh(scores, start + tl.arange(0, BLOCK_N), last_seen, top, mass)
+    return top, mass, dot(weights.to(latents.dtype), latents, acc * fade[:, None])
+
+
+@triton.jit
+def _attend_by_warp_groups(
+    q_latent, q_rope, cache_ptr, block, start, end, last_seen, scale, top, mass, acc,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same where a card multiplies by groups of four warps (Hopper) and a tile has two of them.
+
+    Where Triton sees scores become an operand of another product, it lets each group compute whole rows of them: of 64 rows,
+    both compute the same scores. It does not see so far through a branch. So they are computed in one that is always taken,
+    and each group computes those of half of the tokens.
+    """
+    latents, keys = _load_latents(cache_ptr, block, start, end, DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N)
+    nothing = tl.zeros((q_latent.shape[0], BLOCK_N), tl.float32)
+    # No constants: the compiler would keep a tile of them in shared memory.
+    weights = tl.broadcast_to((mass * 0.0)[:, None], (q_latent.shape[0], BLOCK_N)).to(latents.dtype)
+    fade = mass * 0.0 + 1.0
+    if start < end:  # always
+        # Scaled apart, or the compiler would make one product an operand of the other.
+        scores = dot(q_latent, tl.trans(latents), nothing) * scale + dot(q_rope, tl.trans(keys), nothing) * scale
+        top, mass, wide_weights, fade = _weigh(scores, start + tl.arange(0, BLOCK_N), last_seen, top, mass)
+        weights = wide_weights.to(latents.dtype)
+    return top, mass, dot(weights, latents, acc * fade[:, None])
 
 
 @triton.jit
@@ -103,9 +136,10 @@ def _decode_kernel(
     acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
     last_seen = tl.zeros((BLOCK_H,), tl.int32) + (end - 1)
     for start in range(first, end, BLOCK_N):
-        top, mass, acc = _latent_tile(
-            q_latent, q_rope, cache_ptr, table, start, end, last_seen, scale, top, mass, acc,
-            True, DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
+        block = look_up(table, start, end, BLOCK_TOKENS, BLOCK_N)
+        top, mass, acc = _attend(
+            q_latent, q_rope, cache_ptr, block, start, end, last_seen, scale, top, mass, acc,
+            DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
         )  # fmt: skip
     write_chunk(
         acc, top, mass, whole, row, work, head, heads, head < heads, out_ptr, partial_ptr, lse_ptr, DIM, BLOCK_D
@@ -113,6 +147,44 @@ def _decode_kernel(
 
 
 @triton.jit
+def _prefill_share(
+    q_latent_ptr, q_rope_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, table_stride,
+    scale, tile, first, last, whole, slot,
+    HEADS: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOKENS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARP_GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Steps `first` to `last` of one tile."""
+    sequence, row, head, exists, last_seen, _, end = load_tile(tiles_ptr, lens_ptr, tile, HEADS, BLOCK_M)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    turned = tl.arange(0, BLOCK_R)[None, :]
+    row = row * HEADS + head
+    wide_row = row.to(tl.int64)[:, None]
+    mask = exists[:, None]
+    q_latent = tl.load(q_latent_ptr + wide_row * DIM + channel, mask=mask & (channel < DIM), other=0.0)
+    q_rope = tl.load(q_rope_ptr + wide_row * ROPE + turned, mask=mask & (turned < ROPE), other=0.0)
+    table = table_ptr + sequence.to(tl.int64) * table_stride
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    # Blocks are looked up one step ahead: else a step's reads would wait for the table's.
+    block = look_up(table, first * BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
+    for start in range(first * BLOCK_N, last * BLOCK_N, BLOCK_N):
+        here = block
+        block = look_up(table, start + BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
+        if WARP_GROUPS:
+            top, mass, acc = _attend_by_warp_groups(
+                q_latent, q_rope, cache_ptr, here, start, end, last_seen, scale, top, mass, acc,
+                DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
+            )  # fmt: skip
+        else:
+            top, mass, acc = _attend(
+                q_latent, q_rope, cache_ptr, here, start, end, last_seen, scale, top, mass, acc,
+                DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
+            )  # fmt: skip
+    write_tile(acc, top, mass, whole, row, exists, slot, out_ptr, partial_ptr, lse_ptr, DIM, BLOCK_D, BLOCK_M)
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
 def _prefill_kernel(
     q_latent_ptr,
     q_rope_ptr,
@@ -121,47 +193,45 @@ def _prefill_kernel(
     lens_ptr,
     tiles_ptr,
     out_ptr,
+    partial_ptr,
+    lse_ptr,
+    num_tiles,
+    programs,
     table_stride,
     scale,
-    HEADS: tl.constexpr,
+    MAY_SHARE: tl.constexpr,
+    WARP_GROUPS: tl.constexpr,
     ROPE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    tile = tiles_ptr + tl.program_id(1) * 4
-    sequence = tl.load(tile)
-    first_token = tl.load(tile + 1)
-    tokens = tl.load(tile + 2)
-    position = tl.load(lens_ptr + sequence) - tl.load(tile + 3)
-    pair = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    if tl.program_id(0) * BLOCK_M >= tokens * HEADS:
-        return
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    turned = tl.arange(0, BLOCK_R)[None, :]
-    mask = (pair < tokens * HEADS)[:, None]
-    row = first_token.to(tl.int64) * HEADS + pair[:, None]
-    q_latent = tl.load(q_latent_ptr + row * DIM + channel, mask=mask & (channel < DIM), other=0.0)
-    q_rope = tl.load(q_rope_ptr + row * ROPE + turned, mask=mask & (turned < ROPE), other=0.0)
-    table = table_ptr + sequence.to(tl.int64) * table_stride
-    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    mass = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    last_seen = tl.maximum(
-        position + pair // HEADS, 0
-    )  # rows that fill up a graph's chunk may lie before the first token
-    last_pair = tl.minimum((tl.program_id(0) + 1) * BLOCK_M, tokens * HEADS) - 1
-    end = tl.maximum(position + last_pair // HEADS + 1, 1)
-    for start in range(0, end, BLOCK_N):
-        top, mass, acc = _latent_tile(
-            q_latent, q_rope, cache_ptr, table, start, end, last_seen, scale, top, mass, acc,
-            True, DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
+    program = tl.program_id(0)
+    if MAY_SHARE:
+        index = tl.arange(0, BLOCK_B)
+        steps = tile_steps(tiles_ptr, lens_ptr, index, index < num_tiles, GROUP, BLOCK_M, BLOCK_N)
+        share = share_steps(steps, num_tiles, 1, programs, BLOCK_N)
+        position, stop = steps_of_program(steps, index, share, program, 1)
+        while position < stop:
+            tile, _, first, last, whole = find_tile(steps, index, position, stop, 1)
+            _prefill_share(
+                q_latent_ptr, q_rope_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr,
+                table_stride, scale, tile, first, last, whole, tile + program,
+                GROUP, ROPE, BLOCK_R, BLOCK_TOKENS, DIM, BLOCK_D, BLOCK_M, BLOCK_N, WARP_GROUPS,
+            )  # fmt: skip
+            position += last - first
+    else:
+        last = tile_steps(tiles_ptr, lens_ptr, program, True, GROUP, BLOCK_M, BLOCK_N)
+        _prefill_share(
+            q_latent_ptr, q_rope_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr,
+            table_stride, scale, program, 0, last, True, 0,
+            GROUP, ROPE, BLOCK_R, BLOCK_TOKENS, DIM, BLOCK_D, BLOCK_M, BLOCK_N, WARP_GROUPS,
         )  # fmt: skip
-    out = out_ptr + row * DIM + channel
-    tl.store(out, (acc / mass[:, None]).to(out_ptr.dtype.element_ty), mask=mask & (channel < DIM))
 
 
 def decode_mla(q_latent: torch.Tensor, q_rope: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
@@ -216,29 +286,40 @@ def prefill_mla(
     q_latent, q_rope = q_latent.contiguous(), q_rope.contiguous()
     _, heads, rank = q_latent.shape
     wide = q_latent.element_size() == 4
-    default = {"BLOCK_M": 16 if wide else 64, "BLOCK_N": 16 if wide else 32, "num_warps": 8, "num_stages": 2}
+    default = {
+        "BLOCK_M": 16 if wide else 64,
+        "BLOCK_N": 16 if wide else 32,
+        "num_warps": 8,
+        "num_stages": 2 if wide else 3,
+        "waves": 1,
+    }
     chosen = tuning.config("prefill_mla", f"r{rank}_h{heads}", q_latent, default)
-    tile_tokens = 16  # a tile of 16 tokens is 16 x heads rows: whole programs for any number of heads
-    tiles = query_tiles(tuple(query_lens), tile_tokens, q_latent.device)
+    plan = SharePlan(q_latent, kv, query_lens, 1, rank, chosen)
     out = torch.empty_like(q_latent)
     launch(
         _prefill_kernel,
-        (ceil_div(tile_tokens * heads, chosen["BLOCK_M"]), len(tiles)),
+        plan.grid,
         q_latent,
         q_rope,
         kv.cache,
         kv.block_table,
         kv.kv_lens,
-        tiles,
+        plan.tiles,
         out,
+        plan.partial,
+        plan.lse,
+        len(plan.tiles),
+        plan.programs,
         kv.block_table.stride(0),
         scale_log2(scale),
-        HEADS=heads,
+        MAY_SHARE=plan.may_share,
+        WARP_GROUPS=not wide and multiplies_by_warp_groups(q_latent.device),
         ROPE=q_rope.shape[2],
         BLOCK_R=block_channels(q_rope.shape[2]),
         BLOCK_TOKENS=kv.block_tokens,
-        DIM=rank,
-        BLOCK_D=block_channels(rank),
-        **chosen,
+        **plan.constants,
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
     )
+    plan.join(out)
     return out

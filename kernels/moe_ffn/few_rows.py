@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from kernels.launch import ceil_div, launch, next_power_of_2
+from kernels.moe_ffn.blocks import SMALL_ROWS
 from kernels.moe_ffn.tiles import evenness, gate_up_tile, multiply_tile
 
-SMALL_ROWS = 16
 MAX_REGISTERS = 255  # of the kernels for few rows: without a limit the assembler takes 64 and spills a few
 
 

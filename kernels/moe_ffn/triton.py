@@ -6,7 +6,8 @@ import torch
 
 from kernels import tuning
 from kernels.launch import ceil_div, next_power_of_2, num_sms
-from kernels.moe_ffn.few_rows import SMALL_ROWS, ffn_few_rows
+from kernels.moe_ffn.blocks import ALL_TILES, OF_DOWN, SMALL_ROWS
+from kernels.moe_ffn.few_rows import ffn_few_rows
 from kernels.moe_ffn.many_rows import ffn_many_rows
 from kernels.moe_ffn.weights import ExpertWeights
 
@@ -55,11 +56,15 @@ def _small_blocks(x: torch.Tensor, choices: int, width: int) -> dict[str, int]:
 
 def _large_blocks(x: torch.Tensor, rows_per_expert: float) -> dict[str, int]:
     if x.element_size() == 4:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "DOWN_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    if rows_per_expert <= 16:
-        return {"BLOCK_M": 16, "BLOCK_N": 64, "DOWN_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-    if rows_per_expert <= 48:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "DOWN_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-    if rows_per_expert <= 96:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "DOWN_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "DOWN_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+        rows, channels, down_channels, depth, warps, stages = 16, 32, 32, 32, 4, 2
+    elif rows_per_expert <= 16:
+        rows, channels, down_channels, depth, warps, stages = 16, 64, 64, 128, 4, 3
+    elif rows_per_expert <= 48:
+        rows, channels, down_channels, depth, warps, stages = 32, 64, 64, 128, 4, 3
+    elif rows_per_expert <= 96:
+        rows, channels, down_channels, depth, warps, stages = 64, 64, 128, 64, 4, 3
+    else:
+        rows, channels, down_channels, depth, warps, stages = 128, 128, 128, 64, 8, 3
+    blocks = {"BLOCK_M": rows, "BLOCK_N": channels, "BLOCK_K": depth, "GROUP": ALL_TILES}
+    blocks |= {"num_warps": warps, "num_stages": stages}
+    return blocks | {of_down: blocks[name] for name, of_down in OF_DOWN.items()} | {"DOWN_N": down_channels}

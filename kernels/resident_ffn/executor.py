@@ -14,6 +14,7 @@ from kernels.resident_ffn.triton import FIELDS, STOP, collect_kernel, resident_w
 
 # Left to itself the assembler trades a few spilled registers for an occupancy that one program a multiprocessor lacks.
 MAX_REGISTERS = 255
+MAX_WARPS = 4  # of the worker: 8 warps of 255 registers a thread are all 65,536 registers of a multiprocessor
 
 ERRORS = {
     1: "a mailbox wait gave up",
@@ -26,16 +27,25 @@ ERRORS = {
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes of the worker, of which one program runs on each multiprocessor: two would take all registers, and the
-    kernels that feed it could never start."""
+    """Block sizes of the worker, of which one program runs on each multiprocessor and must leave room on it: a worker that
+    takes all registers lets no kernel start that would feed it."""
 
     rows: int = 16
-    gate_up: int = 16
+    gate_up: int = 32
     down: int = 16
     depth: int = 128
+    down_depth: int = 128
     router: int = 512
     num_warps: int = 4
     num_stages: int = 6
+    down_stages: int = 9
+
+    def __post_init__(self) -> None:
+        if self.num_warps > MAX_WARPS:
+            raise ValueError(
+                f"{self.num_warps} warps of the resident worker take all registers of a multiprocessor, and nothing could "
+                f"submit to it; at most {MAX_WARPS}"
+            )
 
 
 class ResidentFFN:
@@ -64,7 +74,9 @@ class ResidentFFN:
         self.table = LayerTable.build(models, device)
         self.device, self.dtype, self.capacity, self.max_spins = device, dtype, capacity, max_spins
         wide = dtype == torch.float32
-        self.blocks = blocks or (Blocks(depth=32, router=64, num_stages=2) if wide else Blocks())
+        self.blocks = blocks or (
+            Blocks(gate_up=16, depth=32, down_depth=32, router=64, num_stages=2) if wide else Blocks()
+        )
         layers = self.table.layers
         depth = max(layer.depth for layer in layers)
         self.slot_elements = -(-max_rows * depth // 16) * 16
@@ -86,9 +98,8 @@ class ResidentFFN:
         shared = max(layer.shared_width for layer in layers)
         self.hidden = torch.zeros(max(1, rows * hidden), dtype=dtype, device=device)
         self.shared_hidden = torch.zeros(max(1, rows * shared), dtype=dtype, device=device)
-        self._stop_row = torch.zeros(
-            1, 1, dtype=dtype, device=self.results_device
-        )  # nothing is allocated beside the worker
+        # Made now: nothing is allocated beside the worker.
+        self._stop_row = torch.zeros(1, 1, dtype=dtype, device=self.results_device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.started_tasks = 0  # descriptors before which the running worker began
 
@@ -143,11 +154,12 @@ class ResidentFFN:
             CAPACITY=self.capacity,
             ROWS=blocks.rows,
             BLOCK_E=self.block_e,
-            TOP_K=next_power_of_2(max(1, max(layer.top_k for layer in layers))),
             GROUPS=next_power_of_2(max(layer.num_groups for layer in layers)),
             BLOCK_N=blocks.gate_up,
             DOWN_N=blocks.down,
             BLOCK_K=blocks.depth,
+            DOWN_K=blocks.down_depth,
+            DOWN_STAGES=blocks.down_stages,
             BLOCK_R=blocks.router,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,

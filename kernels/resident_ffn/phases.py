@@ -7,7 +7,7 @@ import triton.language as tl
 
 from kernels.moe_ffn.tiles import gate_up_tile
 from kernels.resident_ffn.layers import COLUMNS, SIZE_MULTIPLE
-from kernels.router.triton import NEVER, choose_experts
+from kernels.router.triton import NEVER, spread_experts
 from kernels.tile import dot
 
 MULTIPLE = tl.constexpr(SIZE_MULTIPLE)
@@ -75,7 +75,7 @@ def router_logits(
 @triton.jit
 def choose(
     entry, scale_ptr, logits_ptr, routing_ptr, active_ptr, mask, num_experts, top_k, ROWS: tl.constexpr,
-    BLOCK_E: tl.constexpr, TOP_K: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_E: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Weights of all (row, expert) pairs into `routing`, 0 where not chosen; the chosen experts, counted and listed."""
     row = tl.arange(0, ROWS)[:, None]
@@ -87,7 +87,7 @@ def choose(
     bias = bias_address.to(tl.pointer_type(tl.float32))
     num_corrected = tl.where(bias_address == 0, 0, num_experts)
     correction = tl.load(bias + expert, mask=expert < num_corrected, other=0.0)
-    weights, experts = choose_experts(
+    spread, chosen = spread_experts(
         logits,
         correction,
         tl.load(entry + COLUMN_RULE).to(tl.int32),
@@ -97,17 +97,9 @@ def choose(
         tl.load(entry + COLUMN_NUM_GROUPS).to(tl.int32),
         tl.load(entry + COLUMN_TOP_GROUPS).to(tl.int32),
         GROUPS,
-        TOP_K,
     )
-    slot = tl.arange(0, TOP_K)[None, :]
-    spread = tl.zeros((ROWS, BLOCK_E), tl.float32)
-    chosen = tl.zeros((ROWS, BLOCK_E), tl.int32)
-    for rank in range(top_k):
-        its_expert = tl.sum(tl.where(slot == rank, experts, 0), axis=1)[:, None]
-        its_weight = tl.sum(tl.where(slot == rank, weights, 0.0), axis=1)[:, None]
-        mine = (expert == its_expert) & mask[:, None]
-        spread = tl.where(mine, its_weight, spread)
-        chosen = tl.where(mine, 1, chosen)
+    spread = tl.where(mask[:, None], spread, 0.0)
+    chosen = tl.where(mask[:, None], chosen, 0)
     tl.store(routing_ptr + row * BLOCK_E + expert, spread)
     present = tl.max(chosen, axis=0)  # [E]
     place = tl.cumsum(present, axis=0)
@@ -154,7 +146,7 @@ def gate_up_phase(
 @triton.jit
 def down_phase(
     entry, out_rows, active_ptr, hidden_ptr, shared_hidden_ptr, depth, mask, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """This program's output channels: the sum over active experts, then the shared FFN, in one accumulator."""
     row = tl.arange(0, ROWS)[:, None]
@@ -170,7 +162,7 @@ def down_phase(
         inside = (out < depth)[:, None]
         acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
         # One loop over experts and their width, so that reads stay in flight from one expert to the next.
-        for step in tl.range(routed_steps, num_stages=9):
+        for step in tl.range(routed_steps, num_stages=STAGES):
             place = step // steps
             channel = (step % steps) * BLOCK_K + lane
             expert = tl.load(active_ptr + 1 + place, cache_modifier=".cg").to(tl.int64)

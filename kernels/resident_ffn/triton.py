@@ -67,11 +67,12 @@ def resident_worker_kernel(
     CAPACITY: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    TOP_K: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOWN_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DOWN_K: tl.constexpr,
+    DOWN_STAGES: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Run tasks `task`.. until a descriptor says stop, `max_tasks` are done, or a wait has lasted `max_spins` looks."""
@@ -111,7 +112,7 @@ def resident_worker_kernel(
                 if arrived == phase * programs - 1:
                     choose(
                         entry, scales_ptr + layer, logits_ptr, routing_ptr, active_ptr, mask, num_experts, top_k,
-                        ROWS, BLOCK_E, TOP_K, GROUPS,
+                        ROWS, BLOCK_E, GROUPS,
                     )  # fmt: skip
                     open_gate(gate_ptr, phase)
                 opened = spin_until(gate_ptr, phase, max_spins)
@@ -127,7 +128,7 @@ def resident_worker_kernel(
                 out_rows = out_ptr + base + row[:, None] * depth
                 down_phase(
                     entry, out_rows, active_ptr, hidden_ptr, shared_hidden_ptr, depth, mask, DTYPE,
-                    ROWS, DOWN_N, BLOCK_K,
+                    ROWS, DOWN_N, DOWN_K, DOWN_STAGES,
                 )  # fmt: skip
                 arrived = arrive(finished_programs_ptr)
                 tiles += 1

@@ -35,6 +35,27 @@ def _best_groups(choice, expert, num_experts, num_groups, top_groups, PAIRS: tl.
 
 
 @triton.jit
+def score_experts(logits, bias, rule, num_experts, num_groups, top_groups, GROUPS: tl.constexpr):
+    """(scores, what they are chosen by) [T, E], for `logits` [T, E], -inf past the last expert; the latter is -inf where an
+    expert may not be chosen. `rule` is an index into `RULES`; it, and every count, may be a run-time value: the resident
+    executor serves models of several rules."""
+    expert = tl.arange(0, logits.shape[1])[None, :]
+    # rule 3 is sigmoid_bias
+    top = tl.maximum(tl.max(logits, axis=1), -1e30)[:, None]  # finite even where there is no expert at all
+    exponent = tl.exp(logits - top)
+    scores = exponent / tl.maximum(tl.sum(exponent, axis=1), 1e-30)[:, None]
+    if rule == 3:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    choice = tl.where(expert < num_experts, scores + bias, NEVER)
+    if num_groups > 1:
+        if rule == 3:
+            choice = _best_groups(choice, expert, num_experts, num_groups, top_groups, True, GROUPS)
+        else:
+            choice = _best_groups(choice, expert, num_experts, num_groups, top_groups, False, GROUPS)
+    return scores, choice
+
+
+@triton.jit
 def choose_experts(
     logits,
     bias,
@@ -47,25 +68,10 @@ def choose_experts(
     GROUPS: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """Weights [T, TOP_K] and experts [T, TOP_K] int32 (-1 beyond `top_k`) for `logits` [T, E], -inf past the last expert.
-
-    `rule` is an index into `RULES`; it, and every count, may be a run-time value: the resident executor serves models
-    of several rules.
-    """
+    """Weights [T, TOP_K] and experts [T, TOP_K] int32 (-1 beyond `top_k`), as :func:`score_experts` scores them."""
     expert = tl.arange(0, logits.shape[1])[None, :]
     slot = tl.arange(0, TOP_K)[None, :]
-    # rule 3 is sigmoid_bias, 1 the only one that keeps the weights as they are
-    top = tl.maximum(tl.max(logits, axis=1), -1e30)[:, None]  # finite even where there is no expert at all
-    exponent = tl.exp(logits - top)
-    scores = exponent / tl.maximum(tl.sum(exponent, axis=1), 1e-30)[:, None]
-    if rule == 3:
-        scores = 1.0 / (1.0 + tl.exp(-logits))
-    choice = tl.where(expert < num_experts, scores + bias, NEVER)
-    if num_groups > 1:
-        if rule == 3:
-            choice = _best_groups(choice, expert, num_experts, num_groups, top_groups, True, GROUPS)
-        else:
-            choice = _best_groups(choice, expert, num_experts, num_groups, top_groups, False, GROUPS)
+    scores, choice = score_experts(logits, bias, rule, num_experts, num_groups, top_groups, GROUPS)
     weights = tl.zeros((logits.shape[0], TOP_K), tl.float32)
     experts = tl.full((logits.shape[0], TOP_K), -1, tl.int32)
     for rank in range(top_k):
@@ -74,9 +80,27 @@ def choose_experts(
         weights = tl.where(slot == rank, score, weights)
         experts = tl.where(slot == rank, best, experts)
         choice = tl.where(expert == best, NEVER, choice)
-    if rule != 1:
+    if rule != 1:  # the only one that keeps the weights as they are
         weights /= tl.sum(weights, axis=1)[:, None] + 1e-20
     return weights * routed_scale, experts
+
+
+@triton.jit
+def spread_experts(
+    logits, bias, rule, top_k, routed_scale, num_experts, num_groups, top_groups, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The same choice as (weights, is it chosen) [T, E] each: what :func:`choose_experts` lists, without the work of a list."""
+    expert = tl.arange(0, logits.shape[1])[None, :]
+    scores, choice = score_experts(logits, bias, rule, num_experts, num_groups, top_groups, GROUPS)
+    chosen = tl.zeros(logits.shape, tl.int32)
+    for _ in range(top_k):
+        best = expert == tl.argmax(choice, axis=1)[:, None]
+        chosen = tl.where(best, 1, chosen)
+        choice = tl.where(best, NEVER, choice)
+    weights = tl.where(chosen == 1, scores, 0.0)
+    if rule != 1:
+        weights /= tl.sum(weights, axis=1)[:, None] + 1e-20
+    return weights * routed_scale, chosen
 
 
 @triton.jit

@@ -52,6 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     card = add("card", _card, "calibrate a card by measured steps of our engine, and judge that by steps held out")
     card.add_argument("steps", metavar="FILE", help="what python -m serving.gpu_suite.steps wrote")
     card.add_argument("--card", default="h200", help="its name in conf/hardware (default: h200)")
+    card.add_argument(
+        "--side-by-side",
+        metavar="FILE",
+        help="what python -m serving.gpu_suite.engine wrote: what engines cost each other",
+    )
     card.add_argument("--out", metavar="FILE", help="write the calibration there")
     groups = add("groups", _groups, "the same of models over several cards, by measured steps of one of them")
     groups.add_argument("steps", metavar="FILE", help="what python -m serving.gpu_suite.group_steps wrote")
@@ -139,7 +144,15 @@ def _check(options: argparse.Namespace) -> int:
 
 def _card(options: argparse.Namespace) -> int:
     from serving.cost.calibrated import write_calibration
-    from serving.cost.card_steps import calibrate_card, errors_table, fitting_half, judge, read_steps
+    from serving.cost.card_steps import (
+        calibrate_card,
+        errors_table,
+        fitting_half,
+        judge,
+        measured_interference,
+        read_side_by_side,
+        read_steps,
+    )
 
     load_hardware(options.card)
     steps, measured_on = read_steps(options.steps)
@@ -150,10 +163,20 @@ def _card(options: argparse.Namespace) -> int:
         "date": datetime.date.today().isoformat(),
         "command": f"python -m serving.cost card {options.steps} --card {options.card}",
     }
-    found = calibrate_card(options.card, half, provenance)
+    rates = {}
+    if options.side_by_side:
+        several = read_side_by_side(options.side_by_side)
+        rates["interference"] = measured_interference(options.card, several)
+        provenance["side_by_side"] = f"{len(several)} pairs of decode steps of {Path(options.side_by_side).name}"
+        provenance["command"] += f" --side-by-side {options.side_by_side}"
+    found = calibrate_card(options.card, half, provenance, rates)
     print(errors_table(judge(options.card, steps, found), options.card))
+    for name, value in rates.items():
+        print(
+            f"{name}: {value:.2f}, where {load_hardware(options.card).name} has {getattr(load_hardware(options.card), name):.2f}"
+        )
     if options.out:
-        write_calibration(Path(options.out), found, {})
+        write_calibration(Path(options.out), found, rates)
         print(f"wrote {options.out}")
     return 0
 

@@ -39,7 +39,7 @@ class Contention:
     """How a device shares itself. Defaults and their grounds:
 
     `mode` share: the paper's co-located engines overlap ("uncoordinated concurrency"); [assumption] as under MPS.
-    `interference` 0.1: [assumption]; co-location studies report 5-20 % beyond bandwidth sharing for memory-bound pairs.
+    `interference` None: the device's own (:class:`Hardware` says on what it rests).
     `slice_s` 2 ms: [assumption], the order of NVIDIA's default time slice; Linux's is about 3 ms.
     `switch_s` 0.1 ms: [assumption], a GPU context switch; on a CPU a few microseconds. Of the two only switch over slice, 5 %,
     counts for a step's time. Loads measured on one H200 are met as well by 5 % as by none, and worse from 10 % on
@@ -47,14 +47,14 @@ class Contention:
     """
 
     mode: str = "share"
-    interference: float = 0.1
+    interference: float | None = None
     slice_s: float = 2e-3
     switch_s: float = 1e-4
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"unknown contention mode {self.mode!r}; known: {', '.join(MODES)}")
-        if self.interference < 0 or self.slice_s <= 0 or self.switch_s < 0:
+        if (self.interference or 0.0) < 0 or self.slice_s <= 0 or self.switch_s < 0:
             raise UserError("contention: interference and switch_s must not be negative, slice_s must be positive")
 
 
@@ -69,7 +69,8 @@ def slowdowns(
     bandwidth = [_demand(load.bytes, load.alone_s, hardware.memory_bandwidth) for load in loads]
     compute = [_demand(load.flops, load.alone_s, hardware.flops(dtype)) for load in loads]
     stretch = (max(1.0, sum(bandwidth)), max(1.0, sum(compute)))
-    crowd = 1.0 + contention.interference * (len(loads) - 1)
+    interference = hardware.interference if contention.interference is None else contention.interference
+    crowd = 1.0 + interference * (len(loads) - 1)
     return [crowd * _stretched(b, f, stretch) for b, f in zip(bandwidth, compute, strict=True)]
 
 

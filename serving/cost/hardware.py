@@ -54,6 +54,9 @@ class Hardware:
     crossing_lowered_s: float  # one boundary crossing, flag included, when the two sides find each other
     crossing_eager_s: float  # the same issued by each side's host
     relay_s: float  # what a third party adds when it relays a step
+    interference: (
+        float  # what each further engine costs every other beyond bandwidth and arithmetic, as a share of its time
+    )
     page_bytes: int
     page_create_s: float
     page_map_s: float
@@ -90,7 +93,7 @@ class Hardware:
 
 
 NUMBERS = tuple(f.name for f in dataclasses.fields(Hardware) if f.type in ("int", "float"))
-MAY_BE_ZERO = ("shared_memory_bandwidth", "relay_s")
+MAY_BE_ZERO = ("shared_memory_bandwidth", "relay_s", "interference")
 
 
 def known_hardware() -> tuple[str, ...]:

@@ -53,7 +53,6 @@ class LayersAlone(InParts, CalibratedStages):
     def embedding(self, tokens: int) -> Stage:
         return Stage(0.0, facts.embedding_work(self.spec, tokens, self.dtype), 0)
 
-
     def mixed_attention(self, batch: int, context_tokens: float, chunks: Sequence[tuple[int, int]]) -> Stage:
         """With what decode rows were measured to add to a chunk's, where they were."""
         if not batch or not chunks or not self.measured("stage_beside"):

@@ -9,6 +9,7 @@ take, and starting the other ranks, is not in it. The simulator takes its costs 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import statistics
 import time
@@ -243,6 +244,7 @@ def main(argv: Seq[str] | None = None) -> int:
             told = {"model": model.name, "tp": plan.tp, "dp": plan.dp}
             rows.append({**told, "error": f"{type(error).__name__}: {error}"[:300]})
         save(args.out, rows)
+        gc.collect()  # graphs and what they run refer to each other
         torch.cuda.empty_cache()
     print(group_steps_table([row for row in rows if "error" not in row]))
     for row in rows:

@@ -151,7 +151,7 @@ def main(argv: Seq[str] | None = None) -> int:
     rows: list[dict] = []
     for model in models:
         begun = time.perf_counter()
-        together, _, pool = load(model, args.memory_gib << 30, kv_bytes=_KV_BYTES)
+        together, pool = load(model, args.memory_gib << 30, kv_bytes=_KV_BYTES)[::2]
         try:
             for control in args.controls.split(","):
                 rows += measure(model.name, together, control, steps_to_measure(), args.repeats)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from serving.errors import UserError, WorkerDied
@@ -39,6 +39,17 @@ def descriptors(mailboxes: Sequence[MailboxRef]) -> list[int]:
     return fds
 
 
+def launch(inherited_fds: Sequence[int], stderr_fd: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """An interpreter of its own that becomes a worker once it is told its configuration on its standard input."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "serving.workers", str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stderr=stderr_fd,
+        pass_fds=inherited_fds,
+        env=environment,
+    )
+
+
 class WorkerProcess:
     """Starts a worker for `role` on `core` (None: any) and talks to it. It inherits `inherited_fds` (mailboxes, doorbells)
     and, where `timeline` names a file, leaves its timeline there when it stops."""
@@ -60,13 +71,7 @@ class WorkerProcess:
         channel = Channel(*(ref(region) for region in self._regions))
         config = WorkerConfig(name, core, channel, status_write, role, timeline)
         inherited = [*(region.fd for region in self._regions), *inherited_fds, status_write]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "serving.workers", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stderr=self._stderr,
-            pass_fds=inherited,
-            env=_environment(),
-        )
+        self._process = launch(inherited, self._stderr.fileno(), _environment())
         os.close(status_write)
         self._status = b""
         try:

@@ -25,6 +25,7 @@ SUBSET = (
     "rope_mla",
     "decode_gqa_32_8_128",
     "prefill_gqa_2048",
+    "prefill_gqa_256",
     "decode_mla_16",
     "prefill_mla_16",
     "router_deepseek_v3",

@@ -80,6 +80,61 @@ def test_prefill_gqa(heads, kv_heads, dim, lengths, rows, block_tokens, dtype, d
     check("out", form.prefill_gqa(q, kv, rows, dim**-0.5), gqa_reference.prefill_gqa(q, kv, rows, dim**-0.5))
 
 
+LONG_PREFIXES = {
+    "one_tile_cut": ((700,), (3,)),
+    "idle_rows_and_a_short_neighbour": ((650, 5), (21, 9)),
+    "as_many_tiles_as_programs": ((900, 40, 610), (9, 3, 8)),
+}
+
+
+@pytest.mark.parametrize(("lengths", "rows"), LONG_PREFIXES.values(), ids=LONG_PREFIXES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_tokens"), [*SHAPES, (5, 1, 80, 64)])
+def test_prefill_gqa_after_a_long_prefix(heads, kv_heads, dim, lengths, rows, block_tokens, device, check):
+    """Tiles of few rows are cut among programs, and joined."""
+    from kernels.attention import triton as form
+
+    kv = paged(lengths, (2, kv_heads, dim), block_tokens, torch.float32, device)
+    q = torch.randn(sum(rows), heads, dim, device=device)
+    out = form.prefill_gqa(q, kv, rows, dim**-0.5).split(rows)
+    known = [slice(max(0, count - length), None) for length, count in zip(lengths, rows, strict=True)]  # not idle
+    real = tuple(min(length, count) for length, count in zip(lengths, rows, strict=True))
+    wanted = torch.cat([part[mine] for part, mine in zip(q.split(rows), known, strict=True)])
+    given = torch.cat([part[mine] for part, mine in zip(out, known, strict=True)])
+    assert torch.cat(out).isfinite().all()
+    check("out", given, gqa_reference.prefill_gqa(wanted, kv, real, dim**-0.5))
+
+
+@pytest.mark.parametrize(("lengths", "rows"), LONG_PREFIXES.values(), ids=LONG_PREFIXES)
+def test_prefill_mla_after_a_long_prefix(lengths, rows, dtype, device, check):
+    """Both ways to a step's scores: in a branch for bfloat16, without for float32."""
+    from kernels.mla import triton as form
+
+    kv = paged(lengths, (24 + 4,), 48, dtype, device)
+    latent, turned = torch.randn(sum(rows), 5, 28, device=device).to(dtype).split([24, 4], dim=-1)
+    out = form.prefill_mla(latent, turned, kv, rows, 0.2).split(rows)
+    known = [slice(max(0, count - length), None) for length, count in zip(lengths, rows, strict=True)]  # not idle
+    real = tuple(min(length, count) for length, count in zip(lengths, rows, strict=True))
+    wanted = [torch.cat([x[mine] for x, mine in zip(q.split(rows), known, strict=True)]) for q in (latent, turned)]
+    given = torch.cat([part[mine] for part, mine in zip(out, known, strict=True)])
+    assert torch.cat(out).isfinite().all()
+    check("o_latent", given, mla_reference.prefill_mla(*wanted, kv, real, 0.2))
+
+
+@pytest.mark.parametrize(("length", "cut"), [(20, False), (2000, True)], ids=["short", "long"])
+def test_only_tiles_after_a_long_prefix_are_cut(length, cut, device, monkeypatch):
+    """The plan is the same for both: what decides is on the device. Without the joining kernel, what was cut is missing."""
+    from kernels.attention import triton as form
+    from kernels.attention.shares import SharePlan
+
+    kv = paged((2000,), (2, 2, 16), 64, torch.float32, device)
+    kv = PagedKV(kv.cache, 64, kv.block_table, torch.tensor([length], dtype=torch.int32, device=device))
+    q = torch.randn(20, 4, 16, device=device)
+    monkeypatch.setattr(SharePlan, "join", lambda plan, out: None)
+    expected = gqa_reference.prefill_gqa(q, kv, (20,), 0.25)
+    same = torch.isclose(form.prefill_gqa(q, kv, (20,), 0.25), expected, atol=1e-4).all()
+    assert bool(same) == (not cut)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 3, 4), (5, 1, 8), (6, 2, 12)])
 def test_heads_narrower_than_a_card_multiplies(heads, kv_heads, dim, device, check):
     from kernels.attention import triton as form
@@ -144,3 +199,33 @@ def test_prefill_mla(heads, rank, rope_dim, lengths, rows, block_tokens, dtype, 
     q_rope = torch.randn(sum(rows), heads, rope_dim, dtype=dtype, device=device)
     expected = mla_reference.prefill_mla(q_latent, q_rope, kv, rows, 0.2)
     check("o_latent", form.prefill_mla(q_latent, q_rope, kv, rows, 0.2), expected)
+
+
+@pytest.mark.parametrize("rows", [(1,), (37, 5, 256), (1, 9, 70)], ids=str)
+@pytest.mark.parametrize("block_m", [16, 64, 128])
+def test_scratch_of_a_step_is_within_what_a_plan_charges(rows, block_m, device):
+    """Block sizes may be any of the tuner's; what is charged is said without them."""
+    from kernels.attention import gqa_scratch_bytes
+    from kernels.attention.shares import SharePlan
+    from kernels.attention.split import SplitPlan
+    from kernels.launch import num_sms
+
+    heads, kv_heads, dim = 12, 2, 24
+    kv = paged((600,) * len(rows), (2, kv_heads, dim), 64, torch.float32, device)
+    chunks = torch.randn(sum(rows), heads, dim, device=device)
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": 32, "waves": 128 // block_m}
+    plans = (
+        SharePlan(chunks, kv, rows, kv_heads, dim, blocks),
+        SplitPlan(chunks[: len(rows)], kv, kv_heads, 32, dim, 4),
+    )
+    taken = sum(tensor.nbytes for plan in plans for tensor in (plan.partial, plan.lse))
+    charged = gqa_scratch_bytes(len(rows), sum(rows), heads, kv_heads, dim, num_sms(device))
+    assert 0 < taken <= charged
+
+
+def test_scratch_of_mla_is_charged_by_latents():
+    """16 heads of rank 512 on 132 multiprocessors: 8 + 4 x 132 chunks of decode, lanes of all programs and of 256 rows."""
+    from kernels.mla import mla_scratch_bytes
+
+    lanes = 128 * 132 + 256 * 16 + 8 * 128
+    assert mla_scratch_bytes(8, 256, 16, 512, 132) == 4 * 513 * ((8 + 4 * 132) * 16 + lanes)

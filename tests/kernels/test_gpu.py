@@ -60,6 +60,37 @@ def test_one_graph_serves_any_lengths(device, check):
         check(f"lengths {lengths}", out, attention_reference.decode_gqa(q, kv, 0.09))
 
 
+def test_one_graph_serves_chunks_after_any_prefix(device, check):
+    """The same of prompt chunks: tiles are cut among programs after long prefixes only, in one captured graph."""
+    from kernels.attention import prefill_gqa
+    from kernels.mla import prefill_mla
+    from kernels.mla import reference as mla_reference
+
+    table = torch.randperm(2 * 512, device=device).int().view(2, 512)
+    lens = torch.tensor([100, 64], dtype=torch.int32, device=device)
+    cache = torch.randn(2 * 512 * 64, 2, 4, 128, device=device, dtype=torch.bfloat16)
+    latents = torch.randn(2 * 512 * 64, 576, device=device, dtype=torch.bfloat16)
+    kv, latent_kv = PagedKV(cache, 64, table, lens), PagedKV(latents, 64, table, lens)
+    q = torch.randn(80, 32, 128, device=device, dtype=torch.bfloat16)
+    q_latent = torch.randn(80, 20, 512, device=device, dtype=torch.bfloat16)
+    q_rope = torch.randn(80, 20, 64, device=device, dtype=torch.bfloat16)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        return prefill_gqa(q, kv, (16, 64), 0.09), prefill_mla(q_latent, q_rope, latent_kv, (16, 64), 0.04)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gqa, mla = run()
+    for lengths in ([100, 64], [32768, 70], [16, 20000], [3000, 2500]):
+        lens.copy_(torch.tensor(lengths))
+        graph.replay()
+        check(f"GQA, {lengths}", gqa, attention_reference.prefill_gqa(q, kv, (16, 64), 0.09))
+        right = mla_reference.prefill_mla(q_latent, q_rope, latent_kv, (16, 64), 0.04)
+        check(f"MLA, {lengths}", mla, right)
+
+
 def test_slots_beyond_two_to_the_31_elements(device, check):
     from kernels.attention import decode_gqa, prefill_gqa
 

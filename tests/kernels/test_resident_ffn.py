@@ -134,3 +134,10 @@ def test_a_layer_without_weights_is_refused():
         FFNLayer(router=torch.zeros(2, 2), shared_down=torch.zeros(2, 2))
     with pytest.raises(ValueError, match="shared_down: .* must be contiguous"):
         FFNLayer(shared_gate_up=torch.zeros(4, 2), shared_down=torch.zeros(3, 2).T)
+
+
+def test_a_worker_that_would_take_all_registers_is_refused(device):
+    from kernels.resident_ffn.executor import Blocks
+
+    with pytest.raises(ValueError, match="8 warps of the resident worker take all registers"):
+        Blocks(num_warps=8)

@@ -99,7 +99,7 @@ def test_the_real_backend_refuses_models_without_weights(tmp_path):
         execute(bench_from_dict(config))
 
 
-def test_a_sweep_records_mirrors_and_resumes(tmp_path):
+def test_a_sweep_records_mirrors_and_resumes(tmp_path, bench_here):
     first = bench(tmp_path, "-m", "system=crosspool,static", *QUICK)
     assert first.returncode == 0, first.stderr
     assert "2 of 2 cells done, 0 failed" in first.stdout
@@ -111,8 +111,8 @@ def test_a_sweep_records_mirrors_and_resumes(tmp_path):
         assert content["status"] == "complete" and content["metrics"]["completed"] == content["metrics"]["num_requests"]
         assert content["provenance"]["packages"]["torch"] and content["seeds"] and content["placement"]
         assert_mirrored_in_wandb(record)
-    second = bench(tmp_path, "-m", "system=crosspool,static", *QUICK)
-    assert second.returncode == 0 and second.stdout.count("done already") == 2
+    status, printed = bench_here("-m", "system=crosspool,static", *QUICK, f"results_dir={tmp_path}/results")
+    assert status == 0 and printed.out.count("done already") == 2
     assert [read_record(r.path).content["ended_at"] for r in found] == [r.content["ended_at"] for r in found]
 
 

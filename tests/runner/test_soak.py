@@ -142,8 +142,8 @@ def test_what_is_shipped_is_readable_and_passed():
         assert record["provenance"]["git"]["revision"] and not record["provenance"]["git"]["dirty"]
 
 
-def test_a_wrong_system_or_number_is_one_line(tmp_path):
+def test_a_wrong_system_or_number_is_one_line(tmp_path, capsys):
     for arguments, said in ((("--systems", "nosuch"), "unknown system 'nosuch'"), (("--requests", "0"), "at least 1")):
-        done = run(*arguments, "--out", str(tmp_path))
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
-        assert done.stderr.count("\n") == 1
+        assert soak.main([*arguments, "--out", str(tmp_path)]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: ") and said in printed and printed.count("\n") == 1

@@ -10,6 +10,7 @@ from served import served
 from crosspool.engine import CrossPool, CrossPoolOptions
 from serving import registry
 from serving.backend import MonotonicClock
+from serving.capacity import ffn_bytes, ffn_workspace_bytes
 from serving.cuda import driver
 from serving.cuda.build import card
 from serving.cuda.exchange import bytes_crossed
@@ -49,6 +50,22 @@ def test_both_pools_of_one_card_have_budgets_of_their_own(model):
     assert kv.role == "kv-pool"
     assert 0 < kv.kv_bytes < 1 << 30
     assert sum(weights.weights_bytes.values()) < 2 << 30
+
+
+def test_ffns_take_what_they_need_of_a_lone_card_and_kv_the_rest(model):
+    system = CrossPool(CrossPoolOptions(page_bytes=2 << 20, kv_share=None, ffn_sharding="layer"))
+    kv, weights = system.plan(CARD, [model], Demand()).devices
+    assert kv.device.memory_bytes + weights.device.memory_bytes == CARD.memory_bytes
+    needed = ffn_bytes(model) + ffn_workspace_bytes(model, system.options.limits)
+    assert weights.device.memory_bytes == needed == sum(weights.weights_bytes.values()) + needed - ffn_bytes(model)
+    with pytest.raises(CapacityError, match="FFN weights and workspace"):
+        system.plan(Cluster((Device("gpu0", "cuda", 0, needed - 1),)), [model], Demand())
+    with pytest.raises(UserError, match="there are 2 devices: give a share"):
+        system.plan(cuda_two(), [model], Demand())
+
+
+def cuda_two() -> Cluster:
+    return Cluster(tuple(Device(f"gpu{index}", "cuda", index, 1 << 30) for index in range(2)))
 
 
 @pytest.mark.parametrize(
