@@ -19,9 +19,8 @@ from serving.cost.calibrated import Calibration, MeasuredRow
 from serving.cost.silicon import Rows
 
 ROWS_OF = {"stage_decode": "batch_size", "stage_prefill": "isl", "stage_routed": "num_tokens", "stage_dense": "rows"}
-Levels = dict[
-    tuple[str, str], dict[float, float]
-]  # operator and model -> rows -> what the worker takes over what points say
+# What a worker takes over what points say: operator and model -> rows -> ratio.
+Levels = dict[tuple[str, str], dict[float, float]]
 
 
 def levels(found: Calibration, layers: Iterable[MeasuredRow]) -> Levels:

@@ -142,14 +142,10 @@ def measure_steps(
         once_ns = statistics.median(step.once_ns - end_ns for step in steps)
         columns = {**common, "rows": mean_rows}
         once.append(MeasuredRow("stage_begin", model.name, columns, max(once_ns * 1e-9, _LEAST_S)))
-        sizes = (
-            {"isl": mean_rows, "past": 0.0}
-            if chunk
-            else {"batch_size": mean_rows, "context": _PROMPT_TOKENS + (decode_steps + 1) / 2}
-        )
-        layers += _layers(
-            model.spec, "stage_prefill" if chunk else "stage_decode", {**common, **sizes}, mean_rows, steps
-        )
+        operator, sizes = "stage_decode", {"batch_size": mean_rows, "context": _PROMPT_TOKENS + (decode_steps + 1) / 2}
+        if chunk:
+            operator, sizes = "stage_prefill", {"isl": mean_rows, "past": 0.0}
+        layers += _layers(model.spec, operator, {**common, **sizes}, mean_rows, steps)
     return WorkerSteps(once, layers, spread([[step.took_ns for step in by_rows[rows]] for rows in DECODE_ROWS]))
 
 
