@@ -69,6 +69,10 @@ class EngineSide:
                         raise UserError(f"{self.name}: {event.reason}")
             time.sleep(0.002)
         begin, end = max(t[0] for t in times.values()), min(t[-1] for t in times.values())
+        if begin >= end:
+            raise UserError(
+                f"{self.name}: sequences never decode all at once with {new_tokens} new tokens; ask for more"
+            )
         decoded = sum(begin < moment <= end for moments in times.values() for moment in moments)
         return decoded / (end - begin) * 1e9, (begin - started_ns) / 1e9
 

@@ -94,14 +94,15 @@ def known_measured() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in MEASURED_DIRECTORY.glob(f"*{SUFFIX}.json")))
 
 
-@functools.cache
 def shipped_measured(name: str) -> Calibration:
     """The shipped calibration of that name, one of :func:`known_measured`."""
-    return read_calibration(MEASURED_DIRECTORY / f"{name}.json")
+    return _read(MEASURED_DIRECTORY / f"{name}.json")
 
 
-@functools.cache
 def shipped_of_ranks(name: str) -> Calibration | None:
     """What ranks of groups take on that card; None where no group's steps are shipped."""
     path = MEASURED_DIRECTORY / f"{name}.groups.json"
-    return read_calibration(path) if path.exists() else None
+    return _read(path) if path.exists() else None
+
+
+_read = functools.cache(read_calibration)

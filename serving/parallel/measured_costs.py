@@ -14,8 +14,6 @@ from typing import NamedTuple
 
 from serving.cost import facts
 from serving.cost.calibrated import Calibration
-from serving.cost.form import Kernel
-from serving.cost.forms import FORMS
 from serving.cost.measured_card import CardStages, LayersAlone, graph_rows
 from serving.cost.stages import ModelStages, Stage
 from serving.errors import UserError
@@ -85,9 +83,7 @@ class RankStages(LayersAlone):
         if ranks == 1 or not self._exchanges:
             return 0.0
         columns = {"num_gpus": float(ranks), "message_size": float(message_bytes)}
-        coefficients = self._found.fitted.variants["collective", EXCHANGE].coefficients
-        line = float(FORMS["collective"].cost(coefficients, columns, self.hardware, Kernel()))
-        return line * self._tables["collective"].correction(EXCHANGE, columns)
+        return self._seconds_of("collective", EXCHANGE, columns)
 
     def launch_s(self, rows: int) -> float:
         """What the host takes to start a part of `rows` rows on one rank's card."""

@@ -78,7 +78,16 @@ def test_sizes_that_give_no_rate_are_refused(wrong, tiny_checkpoints, capsys):
 def test_the_command_lets_real_sides_take_turns(tiny_checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_sides, "_MEMORY_BYTES", 64 << 20)  # all of it is touched at the start
     out = tmp_path / "figures.json"
-    arguments = ["--checkpoint", str(tiny_checkpoints["mixtral"]), "--batch", "2", "--rounds", "1", "--new-tokens", "4"]
+    arguments = [
+        "--checkpoint",
+        str(tiny_checkpoints["mixtral"]),
+        "--batch",
+        "2",
+        "--rounds",
+        "1",
+        "--new-tokens",
+        "16",
+    ]
     arguments += ["--transformers", "grouped_mm"]
     assert bench_decode.main([*arguments, "--prompt-tokens", "9", "--prefill-chunk", "4", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())
