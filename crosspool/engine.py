@@ -18,6 +18,7 @@ from serving.capacity import (
     attention_bytes,
     attention_workspace_bytes,
     ffn_bytes,
+    ffn_pool_bytes,
     ffn_workspace_bytes,
     require_kv,
     require_weights,
@@ -46,8 +47,8 @@ class CrossPoolOptions(EngineOptions):
     devices `resident` (lowered, with an FFN kernel that never returns). The first
     `kv_devices` devices are the KV pool, data-parallel ranks that each hold all attention weights and take a request where
     most KV is free; all others are the weights pool, with what `kv_share` of a KV device's memory leaves (cards only, which
-    both pools may share; None: what all FFNs leave of a lone card), over which `ffn_sharding` spreads FFNs: `whole` models, each `layer` on one device, or every
-    layer's width over all (`tensor`). With `stages` 4 transfers are stages of their own beside
+    both pools may share; None: what all FFNs leave of a lone card), over which `ffn_sharding` spreads FFNs: `whole` models, each
+    `layer` on one device, or every layer's width over all (`tensor`). With `stages` 4 transfers are stages of their own beside
     attention and FFN; with 2 a device is held up by rows that leave it (within a host the core that computes copies them in
     either case, and four stages only tell the two apart).
 
@@ -171,8 +172,7 @@ class CrossPool(HostedSystem):
             raise UserError(
                 f"option kv_share is null, what the FFNs leave of a lone card; there are {len(cluster.devices)} devices: give a share"
             )
-        needed = sum(ffn_bytes(model) for model in models)
-        needed += max(ffn_workspace_bytes(model, self.options.limits) for model in models)
+        needed = ffn_pool_bytes(models, self.options.limits)
         require_weights(device, needed, "FFN weights and workspace of the weights pool")
         return device.memory_bytes - needed
 

@@ -47,6 +47,11 @@ def ffn_workspace_bytes(model: ServedModel, limits: StepLimits) -> int:
     return limits.max_rows * (routed + 3 * width + 2 * spec.hidden_size) * element_bytes(model.dtype)
 
 
+def ffn_pool_bytes(models: Sequence[ServedModel], limits: StepLimits) -> int:
+    """The whole FFNs of `models` in one pool, which computes one step at a time."""
+    return sum(ffn_bytes(model) for model in models) + max(ffn_workspace_bytes(model, limits) for model in models)
+
+
 def require_kv(device: Device, pool: str, kv_bytes: int, page_bytes: int, models: Sequence[ServedModel]) -> None:
     """Raises CapacityError unless the pool holds at least one token of each of its models, one at a time."""
     for model in models:

@@ -172,9 +172,7 @@ def _card(options: argparse.Namespace) -> int:
     found = calibrate_card(options.card, half, provenance, rates)
     print(errors_table(judge(options.card, steps, found), options.card))
     for name, value in rates.items():
-        print(
-            f"{name}: {value:.2f}, where {load_hardware(options.card).name} has {getattr(load_hardware(options.card), name):.2f}"
-        )
+        print(f"{name}: {value:.2f}, where {options.card} has {getattr(load_hardware(options.card), name):.2f}")
     if options.out:
         write_calibration(Path(options.out), found, rates)
         print(f"wrote {options.out}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,19 @@ class MeasuredStep:
         return graph_rows(self.size[0], chunk=self.chunks > 0)
 
 
+@contextmanager
+def result(path: str | Path, command: str) -> Iterator[dict[str, Any]]:
+    """What `command` of the suite wrote to `path`, to be taken apart within. Raises UserError where it is no such thing."""
+    try:
+        yield json.loads(Path(path).read_text())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a result of python -m serving.gpu_suite.{command}") from None
+
+
 def read_steps(path: str | Path) -> tuple[list[MeasuredStep], dict[str, Any]]:
     """The steps in `path` that ran as one graph, and what they were measured on. Raises UserError where it holds none."""
-    try:
-        content = json.loads(Path(path).read_text())
-        rows = content.pop("rows")
-        steps = [step_of(row) for row in rows if row.get("control") == _CONTROL]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a result of python -m serving.gpu_suite.steps") from None
+    with result(path, "steps") as content:
+        steps = [step_of(row) for row in content.pop("rows") if row.get("control") == _CONTROL]
     if not steps:
         raise UserError(f"{path}: holds no step under {_CONTROL} control")
     return steps, content
@@ -172,11 +178,9 @@ class SideBySide:
 
 def read_side_by_side(path: str | Path) -> list[SideBySide]:
     """Those in `path`, which `python -m serving.gpu_suite.engine` wrote. Raises UserError where there are none."""
-    try:
-        rows = [row for row in json.loads(Path(path).read_text())["rows"] if row.get("control") == _CONTROL]
+    with result(path, "engine") as content:
+        rows = [row for row in content["rows"] if row.get("control") == _CONTROL]
         taken = {(row["model"], row["batch"], row["lanes"]): row["tbt_s"] for row in rows}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a result of python -m serving.gpu_suite.engine") from None
     found = [
         SideBySide(model, batch, alone_s, taken[model, batch, 2])
         for (model, batch, lanes), alone_s in taken.items()

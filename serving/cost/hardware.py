@@ -54,9 +54,7 @@ class Hardware:
     crossing_lowered_s: float  # one boundary crossing, flag included, when the two sides find each other
     crossing_eager_s: float  # the same issued by each side's host
     relay_s: float  # what a third party adds when it relays a step
-    interference: (
-        float  # what each further engine costs every other beyond bandwidth and arithmetic, as a share of its time
-    )
+    interference: float  # of its time, what each further engine costs every other beyond bandwidth and arithmetic
     page_bytes: int
     page_create_s: float
     page_map_s: float

@@ -20,7 +20,7 @@ from pathlib import Path
 from serving import registry
 from serving.backend import Clock, MonotonicClock
 from serving.batching import StepLimits
-from serving.capacity import attention_bytes, ffn_bytes, ffn_workspace_bytes
+from serving.capacity import attention_bytes, ffn_pool_bytes
 from serving.errors import command
 from serving.generate import cuda_cluster
 from serving.gpu_suite.results import save
@@ -50,8 +50,7 @@ _POLL_S = 5e-4
 def pool_bytes(models: Sequence[ServedModel], kv_bytes: int) -> tuple[int, int]:
     """Bytes of CrossPool's two devices on the card: attention weights and `kv_bytes`; FFN weights and what a step needs."""
     limits = StepLimits(OPTIONS["max_batch"], OPTIONS["prefill_chunk"])
-    weights = sum(ffn_bytes(model) for model in models) + max(ffn_workspace_bytes(model, limits) for model in models)
-    return kv_bytes + sum(attention_bytes(model) for model in models), weights
+    return kv_bytes + sum(attention_bytes(model) for model in models), ffn_pool_bytes(models, limits)
 
 
 def cluster_for(name: str, kv_bytes: int, weights_bytes: int) -> Cluster:

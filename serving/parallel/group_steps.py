@@ -7,7 +7,6 @@ out.
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,16 @@ from typing import Any
 import numpy as np
 
 from serving.cost.calibrated import Calibration, MeasuredRow, calibration, rows_by_operator
-from serving.cost.card_steps import DTYPE, FITTED_TO, MeasuredStep, beside_rows, fitting_half, layer_rows, step_of
+from serving.cost.card_steps import (
+    DTYPE,
+    FITTED_TO,
+    MeasuredStep,
+    beside_rows,
+    fitting_half,
+    layer_rows,
+    result,
+    step_of,
+)
 from serving.cost.check import Errors, errors
 from serving.cost.table1 import published_spec
 from serving.errors import UserError
@@ -59,11 +67,8 @@ class RankStep:
 
 def read_rank_steps(path: str | Path) -> tuple[list[RankStep], dict[str, Any]]:
     """The steps in `path`, and what they were measured on. Raises UserError where it holds none."""
-    try:
-        content = json.loads(Path(path).read_text())
+    with result(path, "group_steps") as content:
         steps = [_rank_step(row) for row in content.pop("rows") if "error" not in row]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a result of python -m serving.gpu_suite.group_steps") from None
     if not steps:
         raise UserError(f"{path}: holds no step")
     return steps, content
@@ -75,12 +80,9 @@ def _rank_step(row: Mapping[str, Any]) -> RankStep:
 
 def read_exchanges(path: str | Path) -> tuple[list[MeasuredRow], dict[str, Any]]:
     """Sums between cards in `path`, and what they were measured on. Raises UserError where it holds none."""
-    try:
-        content = json.loads(Path(path).read_text())
+    with result(path, "memory on several cards") as content:
         measured = content.pop("rows")["exchange_us"]
         found = [(_EXCHANGED.fullmatch(what), value / 1e6) for what, value in measured.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a result of python -m serving.gpu_suite.memory on several cards") from None
     rows = [
         MeasuredRow(
             "collective",
