@@ -26,8 +26,9 @@ from serving.generate import cpu_cluster, parse_ids
 from serving.interface import Demand, Placement, ServedModel
 from serving.memory.kv_pool import KVPool
 from serving.residency.staying import load_attention, load_ffn
+from serving.shm.bell import Bell
 from serving.shm.region import SharedRegion
-from serving.shm.ring import Ring
+from serving.shm.ring import BelledRing, Ring
 from serving.spec import load_spec
 from serving.transport.distributed import DistributedFFN, serve
 from serving.workers import counters
@@ -69,7 +70,7 @@ def kv_pool(
         )
         for index, model in enumerate(models)
     ]
-    control, reported = (Ring(SharedRegion(_RING_BYTES)) for _ in range(2))
+    control, reported = BelledRing(SharedRegion(_RING_BYTES), Bell()), Ring(SharedRegion(_RING_BYTES))
     counted = counters.Counters(SharedRegion(counters.REGION_BYTES))
     limits = options.limits
     worker = ModelWorker(

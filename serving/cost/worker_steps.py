@@ -62,6 +62,10 @@ class _Script:
             self._open, self._began_s = len(self._ready), time.monotonic()
         return encode(self._ready.popleft()) if self._ready else None
 
+    def wait(self, longest_s: float) -> None:
+        if self.empty:
+            time.sleep(min(longest_s, max(self._next_s - time.monotonic(), 0.0)))
+
     def push(self, data: bytes) -> bool:
         message = decode(data)
         if isinstance(message, Tokens):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+from serving.shm.bell import Bell
 from serving.shm.region import CACHE_LINE_BYTES, SharedRegion
 
 _LENGTH = struct.Struct("<I")
@@ -61,3 +62,23 @@ class Ring:
         start = position % self._capacity
         first = min(length, self._capacity - start)
         return bytes(self._data[start : start + first]) + bytes(self._data[: length - first])
+
+
+class BelledRing(Ring):
+    """A ring whose reader may sleep until there is something to read: the writer rings `bell` after every message."""
+
+    def __init__(self, region: SharedRegion, bell: Bell) -> None:
+        super().__init__(region)
+        self._bell = bell
+
+    def push(self, message: bytes) -> bool:
+        """As :meth:`Ring.push`."""
+        pushed = super().push(message)
+        if pushed:
+            self._bell.ring()
+        return pushed
+
+    def wait(self, longest_s: float) -> None:
+        """Sleep until there may be a message, at most `longest_s`; not at all where there is one."""
+        if self.empty:
+            self._bell.wait(longest_s)

@@ -22,9 +22,10 @@ from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
 from serving.parallel.share import Share, ShareOfWeights, share_spec
 from serving.residency.lent_weights import LentWeights, MappedWeights
 from serving.residency.staying import load_attention, load_ffn
+from serving.shm.bell import Bell
 from serving.shm.mailbox import Mailbox
 from serving.shm.region import SharedRegion
-from serving.shm.ring import Ring
+from serving.shm.ring import BelledRing, Ring
 from serving.workers.config import (
     CardGroupsConfig,
     FFNWorkerConfig,
@@ -63,7 +64,7 @@ def attach(ref: RegionRef) -> SharedRegion:
 class _Wires:
     """What every worker has towards its host."""
 
-    control: Ring
+    control: BelledRing
     tokens: Ring
     counters: Counters
     recorder: Recorder | None
@@ -75,7 +76,7 @@ def build_worker(
     """A loaded, warmed-up worker. Raises CapacityError when its device cannot hold what it is told to."""
     channel, role = config.channel, config.role
     wires = _Wires(
-        Ring(attach(channel.control)),
+        BelledRing(attach(channel.control), Bell(channel.control_bell_fd)),
         Ring(attach(channel.tokens)),
         Counters(attach(channel.counters)),
         recorder,

@@ -85,6 +85,7 @@ class Channel:
     """What every worker has towards the host."""
 
     control: RegionRef  # ring: host to worker
+    control_bell_fd: int  # rung with every message on it
     tokens: RegionRef  # ring: worker to host
     counters: RegionRef  # words of serving.workers.counters
 

@@ -18,7 +18,7 @@ from serving.workers.timeline import F2A, FFN, Recorder
 
 _SPINS_BEFORE_YIELD = 64  # longer than a crossing takes; from then on others that want this core get it
 _SPINS_BEFORE_SLEEP = 20000  # about 20 ms of polling before an idle worker lets go of its core
-_IDLE_SLEEP_S = 0.0001
+_IDLE_SLEEP_S = 0.0001  # of a core of its own, where naps cost others nothing; mailboxes ring no bell
 _LONGEST_WAIT_S = 0.01
 _CONTROL_EVERY = 256  # polls between two looks at the control ring
 

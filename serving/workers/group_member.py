@@ -78,6 +78,11 @@ class GroupMember:
         return self._step is not None
 
     @property
+    def follows(self) -> bool:
+        """Whether its steps are ordered by a rank elsewhere."""
+        return self._rank > 0
+
+    @property
     def bytes_posted(self) -> int:
         return self._exchange.bytes_posted
 

@@ -1,7 +1,7 @@
 """The worker of a device that serves shares of models: it takes requests, moves every seat on in turn, and reports.
 
 It waits for nothing: a seat whose group is not ready is passed over. Polling without result it first spins, then offers its
-core to whoever shares it, then sleeps, so that more ranks than cores make progress.
+core to whoever shares it, then sleeps until a message comes, so that more ranks than cores make progress.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Sequence as Seq
 import torch
 
 from serving.memory.kv_pool import KVPool
-from serving.shm.ring import Ring
+from serving.shm.ring import BelledRing, Ring
 from serving.workers.counters import Counters
 from serving.workers.group_member import GroupMember
 from serving.workers.messages import Cancel, PoolUse, Stop, Tokens, decode, encode
+from serving.workers.model_worker import LONGEST_IDLE_S
 
 _SPINS_BEFORE_YIELD = 200
 _SPINS_BEFORE_SLEEP = 4000
-_IDLE_SLEEP_S = 0.0003
+_LOOK_S = 0.0003  # how often a worker looks for orders of other workers, which ring no bell
 
 
 class GroupWorker:
@@ -31,7 +32,7 @@ class GroupWorker:
         members: Seq[GroupMember],
         pools: Seq[tuple[str, KVPool]],
         targets: Seq[tuple[int, int]],
-        control: Ring,
+        control: BelledRing,
         tokens: Ring,
         counters: Counters,
         sample_interval_ms: float,
@@ -40,6 +41,7 @@ class GroupWorker:
         self._control, self._tokens, self._counters = control, tokens, counters
         self._sample_interval_ns = int(sample_interval_ms * 1e6)
         self._next_sample_ns = 0
+        self._follows = any(member.follows for member in self._members)
         self._stopping = False
 
     def run(self) -> None:
@@ -72,7 +74,7 @@ class GroupWorker:
         if spins < _SPINS_BEFORE_SLEEP or in_step:
             os.sched_yield()
         else:
-            time.sleep(_IDLE_SLEEP_S)
+            self._control.wait(_LOOK_S if self._follows else LONGEST_IDLE_S)
 
     def _take_control(self) -> bool:
         while (data := self._control.pop()) is not None:
@@ -103,4 +105,4 @@ class GroupWorker:
     def _report(self, message: Tokens | PoolUse) -> None:
         data = encode(message)
         while not self._tokens.push(data):  # the host is behind; losing a token is no choice
-            time.sleep(_IDLE_SLEEP_S)
+            time.sleep(_LOOK_S)

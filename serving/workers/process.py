@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from serving.errors import UserError, WorkerDied
+from serving.shm.bell import Bell
 from serving.shm.region import SharedRegion
-from serving.shm.ring import Ring
+from serving.shm.ring import BelledRing, Ring
 from serving.workers import counters
 from serving.workers.config import Channel, MailboxRef, RegionRef, Role, WorkerConfig
 from serving.workers.counters import Counters
@@ -64,13 +65,15 @@ class WorkerProcess:
     ) -> None:
         self.name = name
         self._regions = [SharedRegion(_RING_BYTES), SharedRegion(_RING_BYTES), SharedRegion(counters.REGION_BYTES)]
-        self._control, self._tokens = Ring(self._regions[0]), Ring(self._regions[1])
+        self._bell = Bell()
+        self._control, self._tokens = BelledRing(self._regions[0], self._bell), Ring(self._regions[1])
         self.counters = Counters(self._regions[2])
         self._status_fd, status_write = os.pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed by stop()
-        channel = Channel(*(ref(region) for region in self._regions))
+        control, tokens, counted = (ref(region) for region in self._regions)
+        channel = Channel(control, self._bell.fd, tokens, counted)
         config = WorkerConfig(name, core, channel, status_write, role, timeline)
-        inherited = [*(region.fd for region in self._regions), *inherited_fds, status_write]
+        inherited = [*(region.fd for region in self._regions), self._bell.fd, *inherited_fds, status_write]
         self._process = launch(inherited, self._stderr.fileno(), _environment())
         os.close(status_write)
         self._status = b""
@@ -159,6 +162,7 @@ class WorkerProcess:
         self._control.release()
         self._tokens.release()
         self.counters.release()
+        self._bell.close()
         for region in self._regions:
             region.close()
 

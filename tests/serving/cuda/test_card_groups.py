@@ -31,8 +31,9 @@ from serving.parallel.share import ShareOfWeights, share_spec
 from serving.part_shapes import shapes_of
 from serving.scheduler import StepScheduler
 from serving.sequence import Sequence
+from serving.shm.bell import Bell
 from serving.shm.region import SharedRegion
-from serving.shm.ring import Ring
+from serving.shm.ring import BelledRing, Ring
 from serving.spec import load_spec
 from serving.workers.counters import REGION_BYTES, Counters
 from serving.workers.messages import Stop, Submit, Tokens, decode, encode
@@ -212,7 +213,7 @@ class PlayedRunner:
 @pytest.mark.parametrize("group", [("deepseek_v2", 1, 2)], indirect=True)
 def test_the_worker_serves_all_replicas_until_it_is_told_to_stop(group):
     directory, group = group
-    control, tokens = Ring(SharedRegion(1 << 16)), Ring(SharedRegion(1 << 16))
+    control, tokens = BelledRing(SharedRegion(1 << 16), Bell()), Ring(SharedRegion(1 << 16))
     runner, counters = PlayedRunner(group), Counters(SharedRegion(REGION_BYTES))
     layers = group.ranks[0].attention.spec.num_layers
     models = [

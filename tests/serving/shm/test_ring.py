@@ -1,13 +1,18 @@
 """Rings and mailboxes: what goes in comes out, in order, whatever the sizes; a full ring refuses instead of losing."""
 
+import os
+import threading
+import time
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.shm.bell import Bell
 from serving.shm.mailbox import Mailbox, MailboxShape
 from serving.shm.region import SharedRegion
-from serving.shm.ring import Ring
+from serving.shm.ring import BelledRing, Ring
 
 pytestmark = pytest.mark.cpu
 
@@ -39,6 +44,35 @@ def test_a_message_that_can_never_fit_is_an_error():
         ring.push(bytes(200))
     ring.release()
     region.close()
+
+
+def test_who_waits_for_a_message_is_woken_by_it_and_misses_none():
+    """Each message comes when the reader sleeps, is about to, or looks: it must never sleep as long as it is allowed to."""
+    region, bell, longest_s = SharedRegion(4096), Bell(), 60.0
+    other = Bell(os.dup(bell.fd))
+    writer, reader = BelledRing(region, bell), BelledRing(region, other)
+    sent = [bytes([number]) * (number % 7) for number in range(200)]
+
+    def write():
+        for number, message in enumerate(sent):
+            time.sleep(0.0005 * (number % 3))
+            while not writer.push(message):
+                time.sleep(0)
+
+    thread, received, began_s = threading.Thread(target=write), [], time.monotonic()
+    thread.start()
+    while len(received) < len(sent):
+        reader.wait(longest_s)
+        while (message := reader.pop()) is not None:
+            received.append(message)
+    thread.join()
+    assert received == sent
+    assert time.monotonic() - began_s < longest_s
+    for ring in (writer, reader):
+        ring.release()
+    region.close()
+    bell.close()
+    other.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
