@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.launch import compile_ahead, recording
+from kernels.launch import compiling_ahead
 from serving.batching import StepLimits
 from serving.cuda.build import prepare_process
 from serving.cuda.capture import captured
@@ -105,9 +105,8 @@ class RankTimer:
                         run()
                 torch.cuda.synchronize(self._lane.device)
 
-        with recording() as calls:
+        with compiling_ahead():
             run_all()
-        compile_ahead(calls)
         run_all()
         for shape in parts:
             for name, run in self._what_runs(shape).items():
