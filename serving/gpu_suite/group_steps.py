@@ -79,7 +79,7 @@ class RankTimer:
     """Times steps of rank 0 of `plan`, which holds `held`."""
 
     def __init__(self, plan: GroupPlan, held: CardRank, limits: StepLimits) -> None:
-        shapes = shapes_of(limits, held.kv.geometry.max_context_tokens)
+        shapes = shapes_of(limits, held.kv.geometry.max_context_tokens, plan.dp)
         most_rows = max(shape.rows for shape in shapes)
         self._rank, self._dp = RankAlone(plan, held, most_rows), plan.dp
         self._parts = GroupParts(plan.dp, shapes, limits, pinned=True)

@@ -26,7 +26,7 @@ class GroupRunner:
         self._plan, self._ranks, self._limits = plan, list(ranks), limits
         half = ranks[0].attention
         self._width, self._row_bytes = half.spec.hidden_size, half.spec.hidden_size * half.dtype.itemsize
-        self._shapes = shapes_of(limits, ranks[0].kv.geometry.max_context_tokens)
+        self._shapes = shapes_of(limits, ranks[0].kv.geometry.max_context_tokens, plan.dp)
         self._parts = GroupParts(plan.dp, self._shapes, limits, pinned=True)
         self._lanes = [Lane(rank.device, set(), limits.max_batch, self._shapes) for rank in ranks]
         most = plan.dp * max(shape.rows for shape in self._shapes)
