@@ -290,7 +290,9 @@ def test_whatever_replicas_do_together_has_a_shape(pending):
     made = parts.of(plans)
     for replica, plan in enumerate(plans):
         rows = sum(plan.query_lens) if plan else 0
-        assert sum((part.numbers[replica][2 * part.shape.rows : 3 * part.shape.rows] >= 0).sum() for part in made) == rows
+        assert (
+            sum((part.numbers[replica][2 * part.shape.rows : 3 * part.shape.rows] >= 0).sum() for part in made) == rows
+        )
         assert sum(len(part.wanted[replica]) for part in made) == (len(plan.logit_rows) if plan else 0)
     assert all(part.shape.rows <= LIMITS.max_rows for part in made)
 
