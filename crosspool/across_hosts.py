@@ -24,9 +24,8 @@ from serving.checkpoints import open_weights
 from serving.errors import UserError, command
 from serving.generate import cpu_cluster, parse_ids
 from serving.interface import Demand, Placement, ServedModel
-from serving.layers.attention_half import AttentionHalf
-from serving.layers.ffn_half import FFNHalf
 from serving.memory.kv_pool import KVPool
+from serving.residency.staying import load_attention, load_ffn
 from serving.shm.region import SharedRegion
 from serving.shm.ring import Ring
 from serving.spec import load_spec
@@ -42,7 +41,7 @@ _SAMPLE_INTERVAL_MS = 50.0
 
 def weights_pool(models: Sequence[ServedModel]) -> None:
     """Hold the FFN halves of `models` and answer the KV pool until it stops."""
-    halves = [FFNHalf(model.spec, open_weights(model), getattr(torch, model.dtype)) for model in models]
+    halves = [load_ffn(open_weights(model), model.dtype) for model in models]
     shapes = [(model.spec.hidden_size, getattr(torch, model.dtype)) for model in models]
     dist.barrier()
     with torch.inference_mode():
@@ -62,7 +61,7 @@ def kv_pool(
     hosted = [
         HostedModel(
             index=index,
-            half=AttentionHalf(model.spec, open_weights(model), getattr(torch, model.dtype)),
+            half=load_attention(open_weights(model), model.dtype),
             kv=pool.models[model.name],
             port=port,
             ffn_index=index,

@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from serving.memory.host import huge_pages
+
 _PACKAGES = ("torch", "triton", "transformers", "datasets", "hydra-core", "wandb", "numpy", "pyarrow", "pandas")
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -57,5 +59,6 @@ def _hardware() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "kernel": platform.release(),
+        "huge_pages": huge_pages(),
         "gpus": gpus.splitlines() if gpus else [],
     }

@@ -25,6 +25,7 @@ from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
 from serving.memory.budget import format_bytes
 from serving.memory.kv_pool import KVGeometry, KVPool, cache_shape
+from serving.residency.staying import load_attention
 from serving.spec import load_spec
 
 
@@ -54,7 +55,7 @@ def _timed(action: Callable[[], object]) -> float:
 def attention_us(model: ServedModel, page_bytes: int, batch: int, tokens: int, rounds: int) -> dict[str, float]:
     """Microseconds of the attention layers of one decode step over virtual pages and over a flat arena, in turn. Raises
     UserError unless both compute the same."""
-    half = AttentionHalf(model.spec, open_weights(model), getattr(torch, model.dtype))
+    half = load_attention(open_weights(model), model.dtype)
     pages = batch * KVGeometry.of(model.spec, model.dtype).pages(tokens, page_bytes)
     pool = KVPool(pages, page_bytes, [(model.spec, model.dtype)], max_runs=batch)
     try:

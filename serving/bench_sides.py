@@ -20,10 +20,9 @@ from serving.checkpoints import open_weights
 from serving.errors import UserError
 from serving.generate import cpu_cluster
 from serving.interface import Demand, Request, ServedModel
-from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
-from serving.layers.ffn_half import FFNHalf
 from serving.memory.kv_pool import cache_shape
+from serving.residency.staying import load_attention, load_ffn
 
 _MEMORY_BYTES = 6 << 30
 
@@ -91,9 +90,8 @@ class HalvesSide:
     def __init__(self, model: ServedModel, chunk: int) -> None:
         self.name, self.dtype = "halves, 1 thread", model.dtype
         self._spec, self._chunk = model.spec, chunk
-        kind = getattr(torch, model.dtype)
         with open_weights(model) as weights:
-            self._attention, self._ffn = AttentionHalf(model.spec, weights, kind), FFNHalf(model.spec, weights, kind)
+            self._attention, self._ffn = load_attention(weights, model.dtype), load_ffn(weights, model.dtype)
         self._caches: list[torch.Tensor] = []
 
     @torch.inference_mode()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from serving.errors import UserError, command, one_line
 from serving.memory.budget import format_bytes
+from serving.memory.host import huge_pages
 
 OK, NOTE, MISSING = "ok", "note", "missing"
 _PACKAGES = ("torch", "triton", "transformers", "datasets", "hydra-core", "wandb", "seaborn", "pytest")
@@ -65,6 +66,9 @@ def _cpu() -> Iterator[Finding]:
     tso = platform.machine() in ("x86_64", "AMD64")
     yield Finding("store order", OK if tso else MISSING, f"{platform.machine()}; CPU mailboxes rely on x86-64's")
     yield Finding("memfd", *((OK, "available") if hasattr(os, "memfd_create") else (MISSING, "needs Linux")))
+    pages = huge_pages()
+    slower = "; so systems read weights slower, all of them" if pages == "never" else ""
+    yield Finding("huge pages", NOTE if slower else OK, f"{pages}{slower}")
     maps = Path("/proc/sys/vm/max_map_count")
     if maps.exists():
         count = int(maps.read_text())

@@ -29,6 +29,7 @@ from serving.interface import ServedModel
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.batch import BatchLayout
 from serving.layers.ffn_half import FFNHalf
+from serving.residency.staying import load_attention, load_ffn
 from serving.spec import GQASpec, ModelSpec
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 96, 128, 256)
@@ -127,10 +128,9 @@ def measure_beside_stream(points: list[Point], core: int, seconds_per_point: flo
 
 # -- stages of a model -------------------------------------------------------------------------------------------------
 def load_halves(model: ServedModel) -> tuple[AttentionHalf, FFNHalf]:
-    """Both halves of `model`, in this process's memory."""
-    dtype = getattr(torch, model.dtype)
+    """Both halves of `model`, in this process's memory, as a worker has them in its own."""
     with open_weights(model) as weights:
-        return AttentionHalf(model.spec, weights, dtype), FFNHalf(model.spec, weights, dtype)
+        return load_attention(weights, model.dtype), load_ffn(weights, model.dtype)
 
 
 def stage_points(

@@ -1,4 +1,4 @@
-"""How much memory of the host is to be had, for what is kept there beside the devices: copies of weights."""
+"""How much memory of the host is to be had, for what is kept there beside the devices (copies of weights), and in what pages."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ def available_bytes(root: Path = Path("/")) -> int:
             continue
         found.append(limit_bytes - held_bytes)
     return max(min(found), 0)
+
+
+def huge_pages(root: Path = Path("/")) -> str:
+    """Whether memory comes in huge pages: `always`, to who asks for them (`madvise`), or `never`, as where the kernel has none."""
+    try:
+        settings = (root / "sys/kernel/mm/transparent_hugepage/enabled").read_text().split()
+    except OSError:
+        return "never"
+    return next((setting.strip("[]") for setting in settings if setting.startswith("[")), "never")
 
 
 def require_available(what: str, needed_bytes: int) -> None:

@@ -12,16 +12,14 @@ import errno
 import os
 
 from serving.errors import CapacityError, UserError
-from serving.memory.virtual import VirtualRange
+from serving.memory.virtual import FRAME_BYTES, VirtualRange, advise
 
-FRAME_BYTES = 2 << 20
 _MAYMOVE, _FIXED, _DONTUNMAP = 1, 2, 4
-_ADVICE_HUGEPAGE, _ADVICE_POPULATE_WRITE = 14, 23
+_ADVICE_POPULATE_WRITE = 23
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -34,8 +32,7 @@ class MovableMemory:
         length = num_pages * page_bytes
         self._home = VirtualRange(length, align_bytes=FRAME_BYTES)
         self._home.open()
-        _advise(self._home.address, length, _ADVICE_HUGEPAGE)  # refused where the kernel has none: smaller pages then
-        code = _advise(self._home.address, length, _ADVICE_POPULATE_WRITE)
+        code = advise(self._home.address, length, _ADVICE_POPULATE_WRITE)
         if code == errno.EINVAL:  # before Linux 5.14
             ctypes.memset(self._home.address, 0, length)
         elif code:
@@ -67,8 +64,3 @@ class MovableMemory:
         if code == errno.EINVAL:
             raise UserError("swap's arena moves pages with mremap and MREMAP_DONTUNMAP, which Linux 5.7 or newer has")
         raise CapacityError(f"moving {length} bytes of an arena failed: {os.strerror(code)} (see vm.max_map_count)")
-
-
-def _advise(address: int, length: int, advice: int) -> int:
-    """0, or the number of the error."""
-    return ctypes.get_errno() if length and _libc.madvise(address, length, advice) else 0

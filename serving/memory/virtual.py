@@ -16,15 +16,24 @@ import torch
 
 from serving.errors import CapacityError, UserError
 
+FRAME_BYTES = 2 << 20  # a huge page
+
 _PROT_NONE, _PROT_READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
 _MAP_NORESERVE, _MAP_POPULATE = 0x4000, 0x8000
+_ADVICE_HUGEPAGE = 14
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def advise(address: int, length: int, advice: int) -> int:
+    """`madvise` over a range: 0, or the number of the error."""
+    return ctypes.get_errno() if length and _libc.madvise(address, length, advice) else 0
 
 
 def _mmap(address: int | None, length: int, protection: int, flags: int, fd: int = -1, offset: int = 0) -> int:
@@ -95,9 +104,11 @@ class VirtualRange:
         )
 
     def open(self) -> None:
-        """Memory of this process alone under the whole range, which comes as it is touched."""
+        """Memory of this process alone under the whole range, which comes as it is touched: in frames of FRAME_BYTES where the
+        system gives them and the range holds them whole, in pages of its own elsewhere."""
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
         _mmap(self._address, self.length_bytes, _PROT_READ_WRITE, flags)
+        advise(self._address, self.length_bytes, _ADVICE_HUGEPAGE)  # refused where the kernel has none
 
     def unmap(self, offset_bytes: int, length_bytes: int) -> None:
         """Take the pages in [offset, offset + length) away; touching them afterwards is a fault, not stale data."""

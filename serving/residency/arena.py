@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from serving.interface import ServedModel
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.ffn_half import FFNHalf
-from serving.memory.movable import FRAME_BYTES, MovableMemory
-from serving.memory.virtual import VirtualRange
+from serving.memory.movable import MovableMemory
+from serving.memory.virtual import FRAME_BYTES, VirtualRange
 from serving.residency.frames import FrameLender, Run
-from serving.residency.image import PAGE_BYTES, Extent, Placer, ShapesOnly, build_halves, image_bytes
+from serving.residency.image import PAGE_BYTES, Extent, Placer, ShapesOnly, build_halves, image_bytes, num_units
 
 
 class ImageSpace:
@@ -25,7 +25,7 @@ class ImageSpace:
         self.pages = pages_of_image(model)
         self._range = VirtualRange(self.pages * PAGE_BYTES, align_bytes=FRAME_BYTES)
         self.address = self._range.address
-        placer = Placer(model, self.address, write=False)
+        placer = Placer(self.address, image_bytes(model), num_units(model), write=False)
         self.attention: AttentionHalf
         self.ffn: FFNHalf
         self.attention, self.ffn = build_halves(model, placer, ShapesOnly(model.spec))

@@ -17,6 +17,7 @@ from serving.interface import ServedModel
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.ffn_half import FFNHalf
 from serving.residency.tensors import address_of, stored_bytes, tensor_at
+from serving.spec import ModelSpec
 
 ALIGN_BYTES = 64
 PAGE_BYTES = 65536  # of an arena
@@ -25,10 +26,13 @@ Extent = tuple[int, int]  # offset and length in bytes
 
 def image_bytes(model: ServedModel, page_bytes: int = PAGE_BYTES) -> int:
     """At most so many bytes are a model's weights as an image, whole pages: packed weights and what alignment adds."""
-    spec = model.spec
-    tensors = 8 + spec.num_layers * (16 + 2 * spec.moe.num_experts)
-    count_bytes = attention_bytes(model) + ffn_bytes(model) + tensors * ALIGN_BYTES
+    count_bytes = attention_bytes(model) + ffn_bytes(model) + alignment_bytes(model.spec)
     return -(-count_bytes // page_bytes) * page_bytes
+
+
+def alignment_bytes(spec: ModelSpec) -> int:
+    """At most so many bytes lie between the tensors of both halves."""
+    return (8 + spec.num_layers * (16 + 2 * spec.moe.num_experts)) * ALIGN_BYTES
 
 
 CARD_FRAME_BYTES = 32 << 20  # of a card's arena: mapping costs by the page, so pages are large
@@ -54,13 +58,13 @@ def num_units(model: ServedModel) -> int:
 
 
 class Placer:
-    """Gives tensors their places from `address` on, and with `write` puts their bytes there."""
+    """Gives tensors their places in the `limit_bytes` from `address` on, and with `write` puts their bytes there."""
 
-    def __init__(self, model: ServedModel, address: int, write: bool) -> None:
+    def __init__(self, address: int, limit_bytes: int, units: int, write: bool) -> None:
         self._address, self._write = address, write
-        self._limit_bytes = image_bytes(model)
+        self._limit_bytes = limit_bytes
         self.used_bytes = 0
-        self.units: list[list[Extent]] = [[] for _ in range(num_units(model))]
+        self.units: list[list[Extent]] = [[] for _ in range(units)]
 
     def keep(self, unit: int, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` at its place, as part of `unit`."""
@@ -99,13 +103,17 @@ def build_halves(model: ServedModel, placer: Placer, weights: Weights) -> tuple[
         )
 
 
+def _placer(model: ServedModel, address: int, write: bool) -> Placer:
+    return Placer(address, image_bytes(model), num_units(model), write)
+
+
 def halves_over(model: ServedModel, address: int) -> tuple[AttentionHalf, FFNHalf]:
     """Both halves over the memory at `address`, which is not touched: weights come there later."""
-    return build_halves(model, Placer(model, address, write=False), ShapesOnly(model.spec))
+    return build_halves(model, _placer(model, address, write=False), ShapesOnly(model.spec))
 
 
 def write_image(model: ServedModel, address: int) -> tuple[list[list[Extent]], int]:
     """Read a model's checkpoint and write its image to `address`; returns its units and its length in bytes."""
-    placer = Placer(model, address, write=True)
+    placer = _placer(model, address, write=True)
     build_halves(model, placer, open_weights(model))
     return placer.units, placer.used_bytes

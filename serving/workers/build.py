@@ -21,6 +21,7 @@ from serving.parallel.exchange import Exchange
 from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
 from serving.parallel.share import Share, ShareOfWeights, share_spec
 from serving.residency.lent_weights import LentWeights, MappedWeights
+from serving.residency.staying import load_attention, load_ffn
 from serving.shm.mailbox import Mailbox
 from serving.shm.region import SharedRegion
 from serving.shm.ring import Ring
@@ -121,10 +122,11 @@ def _remote(ref: MailboxRef) -> FFNPort:
 
 
 def _load_attention(model: ServedModel, budget: MemoryBudget | SharedBudget, share: Share = WHOLE) -> AttentionHalf:
-    spec = share_spec(model.spec, share)
-    budget.charge(f"attention weights of {model.name}", weight_bytes_attention(spec, model.dtype))
+    budget.charge(
+        f"attention weights of {model.name}", weight_bytes_attention(share_spec(model.spec, share), model.dtype)
+    )
     with ShareOfWeights(open_weights(model), share) as weights:
-        return AttentionHalf(spec, weights, getattr(torch, model.dtype))
+        return load_attention(weights, model.dtype)
 
 
 def _load_ffn(
@@ -133,7 +135,7 @@ def _load_ffn(
     spec = share_spec(model.spec, share)
     budget.charge(f"FFN weights of {model.name}", weight_bytes_ffn(spec, model.dtype, part.layers))
     with ShareOfWeights(open_weights(model), share) as weights:
-        return FFNHalf(spec, weights, getattr(torch, model.dtype), part.layers)
+        return load_ffn(weights, model.dtype, part.layers)
 
 
 def open_pool(config: PoolConfig, models: tuple[ServedModel, ...], device: Device, budget: MemoryBudget) -> KVPool:

@@ -59,3 +59,15 @@ def test_what_is_missing_is_named(monkeypatch):
 
 def test_this_machine_has_some():
     assert host.available_bytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("files", "setting"),
+    [
+        ({"sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n"}, "madvise"),
+        ({"sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]\n"}, "never"),
+        ({}, "never"),
+    ],
+)
+def test_the_setting_of_huge_pages_is_the_one_in_brackets(tmp_path, files, setting):
+    assert host.huge_pages(machine(tmp_path, **files)) == setting

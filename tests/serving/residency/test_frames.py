@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import CapacityError
-from serving.memory.movable import FRAME_BYTES, MovableMemory
+from serving.memory.movable import MovableMemory
 from serving.memory.streaming import copy
-from serving.memory.virtual import VirtualRange
+from serving.memory.virtual import FRAME_BYTES, VirtualRange
 from serving.residency.cache import HostCache
 from serving.residency.frames import FrameLender, joined, total
 
