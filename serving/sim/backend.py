@@ -139,7 +139,8 @@ class SimulatedBackend:
             self._crowd = Crowd(self.clock, role.uncoordinated, stages.dtype)
         if role.device.name not in self._crowd.devices:
             pages = max(pool.num_pages for pool in role.pools)
-            self._crowd.devices[role.device.name] = SharedDevice(stages.hardware, pages)
+            memory = self._memory_of(role.device)
+            self._crowd.devices[role.device.name] = SharedDevice(stages.hardware, pages, memory)
 
     def _as_held(self, role: Role) -> Sequence[ServedModel]:
         """The role's models as their worker holds them: narrower where it has a slice of their width."""
