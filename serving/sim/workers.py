@@ -60,10 +60,6 @@ class SimulatedWorker:
     def check(self) -> None:
         pass
 
-    def _add_device(self, pipeline: Pipeline, memory: int) -> AttentionDevice:
-        """What the worker's lanes run on."""
-        return pipeline.add_attention(self._begin, self._complete, self._role.lanes, memory)
-
     def send(self, message: Submit | Cancel | Stop) -> None:
         pass
 
