@@ -172,7 +172,7 @@ class CrossPool(HostedSystem):
             raise UserError(
                 f"option kv_share is null, what the FFNs leave of a lone card; there are {len(cluster.devices)} devices: give a share"
             )
-        needed = ffn_pool_bytes(models, self.options.limits)
+        needed = ffn_pool_bytes(models, self.options.limits, self.options.lanes)
         require_weights(device, needed, "FFN weights and workspace of the weights pool")
         return device.memory_bytes - needed
 
@@ -214,7 +214,8 @@ class CrossPool(HostedSystem):
     def _plan_kv_pool(self, device: Device, models: Sequence[ServedModel]) -> DevicePlan:
         limits, page_bytes = self.options.limits, self.options.page_bytes
         weights = {model.name: attention_bytes(model) for model in models}
-        workspace_bytes = self.options.lanes * max(attention_workspace_bytes(model, limits) for model in models)
+        each_lane = max(attention_workspace_bytes(model, limits, device.kind) for model in models)
+        workspace_bytes = self.options.lanes * each_lane
         used_bytes = sum(weights.values()) + workspace_bytes
         require_weights(device, used_bytes, "attention weights and workspace of the KV pool")
         kv_bytes = (device.memory_bytes - used_bytes) // page_bytes * page_bytes
@@ -225,7 +226,11 @@ class CrossPool(HostedSystem):
         here = [(model, held[model.name]) for model in models if model.name in held]
         weights = {model.name: ffn_bytes(model, part) for model, part in here}
         limits = self.options.limits
-        workspace_bytes = max((ffn_workspace_bytes(part.model(model), limits) for model, part in here), default=0)
+        lanes = (
+            self.options.lanes if device.kind == "cuda" else 1
+        )  # a core serves them in turn, a card has streams for each
+        each_lane = max((ffn_workspace_bytes(part.model(model), limits) for model, part in here), default=0)
+        workspace_bytes = lanes * each_lane
         require_weights(
             device, sum(weights.values()) + workspace_bytes, "FFN weights and workspace of the weights pool"
         )

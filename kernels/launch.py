@@ -23,7 +23,7 @@ class Launch(NamedTuple):
     meta: dict[str, Any]
 
 
-_recorder: Callable[[Launch], None] | None = None
+_recorder: Callable[[Launch], object] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -37,39 +37,49 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 @contextlib.contextmanager
 def recording():
     """Within it no kernel runs: yields the list that launches are noted in. Tensors may then be on the meta device."""
-    global _recorder
     calls: list[Launch] = []
-    _recorder = calls.append
-    try:
+    with _noting(calls.append):
         yield calls
-    finally:
-        _recorder = None
 
 
-def compile_ahead(calls: list[Launch]) -> None:
-    """Compile the kernels of recorded launches for the current CUDA device, several at a time, running none. A kernel
-    that does not compile says so when it is launched."""
+@contextlib.contextmanager
+def compiling_ahead():
+    """Within it no kernel runs; at its end those of the launches are compiled for the current CUDA device, several at a time. A
+    kernel that does not compile says so when it is launched. Only the first launch of each kind is kept until then: layers launch the
+    same kernels over and over, and what all of them write would be gigabytes."""
     import triton
 
+    kinds: dict[object, Launch] = {}
+    with _noting(lambda call: kinds.setdefault(_kind(call), call)):
+        yield
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
-        for call in _distinct(calls):
+        for call in kinds.values():
             with contextlib.suppress(Exception):  # the front end compiles in this thread, and may refuse as well
                 call.kernel.run(*call.args, grid=call.grid, warmup=True, **call.meta)
 
 
-def _distinct(calls: list[Launch]) -> list[Launch]:
-    """One call of each kind: layers launch the same kernels over and over, and asking for one to be compiled is not cheap."""
+@contextlib.contextmanager
+def _noting(note: Callable[[Launch], object]):
+    global _recorder
+    _recorder = note
+    try:
+        yield
+    finally:
+        _recorder = None
+
+
+def _kind(call: Launch) -> object:
+    """What a launch has in common with those that run the same code."""
 
     def kind(argument: object) -> object:
         if isinstance(argument, torch.Tensor):
             return argument.dtype, argument.data_ptr() % 16 == 0
         return argument
 
-    found = {(id(c.kernel), tuple(map(kind, c.args)), tuple(c.meta.items())): c for c in calls}
-    return list(found.values())
+    return id(call.kernel), tuple(map(kind, call.args)), tuple(call.meta.items())
 
 
 @functools.cache

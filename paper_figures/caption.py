@@ -44,14 +44,16 @@ def caption(exhibit: Exhibit, runs: Sequence[Run]) -> str:
 
 
 def _seeds(runs: Sequence[Run]) -> str:
-    """How many seeds, and which: only of those choices that were seeded differently."""
+    """How many seeds, and which: only of those choices that were seeded differently; and how often each was run."""
     seeds = [flatten((run.config.get("workload") or {}).get("seeds") or {}) for run in runs]
     count = len({run.seed for run in runs})
     told = "; ".join(
         f"{key} {', '.join(sorted({str(found.get(key)) for found in seeds}, key=lambda s: (len(s), s)))}"
         for key in differing(seeds)
     )
-    return f"{count} seeds ({told})" if told else f"1 seed ({runs[0].seed})"
+    repeats = len({run.repeat for run in runs})
+    times = f", {repeats} times" if repeats > 1 else ""
+    return (f"{count} seeds ({told})" if told else f"1 seed ({runs[0].seed})") + times
 
 
 def _in_short(hardware: str) -> str:
@@ -67,7 +69,7 @@ def stamp(runs: Sequence[Run]) -> str:
     backends = "+".join(sorted({_IN_SHORT.get(run.backend, run.backend) for run in runs}))
     hardware = sorted({run.hardware for run in runs})
     more = f" and {len(hardware) - 1} more" if len(hardware) > 1 else ""
-    seeds = len({run.seed for run in runs})
+    seeds = len({(run.seed, run.repeat) for run in runs})
     return f"{backends} on {_in_short(hardware[0])}{more}" + (
         f"; n = {seeds}" if any(run.config for run in runs) else ""
     )

@@ -34,7 +34,7 @@ _NOTICEABLE = 0.01  # relative; less is not told as better or worse
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one system at one rate and skew, which differ in their seed."""
+    """The runs of one system at one rate and skew, which differ in their seed or repeat one another."""
 
     rate_rps: float
     skew: float
@@ -45,8 +45,8 @@ class Cell:
     def ran(self) -> list[Run]:
         return [run for run in self.runs if run.ok]
 
-    def by_seed(self, value: Callable[[Run], float]) -> dict[str, float]:
-        return {run.seed: value(run) for run in self.ran}
+    def by_seed(self, value: Callable[[Run], float]) -> dict[tuple[str, int], float]:
+        return {(run.seed, run.repeat): value(run) for run in self.ran}
 
     def over_seeds(self, value: Callable[[Run], float]) -> stats.Interval:
         return stats.interval(list(self.by_seed(value).values()))

@@ -101,6 +101,11 @@ class Run:
         return "/".join(values if len(set(values)) > 1 else values[:1]) or "none"
 
     @property
+    def repeat(self) -> int:
+        """Which of several runs of the same configuration, seeds too, this is."""
+        return self.config.get("repeat") or 0
+
+    @property
     def hardware(self) -> str:
         """What computed, in words: GPUs where devices are GPUs, else the CPU; then the devices and their budgets."""
         machine = self.content["provenance"].get("hardware") or {}
@@ -175,6 +180,7 @@ class Study:
     dirty = shipped = False
     reason = status = system = ""
     seed = "none"
+    repeat = 0
     config: ClassVar[dict[str, Any]] = {}
 
     @property

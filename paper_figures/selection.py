@@ -12,7 +12,8 @@ from paper_figures import style
 from paper_figures.records import Run
 
 _NOT_A_SCENARIO = (
-    "system.", "tune.", "timeline", "workload.seeds", "tracking", "results_dir", "force", "experiment", "poll_interval_ms",
+    "system.", "tune.", "timeline", "workload.seeds", "repeat", "tracking", "results_dir", "force", "experiment",
+    "poll_interval_ms",
 )  # fmt: skip
 _SHORT = {
     "backend.name": "backend",

@@ -1,13 +1,20 @@
-"""The simulator against the machine it was calibrated on: the same cells run for real and simulated, metric by metric."""
+"""The simulator against the machine it was calibrated on: the same cells run for real and simulated, metric by metric.
+
+A machine's speed drifts. So a cell is measured in rounds, each simulated with a calibration of its own time, and what counts
+is the median over rounds of the error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from paper_figures import stats, style
+from paper_figures import style
 from paper_figures.exhibit import FigureExhibit, NothingToDraw, legend_above
 from paper_figures.records import Run
 from paper_figures.selection import panels, variants
@@ -25,8 +32,11 @@ class Validation(FigureExhibit):
     """One plot a metric, one mark a system and scenario: measured across, simulated up; on the line they agree."""
 
     name = "validation"
-    title = "Simulated against measured, the same cells on both backends (means over seeds); the band is 20 %"
-    needs = "./run_all.sh full"
+    title = (
+        "Simulated against measured, the same cells on both backends: medians over rounds (each simulated with its own "
+        "calibration) and seeds, bars from the least to the most error; the band is 20 %"
+    )
+    needs = "python -m runner.validation_rounds"
 
     def select(self, runs: Sequence[Run]) -> list[Run]:
         both = []
@@ -45,15 +55,15 @@ class Validation(FigureExhibit):
             for variant in style.order(labels[run.run_id] for run in members):
                 same = [run for run in members if labels[run.run_id] == variant]
                 for metric in _METRICS:
-                    measured, simulated = (
-                        stats.interval([run.metric(metric) for run in same if run.backend == backend])
-                        for backend in ("real", "sim")
-                    )
+                    pairs = list(_pairs(same, metric))
+                    measured, simulated = zip(*pairs, strict=True) if pairs else ((math.nan,), (math.nan,))
+                    errors = [b / a - 1 for a, b in zip(measured, simulated, strict=True)]
                     rows.append(
                         {
-                            "scenario": panel, "system": variant, "metric": metric, "measured": measured.mean,
-                            "simulated": simulated.mean, "error": simulated.mean / measured.mean - 1,
-                            "n_measured": measured.n, "n_simulated": simulated.n,
+                            "scenario": panel, "system": variant, "metric": metric,
+                            "measured": statistics.median(measured), "simulated": statistics.median(simulated),
+                            "error": statistics.median(errors), "least": min(errors), "most": max(errors),
+                            "rounds": len(pairs),
                         }
                     )  # fmt: skip
         return pd.DataFrame(rows)
@@ -64,19 +74,21 @@ class Validation(FigureExhibit):
     def draw(self, rows: pd.DataFrame, figure: Figure) -> None:
         axes = list(figure.subplots(2, 2).flat)
         for axis, (metric, label) in zip(axes, _METRICS.items(), strict=True):
-            shown = rows[(rows["metric"] == metric) & (rows["measured"] > 0) & (rows["simulated"] > 0)]
+            shown = rows[(rows["metric"] == metric) & (rows["rounds"] > 0)]
             if not len(shown):
                 axis.text(0.5, 0.5, "no records", transform=axis.transAxes, ha="center", va="center")
                 continue
-            values = pd.concat([shown["measured"], shown["simulated"]])
+            middle, least, most = (shown["measured"] * (1 + shown[name]) for name in ("error", "least", "most"))
+            values = pd.concat([shown["measured"], least, most])
             ends = [values.min() / 1.3, values.max() * 1.3]
             axis.fill_between(ends, [0.8 * e for e in ends], [1.2 * e for e in ends], color="#e5e5e5", label="20 %")
             axis.plot(ends, ends, color="black", linewidth=0.8, label="equal")
             for system, points in shown.groupby("system", sort=False):
                 look = style.look(system)
-                axis.plot(
-                    points["measured"], points["simulated"], linestyle="", marker=look.marker, color=look.color,
-                    label=look.label,
+                at, up = points.index, middle[points.index]
+                axis.errorbar(
+                    points["measured"], up, yerr=[up - least[at], most[at] - up], linestyle="", marker=look.marker,
+                    color=look.color, elinewidth=0.6, label=look.label,
                 )  # fmt: skip
             axis.set_xscale("log")
             axis.set_yscale("log")
@@ -87,3 +99,14 @@ class Validation(FigureExhibit):
             axis.set_xlabel("Measured")
         figure.supylabel("Simulated", fontsize=7)
         legend_above(figure, axes, columns=3)
+
+
+def _pairs(runs: Sequence[Run], metric: str) -> Iterator[tuple[float, float]]:
+    """Measured and simulated values of each round and seed that has both."""
+    found: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run.metric(metric) > 0:
+            found[run.seed, run.repeat][run.backend].append(run.metric(metric))
+    for _, by_backend in sorted(found.items()):
+        if {"real", "sim"} <= set(by_backend):
+            yield statistics.fmean(by_backend["real"]), statistics.fmean(by_backend["sim"])

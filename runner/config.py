@@ -91,7 +91,8 @@ class Tune:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """One run. `timeline` keeps what workers did in the record. `workload` is handed to the workloads package as it is; `experiment` names the folder of its record."""
+    """One run. `timeline` keeps what workers did in the record. `workload` is handed to the workloads package as it is; `experiment`
+    names the folder of its record. Runs that differ in `repeat` alone ask the same: each has a record of its own."""
 
     experiment: str
     system: SystemConfig
@@ -105,6 +106,7 @@ class BenchConfig:
     poll_interval_ms: float = 2.0
     force: bool = False
     timeline: bool = False
+    repeat: int = 0
     tune: Tune = field(default_factory=Tune)
     tracking: Tracking = field(default_factory=Tracking)
 
@@ -114,8 +116,9 @@ class BenchConfig:
         for key in ("results_dir", "tracking", "force", "experiment"):
             content.pop(key)
         # What came later counts only where it is used, so that older records are still found.
-        if not content["timeline"]:
-            content.pop("timeline")
+        for key in ("timeline", "repeat"):
+            if not content[key]:
+                content.pop(key)
         if not content["tune"]["options"]:
             content.pop("tune")
         if not content["backend"]["oversubscribe"]:
@@ -241,6 +244,8 @@ def _validate(config: BenchConfig) -> None:
         raise UserError("backend sim: name either a card (backend.card) or a calibration file (backend.calibration)")
     if config.timeline and backend.name != "real":
         raise UserError("timeline=true: only workers that compute leave timelines; use backend=real")
+    if config.repeat < 0:
+        raise UserError(f"repeat is {config.repeat}; it must be at least 0")
     if config.tune.requests < 1:
         raise UserError(f"tune.requests is {config.tune.requests}; it must be at least 1")
     if backend.name == "real" and not backend.prefill:

@@ -1,7 +1,9 @@
 """`python -m runner.validation DIR`: the simulator against the machine that it was calibrated on, cell by cell.
 
-DIR holds records of the same cells on both backends (`conf=validation` says how to make them). Cells agree when they ask the
-same of the same system; every metric of every cell is shown, misses too, with the bound that it is to keep.
+DIR holds records of the same cells on both backends (`python -m runner.validation_rounds` makes them). Cells agree when they ask
+the same of the same system; every metric of every cell is shown, misses too, with the bound that it is to keep. A cell that was
+measured in several rounds (`repeat`), each simulated with the calibration of its own time, is judged by the median over rounds
+of the error: a machine's speed drifts by more than the bounds.
 """
 
 from __future__ import annotations
@@ -21,45 +23,76 @@ from serving.errors import UserError, command
 
 BOUNDS = {"mean_itl_ms": 0.10, "p99_itl_ms": 0.20, "mean_ttft_ms": 0.20, "output_throughput": 0.08}
 SIMULATED_ALONE = ("contention", "interference", "slice_s", "switch_s")  # options that say nothing to a real system
+_COLUMNS = (
+    "system",
+    "cell",
+    "metric",
+    "round",
+    "measured",
+    "simulated",
+    "error",
+    "median_error",
+    "bound",
+    "other_cpu_share",
+)
 QUIET = 0.02  # of the cores: what more other programs take while a cell is measured is told
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One metric of one cell, means over what was run of it. `other_cpu_share` is the most that other programs took of the
-    devices' cores in any of the measured runs: what they took is in the measurement and not in the simulation."""
+    """One metric of one cell: by round that was run and simulated, the mean of what was run of it. `other_cpu_share` is the most
+    that other programs took of the devices' cores in any of the measured runs: what they took is in the measurement and not in
+    the simulation."""
 
     system: str
     cell: str
     metric: str
-    measured: float
-    simulated: float
+    measured: tuple[float, ...]
+    simulated: tuple[float, ...]
     other_cpu_share: float = 0.0
 
     @property
+    def errors(self) -> list[float]:
+        return [simulated / measured - 1 for measured, simulated in zip(self.measured, self.simulated, strict=True)]
+
+    @property
     def error(self) -> float:
-        return self.simulated / self.measured - 1
+        return statistics.median(self.errors)
 
     @property
     def within(self) -> bool:
-        return abs(self.error) <= BOUNDS[self.metric]
+        return self._keeps(self.error)
+
+    def within_in(self, position: int) -> bool:
+        """Whether the bound is kept in the round at `position` alone."""
+        return self._keeps(self.errors[position])
+
+    def _keeps(self, error: float) -> bool:
+        return abs(error) <= BOUNDS[self.metric]
 
 
 def compare(records: Iterable[Record]) -> list[Compared]:
-    """Every metric of every cell that was both run and simulated."""
-    cells: dict[tuple[str, str, str], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    """Every metric of every cell that was both run and simulated, in at least one round."""
+    cells: dict[tuple[str, str, str], dict[int, dict[str, list[Record]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
     for record in records:
         if record.status == COMPLETE:
-            cells[_cell(record)][record.content["backend"]].append(record)
+            repeat = record.content["config"].get("repeat", 0)
+            cells[_cell(record)][repeat][record.content["backend"]].append(record)
     found = []
-    for (system, label, _), by_backend in sorted(cells.items()):
-        if {"real", "sim"} <= set(by_backend):
-            for metric in BOUNDS:
-                measured, simulated = (
+    for (system, label, _), by_round in sorted(cells.items()):
+        rounds = [by_backend for _, by_backend in sorted(by_round.items()) if {"real", "sim"} <= set(by_backend)]
+        for metric in BOUNDS if rounds else ():
+            measured, simulated = (
+                tuple(
                     statistics.fmean(record.content["metrics"][metric] for record in by_backend[backend])
-                    for backend in ("real", "sim")
+                    for by_backend in rounds
                 )
-                found.append(Compared(system, label, metric, measured, simulated, _taken(by_backend["real"])))
+                for backend in ("real", "sim")
+            )
+            taken = max(_taken(by_backend["real"]) for by_backend in rounds)
+            found.append(Compared(system, label, metric, measured, simulated, taken))
     return found
 
 
@@ -84,15 +117,29 @@ def _cell(record: Record) -> tuple[str, str, str]:
 
 
 def table(compared: Sequence[Compared]) -> str:
-    """The comparison as text, and how many of its entries keep their bound."""
-    lines = [f"{'system':<10} {'cell':<66} {'metric':<18} {'measured':>9} {'simulated':>9} {'error':>7} {'bound':>6}"]
+    """The comparison as text, medians over rounds, and how many of its entries keep their bound: by the median, and in each
+    round alone where all cells have as many."""
+    rounds = {len(one.errors) for one in compared}
+    several = max(rounds, default=1) > 1
+    told = f" {'least':>6} {'most':>6} {'rounds':>6}" if several else ""
+    lines = [
+        f"{'system':<10} {'cell':<66} {'metric':<18} {'measured':>9} {'simulated':>9} {'error':>7}{told} {'bound':>6}"
+    ]
     for one in compared:
+        told = f" {min(one.errors):+6.0%} {max(one.errors):+6.0%} {len(one.errors):6}" if several else ""
+        each = "  by round: " + " ".join(f"{error:+.0%}" for error in one.errors) if several else ""
         lines.append(
-            f"{one.system:<10} {one.cell:<66} {one.metric:<18} {one.measured:9.2f} {one.simulated:9.2f} "
-            f"{one.error:+7.1%} {BOUNDS[one.metric]:6.0%}{'' if one.within else '  MISS'}"
+            f"{one.system:<10} {one.cell:<66} {one.metric:<18} {statistics.median(one.measured):9.2f} "
+            f"{statistics.median(one.simulated):9.2f} {one.error:+7.1%}{told} {BOUNDS[one.metric]:6.0%}"
+            f"{each}{'' if one.within else '  MISS'}"
         )
-    kept = sum(one.within for one in compared)
-    lines.append(f"{kept} of {len(compared)} within their bounds")
+    kept = f"{sum(one.within for one in compared)} of {len(compared)} within their bounds"
+    if several:
+        kept += f", by the median of {min(rounds)}" + (f" to {max(rounds)}" if len(rounds) > 1 else "") + " rounds"
+    if several and len(rounds) == 1:
+        alone = [sum(one.within_in(position) for one in compared) for position in range(max(rounds))]
+        kept += f"; in each round alone: {', '.join(map(str, alone))}"
+    lines.append(kept)
     disturbed = {(one.system, one.cell): one.other_cpu_share for one in compared if one.other_cpu_share > QUIET}
     lines += [
         f"{system} {cell}: other programs took up to {share:.0%} of the cores while it was measured"
@@ -105,7 +152,7 @@ def table(compared: Sequence[Compared]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m runner.validation", description=__doc__.splitlines()[0])
     parser.add_argument("records", type=Path, help="folder of records of both backends")
-    parser.add_argument("--csv", type=Path, help="write the table there too")
+    parser.add_argument("--csv", type=Path, help="write every round's values there too")
     arguments = parser.parse_args(argv)
     records, _ = read_records(arguments.records)
     compared = compare(records)
@@ -115,11 +162,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["system", "cell", "metric", "measured", "simulated", "error", "bound", "other_cpu_share"])
+            writer.writerow(_COLUMNS)
             for one in compared:
-                bound = BOUNDS[one.metric]
-                values = [one.system, one.cell, one.metric, one.measured, one.simulated, one.error, bound]
-                writer.writerow([*values, one.other_cpu_share])
+                for number, values in enumerate(zip(one.measured, one.simulated, one.errors, strict=True), start=1):
+                    named = [one.system, one.cell, one.metric, number, *values]
+                    writer.writerow([*named, one.error, BOUNDS[one.metric], one.other_cpu_share])
     return 0
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kernels.attention import gqa_scratch_bytes
+from kernels.mla import mla_scratch_bytes
 from serving.batching import StepLimits
 from serving.errors import CapacityError
 from serving.interface import Device, ServedModel
@@ -15,6 +17,8 @@ from serving.memory.budget import format_bytes
 from serving.memory.kv_pool import KVGeometry
 from serving.parallel.ffn_part import WHOLE_FFN, FFNPart
 from serving.spec import MLASpec, element_bytes
+
+_MOST_SMS = 160  # at least as many multiprocessors as any card has that is planned for (conf/hardware; a B200 has 148)
 
 
 def attention_bytes(model: ServedModel) -> int:
@@ -27,8 +31,10 @@ def ffn_bytes(model: ServedModel, part: FFNPart = WHOLE_FFN) -> int:
     return weight_bytes_ffn(part.model(model).spec, model.dtype, part.layers)
 
 
-def attention_workspace_bytes(model: ServedModel, limits: StepLimits) -> int:
-    """Activations of one step beside the KV: five hidden-sized rows, queries and their outputs, and the logits."""
+def attention_workspace_bytes(model: ServedModel, limits: StepLimits, kind: str) -> int:
+    """Of one step, beside the KV, on a device of `kind`. Activations: five hidden-sized rows, queries and their outputs, and the
+    logits; and what a card's attention keeps of partial results, which every layer and model takes again. Each lane needs as
+    much as its largest model."""
     spec, attention = model.spec, model.spec.attention
     if isinstance(attention, MLASpec):
         head_elements = 2 * (attention.kv_rank + attention.qk_dim) + attention.value_dim
@@ -36,7 +42,16 @@ def attention_workspace_bytes(model: ServedModel, limits: StepLimits) -> int:
         head_elements = 4 * attention.head_dim
     row_elements = 5 * spec.hidden_size + attention.num_heads * head_elements
     logits_bytes = 2 * 4 * limits.max_batch * spec.vocab_size
-    return limits.max_rows * row_elements * element_bytes(model.dtype) + logits_bytes
+    scratch_bytes = _scratch_bytes(model, limits) if kind == "cuda" else 0
+    return limits.max_rows * row_elements * element_bytes(model.dtype) + logits_bytes + scratch_bytes
+
+
+def _scratch_bytes(model: ServedModel, limits: StepLimits) -> int:
+    """Of one layer's attention on a card, of decode rows and a chunk."""
+    attention, sizes = model.spec.attention, (limits.max_batch, limits.prefill_chunk)
+    if isinstance(attention, MLASpec):
+        return mla_scratch_bytes(*sizes, attention.num_heads, attention.kv_rank, _MOST_SMS)
+    return gqa_scratch_bytes(*sizes, attention.num_heads, attention.num_kv_heads, attention.head_dim, _MOST_SMS)
 
 
 def ffn_workspace_bytes(model: ServedModel, limits: StepLimits) -> int:
@@ -47,9 +62,11 @@ def ffn_workspace_bytes(model: ServedModel, limits: StepLimits) -> int:
     return limits.max_rows * (routed + 3 * width + 2 * spec.hidden_size) * element_bytes(model.dtype)
 
 
-def ffn_pool_bytes(models: Sequence[ServedModel], limits: StepLimits) -> int:
-    """The whole FFNs of `models` in one pool, which computes one step at a time."""
-    return sum(ffn_bytes(model) for model in models) + max(ffn_workspace_bytes(model, limits) for model in models)
+def ffn_pool_bytes(models: Sequence[ServedModel], limits: StepLimits, lanes: int) -> int:
+    """The whole FFNs of `models` in one pool on a card, where each of `lanes` has a stream of its own, with the workspace of a
+    step."""
+    workspace_bytes = max(ffn_workspace_bytes(model, limits) for model in models)
+    return sum(ffn_bytes(model) for model in models) + lanes * workspace_bytes
 
 
 def require_kv(device: Device, pool: str, kv_bytes: int, page_bytes: int, models: Sequence[ServedModel]) -> None:

@@ -89,11 +89,13 @@ def chunk_sizes(most: int) -> Iterator[int]:
     yield most
 
 
-def shapes_of(limits: StepLimits, max_context_tokens: int) -> list[Shape]:
-    """Shapes of decode rows, of a chunk, and of a chunk beside as many decode rows as may be, up to the limits; smaller first."""
+def shapes_of(limits: StepLimits, max_context_tokens: int, replicas: int = 1) -> list[Shape]:
+    """Shapes of decode rows, of a chunk, and of a chunk beside as many decode rows as may be, up to the limits; smaller first. Of
+    several `replicas` that step together one may decode all the sequences that it can have while another has a chunk."""
     chunks = list(chunk_sizes(min(limits.prefill_chunk, max_context_tokens)))
     alone = [Shape(rows, 0) for rows in decode_sizes(limits.max_batch)] + [Shape(0, rows) for rows in chunks]
-    return alone + [Shape(limits.max_batch - 1, rows) for rows in chunks if limits.max_batch > 1]
+    beside = limits.max_batch if replicas > 1 else limits.max_batch - 1
+    return alone + [Shape(beside, rows) for rows in chunks if beside]
 
 
 def smallest(shapes: Seq[Shape], decode: int, chunk: int) -> Shape:

@@ -45,7 +45,7 @@ def plan_devices(
         seats = [(m, g, g.devices.index(device.name)) for m, g in seated if device.name in g.devices]
         held = {model.name: weights_bytes(model, group, rank) for model, group, rank in seats}
         workspaces = [
-            share_workspace_bytes(m, g, r, limits) + exchange_shape(m, g, limits).region_bytes // g.ranks
+            share_workspace_bytes(m, g, r, limits, device.kind) + exchange_shape(m, g, limits).region_bytes // g.ranks
             for m, g, r in seats
         ]
         used_bytes = sum(held.values()) + (sum(workspaces) if together else max(workspaces, default=0))

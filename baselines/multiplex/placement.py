@@ -48,11 +48,12 @@ class ElasticPlacement(Elastic):
                 f"option slo_scales names {', '.join(sorted(unknown))}; served: {', '.join(m.name for m in models)}"
             )
         weights_bytes = self._weights_bytes_on(cluster)
-        pressing = [self._pressing(model, demand, weights_bytes) for model in models]
+        kind = cluster.devices[0].kind
+        pressing = [self._pressing(model, demand, weights_bytes, kind) for model in models]
         placed = place(pressing, {device.name: device.memory_bytes for device in cluster.devices})
         return [(model, GroupPlan((placed[model.name],))) for model in models]
 
-    def _pressing(self, model: ServedModel, demand: Demand, weights_bytes: WeightsBytes) -> Pressing:
+    def _pressing(self, model: ServedModel, demand: Demand, weights_bytes: WeightsBytes, kind: str) -> Pressing:
         geometry, page_bytes = KVGeometry.of(model.spec, model.dtype), self.options.page_bytes
         lengths = demand.lengths.get(model.name) or [(0, 1)]
         tokens = sum(prompt + output for prompt, output in lengths) / len(lengths)
@@ -61,7 +62,7 @@ class ElasticPlacement(Elastic):
         return Pressing(
             model.name,
             weights_bytes(model, GroupPlan(("any",)), 0)
-            + share_workspace_bytes(model, GroupPlan(("any",)), 0, self.options.limits),
+            + share_workspace_bytes(model, GroupPlan(("any",)), 0, self.options.limits, kind),
             geometry.pages(1, page_bytes) * page_bytes,
             rate_rps * tokens * geometry.num_layers * geometry.token_bytes / slo_s,
         )

@@ -41,7 +41,7 @@ def lay_out(
     for device in cluster.devices:
         seats = [(n, m, g, g.devices.index(device.name)) for n, (m, g) in enumerate(seated) if device.name in g.devices]
         held = weights[device.name] = {m.name: share_weights_bytes(m, g, rank) for _, m, g, rank in seats}
-        workspace = max((share_workspace_bytes(m, g, rank, limits) for _, m, g, rank in seats), default=0)
+        workspace = max((share_workspace_bytes(m, g, rank, limits, device.kind) for _, m, g, rank in seats), default=0)
         exchanges = sum(exchange_shape(m, g, limits).region_bytes // g.ranks for _, m, g, _ in seats)
         used_bytes = sum(held.values()) + workspace + exchanges
         require_weights(device, used_bytes, f"weights and workspace of {', '.join(held)}")

@@ -63,7 +63,7 @@ class Swap(HostedSystem):
 
     def _plan_device(self, device: Device, models: Sequence[ServedModel], images: dict[str, int]) -> DevicePlan:
         limits, page_bytes = self.options.limits, self.options.page_bytes
-        spaces = [attention_workspace_bytes(m, limits) + ffn_workspace_bytes(m, limits) for m in models]
+        spaces = [attention_workspace_bytes(m, limits, device.kind) + ffn_workspace_bytes(m, limits) for m in models]
         free_bytes = device.memory_bytes - sum(sorted(spaces)[-2:])  # a resident and a loading model compute at once
         largest = max(models, key=lambda model: images[model.name])
         missing = images[largest.name] - free_bytes

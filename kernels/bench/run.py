@@ -12,7 +12,7 @@ from kernels.bench.cases import Case
 from kernels.bench.measure import alternated
 from kernels.bench.problems import Problem, Tensors
 from kernels.bench.report import Row
-from kernels.launch import compile_ahead, recording
+from kernels.launch import compiling_ahead
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2}  # of ||actual - reference|| / ||reference||
 SEED = 20
@@ -44,11 +44,10 @@ def worst_error(problem: Problem, expected: dict[int, Tensors]) -> float:
 
 def compile_cases(cases: Iterable[tuple[Case, torch.dtype]], device: torch.device) -> None:
     """Compile what the cases will launch, in parallel; CUDA only. What cannot even be built is found by its check."""
-    with torch.inference_mode(), recording() as calls:
+    with torch.inference_mode(), compiling_ahead():
         for case, dtype in cases:
             with contextlib.suppress(Exception):
                 case.build(device, dtype).variants[0]()
-    compile_ahead(calls)
 
 
 def check(case: Case, device: torch.device, dtype: torch.dtype) -> Row:

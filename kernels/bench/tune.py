@@ -14,7 +14,7 @@ from kernels.bench.cases import Case
 from kernels.bench.measure import seconds_per_call
 from kernels.bench.problems import Tensors
 from kernels.bench.run import SEED, TOLERANCE, expectations, worst_error
-from kernels.launch import compile_ahead, recording
+from kernels.launch import compiling_ahead
 from kernels.moe_ffn.blocks import ALL_TILES, OF_DOWN, SMALL_ROWS
 
 
@@ -147,10 +147,9 @@ def _tune_alike(trials: list[_Trial], deadline: float) -> dict[str, int]:
 
 def _compile(trials: list[_Trial], configs: Configs) -> None:
     """Compile what the trials would launch with each of `configs`, in parallel."""
-    with recording() as calls:
+    with compiling_ahead():
         for config in configs:
             tuning.set_override(trials[0].operator, config)
             for trial in trials:
                 trial.problem.variants[0]()
         tuning.set_override(trials[0].operator, None)
-    compile_ahead(calls)

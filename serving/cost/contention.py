@@ -27,11 +27,13 @@ MODES = ("share", "time_slice")
 
 @dataclass(frozen=True)
 class Load:
-    """A kernel or stage that is active now: its time alone on the device, and what it moves and computes in it."""
+    """A kernel or stage that is active now: its time alone on the device, and what it moves and computes in it. `beside_stream` is
+    its slowdown beside a core that streams memory, where devices are cores that share it."""
 
     alone_s: float
     bytes: float
     flops: float
+    beside_stream: float = 1.0
 
 
 @dataclass(frozen=True)

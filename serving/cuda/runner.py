@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from kernels.launch import compile_ahead, recording
+from kernels.launch import compiling_ahead
 from serving.batching import StepLimits
 from serving.cuda.capture import Capture, CardModel, Launches
 from serving.cuda.exchange import ByEvents, CutBoundary, Mailboxes, Residents, bytes_crossed
@@ -180,9 +180,8 @@ class StepRunner:
             self._residents.start()
 
     def _prepare(self, models: Seq[int]) -> None:
-        with recording() as calls:
+        with compiling_ahead():
             self._run_every_shape(self.lanes[:1], models)
-        compile_ahead(calls)
         self._run_every_shape(self.lanes, models)
         for lane_index, model_index in product(range(len(self.lanes)), models):
             for shape in reversed(self._shapes[model_index]):

@@ -6,7 +6,7 @@ checkpoints against the judge), `cards` (the same over two cards), `scarce` (mul
 and go), `memory` (page mapping and crossing), `engine` (the ablation of
 control and lanes, real configurations with seeded values), `apart` (the same with FFN halves on a second card), `steps` (prompts in
 chunks and decode batches of such configurations, for the simulator), `group_steps` (what one rank of a group takes of such steps),
-`serve` (two such models under open-loop load on one card,
+`side_by_side` (what two such steps in flight on one card cost each other), `serve` (two such models under open-loop load on one card,
 system after system). What needs two cards is skipped where there is one.
 """
 
@@ -55,6 +55,7 @@ SECTIONS = {
     "apart": Section(("-m", "serving.gpu_suite.engine", "--apart", "--out", "{out}/apart.json"), 400, cards=2),
     "steps": Section(("-m", "serving.gpu_suite.steps", "--out", "{out}/steps.json"), 300),
     "group_steps": Section(("-m", "serving.gpu_suite.group_steps", "--out", "{out}/group_steps.json"), 300),
+    "side_by_side": Section(("-m", "serving.gpu_suite.side_by_side", "--out", "{out}/side_by_side.json"), 240),
     "serve": Section(("-m", "serving.gpu_suite.serve", "--out", "{out}/serve.json"), 400),
 }
 

@@ -9,7 +9,6 @@ take, and starting the other ranks, is not in it. The simulator takes its costs 
 from __future__ import annotations
 
 import argparse
-import gc
 import random
 import statistics
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.launch import compile_ahead, recording
+from kernels.launch import compiling_ahead
 from serving.batching import StepLimits
 from serving.cuda.build import prepare_process
 from serving.cuda.capture import captured
@@ -31,10 +30,10 @@ from serving.cuda.lane import Lane
 from serving.cuda.layout import CardLayout
 from serving.errors import UserError, command
 from serving.gpu_suite.rank_alone import RankAlone
-from serving.gpu_suite.results import save
+from serving.gpu_suite.results import conclude, free_card, save
 from serving.gpu_suite.seeded import seeded
 from serving.gpu_suite.sides import replayed_s
-from serving.gpu_suite.steps import LIMITS, Step, filled_runs, plan_of
+from serving.gpu_suite.steps import LIMITS, Step, draw_tokens, filled_runs, plan_of
 from serving.gpu_suite.steps_table import group_steps_table
 from serving.host import pool_config
 from serving.interface import Device, ServedModel
@@ -79,7 +78,7 @@ class RankTimer:
     """Times steps of rank 0 of `plan`, which holds `held`."""
 
     def __init__(self, plan: GroupPlan, held: CardRank, limits: StepLimits) -> None:
-        shapes = shapes_of(limits, held.kv.geometry.max_context_tokens)
+        shapes = shapes_of(limits, held.kv.geometry.max_context_tokens, plan.dp)
         most_rows = max(shape.rows for shape in shapes)
         self._rank, self._dp = RankAlone(plan, held, most_rows), plan.dp
         self._parts = GroupParts(plan.dp, shapes, limits, pinned=True)
@@ -105,9 +104,8 @@ class RankTimer:
                         run()
                 torch.cuda.synchronize(self._lane.device)
 
-        with recording() as calls:
+        with compiling_ahead():
             run_all()
-        compile_ahead(calls)
         run_all()
         for shape in parts:
             for name, run in self._what_runs(shape).items():
@@ -120,10 +118,7 @@ class RankTimer:
         plans, spec = step.plans(runs, self._dp), self._rank.held.attention.spec
         rng, times, launches = random.Random(step.step.longest), [], []
         for _ in range(_WARM_STEPS + repeats):
-            for sequence, rows in plans[
-                0
-            ].items:  # equal rows would choose the same experts; this rank knows these tokens
-                sequence.tokens[sequence.cached :] = [rng.randrange(spec.vocab_size) for _ in range(rows)]
+            draw_tokens(plans[0], rng, spec.vocab_size)  # this rank knows these tokens
             self._rank.posted.normal_()
             torch.cuda.synchronize(self._lane.device)
             begun = time.perf_counter()
@@ -244,13 +239,8 @@ def main(argv: Seq[str] | None = None) -> int:
             told = {"model": model.name, "tp": plan.tp, "dp": plan.dp}
             rows.append({**told, "error": f"{type(error).__name__}: {error}"[:300]})
         save(args.out, rows)
-        gc.collect()  # graphs and what they run refer to each other
-        torch.cuda.empty_cache()
-    print(group_steps_table([row for row in rows if "error" not in row]))
-    for row in rows:
-        if "error" in row:
-            print(f"row: {row['model']} tp{row['tp']} x dp{row['dp']}: {row['error']}")
-    return int(any("error" in row for row in rows))
+        free_card()
+    return conclude(rows, group_steps_table, lambda row: f"{row['model']} tp{row['tp']} x dp{row['dp']}")
 
 
 if __name__ == "__main__":

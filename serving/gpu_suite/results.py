@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import subprocess
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+from serving.gpu_suite.steps_table import Row
 
 
 def save(path: Path, rows: object) -> None:
@@ -27,3 +31,18 @@ def save(path: Path, rows: object) -> None:
         "rows": rows,
     }
     path.write_text(json.dumps(made, indent=1) + "\n")
+
+
+def free_card() -> None:
+    """Give back what the models that were measured last had on the card; nothing may hold them any more."""
+    gc.collect()  # graphs and what they run refer to each other
+    torch.cuda.empty_cache()
+
+
+def conclude(rows: Sequence[Row], table: Callable[[Sequence[Row]], str], named: Callable[[Row], str]) -> int:
+    """Print the `table` of the rows that were measured and a line for each that holds an `error`, by its name: the exit status."""
+    failed = [row for row in rows if "error" in row]
+    print(table([row for row in rows if "error" not in row]))
+    for row in failed:
+        print(f"row: {named(row)}: {row['error']}")
+    return int(bool(failed))

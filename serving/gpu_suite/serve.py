@@ -27,10 +27,11 @@ from serving.gpu_suite.results import save
 from serving.gpu_suite.seeded import seeded
 from serving.interface import Cluster, Demand, Device, EventKind, Request, ServedModel, System
 
+_LANES = 2
 OPTIONS = {"max_batch": 4, "prefill_chunk": 256, "page_bytes": 2 << 20, "max_running": 32}
 SYSTEMS = {
-    "crosspool lowered": ("crosspool", {"control": "lowered"}),
-    "crosspool host": ("crosspool", {"control": "host"}),
+    "crosspool lowered": ("crosspool", {"control": "lowered", "lanes": _LANES}),
+    "crosspool host": ("crosspool", {"control": "host", "lanes": _LANES}),
     "crosspool lowered 1 lane": ("crosspool", {"control": "lowered", "lanes": 1}),
     "static": ("static", {}),
     "elastic": ("elastic", {}),
@@ -50,7 +51,7 @@ _POLL_S = 5e-4
 def pool_bytes(models: Sequence[ServedModel], kv_bytes: int) -> tuple[int, int]:
     """Bytes of CrossPool's two devices on the card: attention weights and `kv_bytes`; FFN weights and what a step needs."""
     limits = StepLimits(OPTIONS["max_batch"], OPTIONS["prefill_chunk"])
-    return kv_bytes + sum(attention_bytes(model) for model in models), ffn_pool_bytes(models, limits)
+    return kv_bytes + sum(attention_bytes(model) for model in models), ffn_pool_bytes(models, limits, _LANES)
 
 
 def cluster_for(name: str, kv_bytes: int, weights_bytes: int) -> Cluster:

@@ -13,7 +13,7 @@ from serving.cost.cards import stages_on
 from serving.cost.hardware import load_hardware
 from serving.errors import UserError, command
 from serving.gpu_suite.seeded import seeded
-from serving.gpu_suite.steps_table import group_steps_table, steps_table
+from serving.gpu_suite.steps_table import group_steps_table, side_by_side_table, steps_table
 
 
 def _rows(path: Path) -> list[dict]:
@@ -183,6 +183,8 @@ def render(folder: Path) -> str:
         tables.append(steps_table(_rows(folder / "steps.json")))
     if (folder / "group_steps.json").exists():
         tables.append(group_steps_table(_rows(folder / "group_steps.json")))
+    if (folder / "side_by_side.json").exists():
+        tables.append(side_by_side_table(_rows(folder / "side_by_side.json")))
     if (folder / "serve.json").exists():
         tables.append(serve_table(_rows(folder / "serve.json")))
     if (folder / "swap.json").exists():

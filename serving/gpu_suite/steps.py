@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import random
 import statistics
 import time
@@ -27,7 +26,7 @@ from serving.cuda.layout import fill_numbers
 from serving.cuda.runner import StepRunner
 from serving.errors import command
 from serving.gpu_suite.engine import load
-from serving.gpu_suite.results import save
+from serving.gpu_suite.results import conclude, free_card, save
 from serving.gpu_suite.seeded import seeded
 from serving.gpu_suite.sides import Sides
 from serving.gpu_suite.steps_table import steps_table
@@ -119,13 +118,18 @@ def plan_of(step: Step, runs: Seq[Run]) -> StepPlan:
     return StepPlan.following(0, tuple(items))
 
 
+def draw_tokens(plan: StepPlan, rng: random.Random, vocab_size: int) -> None:
+    """New random tokens for the rows of `plan`: equal ones would choose the same experts."""
+    for sequence, rows in plan.items:
+        sequence.tokens[sequence.cached :] = rng.choices(range(vocab_size), k=rows)
+
+
 def _time(runner: StepRunner, step: Step, runs: Seq[Run], vocab_size: int, repeats: int) -> list[float]:
     """Milliseconds of each of `repeats` such steps, from launch to done, after some that do not count. Raises RuntimeError for
     one that does not end."""
     plan, rng, times = plan_of(step, runs), random.Random(step.longest), []
     for _ in range(_WARM_STEPS + repeats):
-        for sequence, rows in plan.items:  # equal rows would choose the same experts
-            sequence.tokens[sequence.cached :] = [rng.randrange(vocab_size) for _ in range(rows)]
+        draw_tokens(plan, rng, vocab_size)
         begun = time.perf_counter()
         runner.launch(0, 0, plan)
         while not runner.done(0):
@@ -163,13 +167,8 @@ def main(argv: Seq[str] | None = None) -> int:
         print(f"row: {model.name}: {measured} steps, {time.perf_counter() - begun:.0f} s", flush=True)
         del together
         pool.close()
-        gc.collect()  # graphs and what they run refer to each other
-        torch.cuda.empty_cache()
-    print(steps_table([row for row in rows if "error" not in row]))
-    for row in rows:
-        if "error" in row:
-            print(f"row: {row['model']} {row['error']}")
-    return int(any("error" in row for row in rows))
+        free_card()
+    return conclude(rows, steps_table, lambda row: row["model"])
 
 
 if __name__ == "__main__":

@@ -54,6 +54,33 @@ def group_steps_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def side_by_side_table(rows: Sequence[Row]) -> str:
+    """Of whole steps and of stages a grid each: a line for what is timed, its milliseconds alone, and how many times as long it takes
+    beside what stands above each column."""
+    grids = [_beside([row for row in rows if (row["side"] == "step") == whole]) for whole in (True, False)]
+    return "\n\n".join(grid for grid in grids if grid)
+
+
+def _beside(rows: Sequence[Row]) -> str:
+    alone = {_work(row): row["step_ms"] for row in rows if row["beside"] is None}
+    taken = {(_work(row), _work(row["beside"])): row["step_ms"] for row in rows if row["beside"] is not None}
+    if not taken:
+        return ""
+    columns = list(dict.fromkeys(other for _, other in taken))
+    lines = [f"| {' | '.join(['times as long', 'alone ms', *columns])} |", "|" + "---|" * (len(columns) + 2)]
+    for work, alone_ms in alone.items():
+        cells = [f"{taken[work, other] / alone_ms:.2f}" if (work, other) in taken else "" for other in columns]
+        lines.append(f"| {' | '.join([work, f'{alone_ms:.2f}', *cells])} |")
+    return "\n".join(lines)
+
+
+def _work(row: Row) -> str:
+    """What is timed, in words: the model, its decode rows and those of a prompt, and which side where it is not the whole."""
+    sizes = [f"decode {row['batch']}"] * (row["batch"] > 0) + [f"prompt {row['rows']}"] * row["chunks"]
+    side = [] if row["side"] == "step" else [row["side"]]
+    return " ".join([row["model"], *side, " + ".join(sizes)])
+
+
 def _parted(rows: Sequence[Row]) -> list[str]:
     """Steps of several parts: what they take, and over what their parts take alone, where those were measured."""
     head = ["model", "control", "decode", "at tokens", "chunks", "rows", "after tokens", "ms", "over its parts' sum"]

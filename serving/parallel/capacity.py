@@ -31,7 +31,7 @@ def exchange_shape(model: ServedModel, group: GroupPlan, limits: StepLimits) -> 
     return ExchangeShape(group.ranks, limits.max_rows * group.dp * row_bytes if group.ranks > 1 else 0)
 
 
-def share_workspace_bytes(model: ServedModel, group: GroupPlan, rank: int, limits: StepLimits) -> int:
-    """Activations of one step, of which the FFN's are of the rows of all replicas."""
+def share_workspace_bytes(model: ServedModel, group: GroupPlan, rank: int, limits: StepLimits, kind: str) -> int:
+    """Of one step on a device of `kind`; the FFN's activations are of the rows of all replicas."""
     share = share_model(model, group, rank)
-    return attention_workspace_bytes(share, limits) + group.dp * ffn_workspace_bytes(share, limits)
+    return attention_workspace_bytes(share, limits, kind) + group.dp * ffn_workspace_bytes(share, limits)

@@ -56,6 +56,11 @@ class GroupCosts:
             remember(one) for one in (self.embedding_s, self.head_s, self.ffn_s)
         )
 
+    @property
+    def spread(self) -> tuple[float, ...]:
+        """By what steps that should be alike differ, alike in number; empty where they do not."""
+        return self._stages.spread
+
     def embedding_s(self, rows: int) -> float:
         if not rows:
             return 0.0
@@ -121,12 +126,20 @@ class GroupCosts:
 
     def _load_of(self, shapes: Sequence[StepShape]) -> Load:
         layers, ffns = self._stages.spec.num_layers, self.all_ffns(self.passes(shapes))
-        moved = computed = 0.0
+        moved = computed = attention_s = 0.0
         for own in shapes:
             if own.rows:
                 attention = self._attended(own.batch, rounded(own.context_tokens), own.chunks)
                 moved, computed = max(moved, attention.bytes), max(computed, attention.flops)
-        return Load(self.step_s(shapes), ffns.bytes + layers * moved, ffns.flops + layers * computed)
+                attention_s = max(attention_s, attention.alone_s)
+        slowed = self._beside_stream(layers * attention_s, ffns.alone_s)
+        return Load(self.step_s(shapes), ffns.bytes + layers * moved, ffns.flops + layers * computed, slowed)
+
+    def _beside_stream(self, attention_s: float, ffns_s: float) -> float:
+        """Slowdown beside a streaming core of a step with so much attention and FFN."""
+        lost_s = attention_s * (self._stages.beside_stream("stage_decode") - 1.0)
+        lost_s += ffns_s * (self._stages.beside_stream("stage_routed") - 1.0)
+        return 1.0 + lost_s / (attention_s + ffns_s) if lost_s else 1.0
 
     def posted_bytes(self, rows: int, all_rows: int) -> int:
         """Bytes that a rank posts in one layer, of a step of `rows` rows in its replica."""

@@ -21,6 +21,7 @@ from serving.sim.host_cache import SimulatedHostCache
 from serving.sim.neighbours import Neighbours
 from serving.sim.pipeline import Pipeline
 from serving.sim.shared import Crowd, SharedDevice
+from serving.sim.shared_card import SharedCardWorker
 from serving.sim.swapping import SimulatedSwapWorker
 from serving.sim.uncoordinated import UncoordinatedGroup
 from serving.sim.workers import SimulatedFFNWorker, SimulatedModelWorker, SimulatedWorker
@@ -77,9 +78,10 @@ class SimulatedBackend:
         memory, stages = self._memory_of(role.device), [self._stages_for(m, role.device) for m in self._as_held(role)]
         if isinstance(role, ModelWorkerConfig):
             behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
-            shares_card = role.device.kind == "cuda" and any(worker.memory == memory for worker in behind)
-            times = [self._times_of(each, shares_card) for each in stages]
-            return SimulatedModelWorker(name, self.clock, role, times, behind, self._pipeline, self._prefill, memory)
+            here = [role.device.kind == "cuda" and worker.memory == memory for worker in behind]
+            kind = SharedCardWorker if here and all(here) else SimulatedModelWorker
+            times = [self._times_of(each, any(here)) for each in stages]
+            return kind(name, self.clock, role, times, behind, self._pipeline, self._prefill, memory)
         times = [self._times_of(each) for each in stages]
         if isinstance(role, SwapWorkerConfig):
             host_cache = self._host_cache(role, times[0])
@@ -139,7 +141,8 @@ class SimulatedBackend:
             self._crowd = Crowd(self.clock, role.uncoordinated, stages.dtype)
         if role.device.name not in self._crowd.devices:
             pages = max(pool.num_pages for pool in role.pools)
-            self._crowd.devices[role.device.name] = SharedDevice(stages.hardware, pages)
+            memory = self._memory_of(role.device)
+            self._crowd.devices[role.device.name] = SharedDevice(stages.hardware, pages, memory)
 
     def _as_held(self, role: Role) -> Sequence[ServedModel]:
         """The role's models as their worker holds them: narrower where it has a slice of their width."""

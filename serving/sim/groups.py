@@ -6,6 +6,7 @@ devices has nobody to give way to between layers, so that one event covers the s
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class SimulatedGroup:
         # Of decode steps that repeat, by the replicas' sequences and their contexts as costs see them.
         self._demands: dict[tuple[int, ...], Load | Stages] = {}
         self._posted: list[tuple[SimulatedGroupWorker, int]] = []  # bytes that ranks post in the step under way
+        self._random = random.Random(self._spec.name)
 
     def join(self, rank: int, worker: SimulatedGroupWorker, page_bytes: int) -> None:
         self._ranks[rank] = worker
@@ -115,7 +117,12 @@ class SimulatedGroup:
         self._compute(demand)
 
     def _compute(self, demand: Stages) -> None:
-        self._run(deque(demand))
+        factor = self._factor()
+        self._run(deque(demand if factor == 1 else [[seconds * factor for seconds in stage] for stage in demand]))
+
+    def _factor(self) -> float:
+        """By how much the step that begins is to differ from its like; 1 where steps do not."""
+        return self._random.choice(self._costs.spread) if self._costs.spread else 1
 
     def _demand(self, shapes: Sequence[StepShape], wanted: Sequence[int]) -> Stages:
         """Seconds by rank of each stage up to the next exchange of all."""

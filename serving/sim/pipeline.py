@@ -221,6 +221,14 @@ class AttentionDevice:
     pipeline: Pipeline
     number: int
 
+    def submit(self) -> None:
+        """A sequence was added to it now."""
+        self.pipeline.submit(self)
+
+    def end_earlier(self, end_ns: int) -> None:
+        """Its step, under way as one stage in its only lane, ends at `end_ns` instead of later."""
+        self.pipeline.end_earlier(self, end_ns)
+
     @property
     def busy_ns(self) -> int:
         return self.pipeline.read_device(self.number, events.BUSY_NS)

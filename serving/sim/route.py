@@ -65,6 +65,10 @@ class Route:
             for layer, legs in self._legs
         )
 
+    def both_ways_ns(self, stages: ModelStages, rows: int) -> int:
+        """What the rows of a layer take on their way there and back, whatever else goes on meanwhile."""
+        return 2 * self._one_way_ns(stages, rows)
+
     def cross_ns(self, stages: ModelStages, rows: int) -> int:
         """How long rows are on their way, one way, beside what the devices do."""
         return 0 if self._inline else self._one_way_ns(stages, rows)

@@ -69,7 +69,7 @@ class UncoordinatedGroup(SimulatedGroup):
         return self._costs.step_load(shapes)
 
     def _compute(self, demand: Load) -> None:
-        self._crowd.start(demand, self._plan.devices, self._complete)
+        self._crowd.start(demand, self._plan.devices, self._complete, self._factor())
 
     def _release(self, replica: int, request_id: int) -> None:
         pages = self._held[replica].pop(request_id)

@@ -17,7 +17,7 @@ from serving.sequence import Sequence as LiveSequence
 from serving.sim.clock import VirtualClock
 from serving.sim.costs import StageTimes
 from serving.sim.leaps import LONGEST_STEPS, Leap
-from serving.sim.pipeline import FFNDevice, Pipeline, Step
+from serving.sim.pipeline import AttentionDevice, FFNDevice, Pipeline, Step
 from serving.sim.route import Route
 from serving.workers.config import FFNWorkerConfig, ModelWorkerConfig
 from serving.workers.messages import Cancel, PoolUse, Preempted, Stop, Submit, Tokens
@@ -132,7 +132,7 @@ class SimulatedModelWorker(SimulatedWorker):
         memory: int = 0,
     ) -> None:
         super().__init__(name, clock)
-        self._role, self._times, self._pipeline = role, times, pipeline
+        self._role, self._times = role, times
         self._prefill = prefill
         self._scheduler = StepScheduler(
             len(role.models), role.limits, role.profiles, role.prefill_first, role.chunks_in_flight
@@ -145,11 +145,15 @@ class SimulatedModelWorker(SimulatedWorker):
         self._held: dict[int, tuple[int, int]] = {}  # request id -> model, pages
         self._next_sample_ns = 0
         self._routes = [Route.of(role, index, ffn_workers, pipeline) for index in range(len(role.models))]
-        self._device = pipeline.add_attention(self._begin, self._complete, role.lanes, memory)
+        self._device = self._add_device(pipeline, memory)
         # Whether nobody else has a say in when a step that is one stage ends, and what comes after it.
         self._leaps = role.lanes == 1 and all(one.alone for one in times)
         self._leap: Leap | None = None  # the steps under way where they are more than one
         self._random = random.Random(name)
+
+    def _add_device(self, pipeline: Pipeline, memory: int) -> AttentionDevice:
+        """What the worker's lanes run on."""
+        return pipeline.add_attention(self._begin, self._complete, self._role.lanes, memory)
 
     def send(self, message: Submit | Cancel | Stop) -> None:
         self._end_leap()
@@ -161,7 +165,7 @@ class SimulatedModelWorker(SimulatedWorker):
             self._scheduler.add(sequence)
             if self._growth:
                 self._growth.add(sequence)
-            self._pipeline.submit(self._device)
+            self._device.submit()
         elif isinstance(message, Cancel):
             self._scheduler.cancel(message.request_id, message.model)
 
@@ -176,6 +180,11 @@ class SimulatedModelWorker(SimulatedWorker):
 
     # -- the life of a step --------------------------------------------------------------------------------------------
     def _begin(self) -> Step | None:
+        plan = self._next_plan()
+        return None if plan is None else self._step_of(plan)
+
+    def _next_plan(self) -> StepPlan | None:
+        """The step to begin next, its pages taken; None where nobody may step."""
         plan = self._scheduler.next_step(self._growth and self._growth.may_step(self._clock.now_ns() / 1e9))
         if self._growth:
             self._report_preempted(self._growth.take_preempted())
@@ -184,6 +193,10 @@ class SimulatedModelWorker(SimulatedWorker):
         if self._growth:
             self._growth.take(plan)
         self._grow(plan)
+        return plan
+
+    def _step_of(self, plan: StepPlan) -> Step:
+        """What `plan` costs the devices."""
         times, layers = self._times[plan.model], self._role.models[plan.model].spec.num_layers
         query_lens = plan.query_lens
         rows, wanted = sum(query_lens), len(plan.logit_rows)
@@ -285,7 +298,7 @@ class SimulatedModelWorker(SimulatedWorker):
         if self._leap is not None:
             self._tell()
             self._leap.cut()
-            self._pipeline.end_earlier(self._device, self._leap.end_ns)
+            self._device.end_earlier(self._leap.end_ns)
 
     def _land(self) -> StepPlan:
         """The last step of the leap, which is over, those before it written into the sequences."""

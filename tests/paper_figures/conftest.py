@@ -30,10 +30,11 @@ def write_run(tmp_path):
         scale: float = 1.0,
         backend: str = "real",
         timeline: bool = False,
+        repeat: int = 0,
         **metrics,
     ) -> Path:
         options = options or {"lanes": 2, "control": "lowered"}
-        name = f"{system}-{backend}-{experiment}-{seed}-{rate}-{alpha}-{prompt}-{num_models}-{'-'.join(map(str, options.values()))}"
+        name = f"{system}-{backend}-{experiment}-{seed}-{rate}-{alpha}-{prompt}-{num_models}-{'-'.join(map(str, options.values()))}-{repeat}"
         directory = tmp_path / experiment / name
         directory.mkdir(parents=True)
         models = [f"model-{i}" for i in range(num_models)]
@@ -54,6 +55,7 @@ def write_run(tmp_path):
             "command": f"bench.py experiment={experiment}",
             "config": {
                 "backend": {"name": backend},
+                "repeat": repeat,
                 "system": {"name": system, "options": options},
                 "models": [{"name": model} for model in models],
                 "devices": [{"name": "cpu:0", "kind": "cpu", "memory_mib": 1}],

@@ -146,6 +146,19 @@ def test_sweeps_and_tables_hold_the_records_numbers(everything, tmp_path):
     assert list(outcomes["rejected"]) == [1] * 4
 
 
+def test_simulated_against_measured_takes_the_median_over_rounds_of_the_error(write_run, tmp_path):
+    for repeat, (measured, simulated) in enumerate([(100.0, 130.0), (200.0, 210.0), (50.0, 51.0)], start=1):
+        write_run(repeat=repeat, p99_itl_ms=measured)
+        write_run(repeat=repeat, backend="sim", p99_itl_ms=simulated)
+    write_run(repeat=4, p99_itl_ms=1.0)  # not simulated
+    assert draw(tmp_path, "validation") == 0
+    rows = pd.read_csv(tmp_path / "out" / "made-up" / "validation.csv")
+    row = rows[rows["metric"] == "p99_itl_ms"].iloc[0]
+    assert (row["rounds"], row["measured"], row["simulated"]) == (3, 100.0, 130.0)
+    assert list(row[["error", "least", "most"]]) == pytest.approx([0.05, 0.02, 0.3])
+    assert "n = 1 seed (0), 4 times" in (tmp_path / "out" / "made-up" / "validation.caption.txt").read_text()
+
+
 @pytest.mark.parametrize("num_systems", [1, 2, 9])
 def test_any_number_of_systems_is_drawn_each_with_its_own_look(write_run, tmp_path, num_systems):
     names = ["crosspool", "static", "elastic", "swap", "quota", "prism", "a", "b", "c"][:num_systems]

@@ -54,6 +54,7 @@ def config_with(path="", value=None):
         ("force", "maybe", "force is 'maybe'; it must be true or false"),
         ("drain_timeout_s", True, "drain_timeout_s is True; it must be a number"),
         ("drain_timeout_s", -1, "drain_timeout_s is -1; it must be a positive number"),
+        ("repeat", -1, "repeat is -1; it must be at least 0"),
         ("experiment", "../x", "must be a plain folder name"),
         ("experiment", ".hidden", "must be a plain folder name"),
         ("experiment", "", "must be a plain folder name"),
@@ -78,6 +79,11 @@ def test_a_run_has_one_identity_however_it_is_spelled():
     assert identity("workload.arrivals.rate_rps", 5.0) == run == identity("workload.rate", 5)
     assert identity("slo.ttft_ms", 100.0) == identity("slo.ttft_ms", 100)
     assert identity("workload.rate", 5.5) != run
+
+
+def test_runs_that_repeat_one_another_are_kept_apart_and_older_records_are_still_found():
+    assert "repeat" not in config_with().identity()
+    assert len({config_hash(config_with("repeat", repeat).identity()) for repeat in range(3)}) == 3
 
 
 def test_where_a_record_goes_is_no_part_of_what_the_run_is():

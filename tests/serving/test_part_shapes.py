@@ -22,6 +22,7 @@ def test_shapes_reach_the_limits():
     assert smallest(shapes, 0, 33) == Shape(0, 64)
     assert smallest(shapes, 2, 33) == Shape(5, 64)
     assert shapes_of(StepLimits(1, 100), 8) == [(1, 0), (0, 8)]
+    assert shapes_of(StepLimits(1, 100), 8, replicas=2) == [(1, 0), (0, 8), (1, 8)]
 
 
 def test_few_decode_rows_have_shapes_of_their_own():

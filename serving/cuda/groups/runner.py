@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from kernels.launch import compile_ahead, recording
+from kernels.launch import compiling_ahead
 from serving.batching import StepLimits
 from serving.cuda.capture import captured
 from serving.cuda.groups.parts import GroupPart, GroupParts
@@ -26,7 +26,7 @@ class GroupRunner:
         self._plan, self._ranks, self._limits = plan, list(ranks), limits
         half = ranks[0].attention
         self._width, self._row_bytes = half.spec.hidden_size, half.spec.hidden_size * half.dtype.itemsize
-        self._shapes = shapes_of(limits, ranks[0].kv.geometry.max_context_tokens)
+        self._shapes = shapes_of(limits, ranks[0].kv.geometry.max_context_tokens, plan.dp)
         self._parts = GroupParts(plan.dp, self._shapes, limits, pinned=True)
         self._lanes = [Lane(rank.device, set(), limits.max_batch, self._shapes) for rank in ranks]
         most = plan.dp * max(shape.rows for shape in self._shapes)
@@ -89,9 +89,8 @@ class GroupRunner:
         alone = AloneRows(self._plan)
         for rank, held in enumerate(self._ranks):
             with torch.cuda.device(held.device):
-                with recording() as calls:
+                with compiling_ahead():
                     self._run_every_shape(rank, alone)
-                compile_ahead(calls)
                 self._run_every_shape(rank, alone)
         for by_rank in self._rows.values():
             for held, rows in zip(self._ranks, by_rank, strict=True):

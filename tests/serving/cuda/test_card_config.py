@@ -1,6 +1,7 @@
 """What is decided about cards before one is touched: which options they take, and what is said where there is none."""
 
 import ctypes
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from served import served
 
 from crosspool.engine import CrossPool, CrossPoolOptions
+from kernels.attention import gqa_scratch_bytes
+from kernels.mla import mla_scratch_bytes
 from serving import registry
 from serving.backend import MonotonicClock
 from serving.capacity import ffn_bytes, ffn_workspace_bytes
+from serving.cost.table1 import published_spec
 from serving.cuda import driver
 from serving.cuda.build import card
 from serving.cuda.exchange import bytes_crossed
@@ -18,7 +22,7 @@ from serving.errors import CapacityError, UserError
 from serving.generate import cpu_cluster, cuda_cluster
 from serving.interface import Cluster, Demand, Device, ServedModel
 from serving.residency.image import placed_bytes
-from serving.spec import load_spec
+from serving.spec import MLASpec, load_spec
 
 pytestmark = pytest.mark.cpu
 
@@ -56,12 +60,37 @@ def test_ffns_take_what_they_need_of_a_lone_card_and_kv_the_rest(model):
     system = CrossPool(CrossPoolOptions(page_bytes=2 << 20, kv_share=None, ffn_sharding="layer"))
     kv, weights = system.plan(CARD, [model], Demand()).devices
     assert kv.device.memory_bytes + weights.device.memory_bytes == CARD.memory_bytes
-    needed = ffn_bytes(model) + ffn_workspace_bytes(model, system.options.limits)
+    needed = ffn_bytes(model) + system.options.lanes * ffn_workspace_bytes(model, system.options.limits)
     assert weights.device.memory_bytes == needed == sum(weights.weights_bytes.values()) + needed - ffn_bytes(model)
     with pytest.raises(CapacityError, match="FFN weights and workspace"):
         system.plan(Cluster((Device("gpu0", "cuda", 0, needed - 1),)), [model], Demand())
     with pytest.raises(UserError, match="there are 2 devices: give a share"):
         system.plan(cuda_two(), [model], Demand())
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "deepseek-v2-lite"])
+@pytest.mark.parametrize(
+    ("system", "lanes"), [("crosspool", 2), ("crosspool", 3), ("static", 1), ("elastic", 1), ("swap", 1)]
+)
+def test_what_attention_keeps_of_partial_results_on_a_card_is_no_room_for_kv(system, lanes, name):
+    """Of as many bytes a card has less KV than a core, by what a step takes on 132 multiprocessors, once a lane."""
+    model = ServedModel(published_spec(name), Path(), "bfloat16")
+    sizes, attention = (4, 256), model.spec.attention
+    options = {"max_batch": sizes[0], "prefill_chunk": sizes[1], "page_bytes": PAGE_BYTES}
+    if system == "crosspool":
+        options["lanes"] = lanes
+
+    def kv_bytes(kind):
+        devices = [
+            Device(f"{kind}{index}", kind, index, 80 << 30) for index in range(2 if system == "crosspool" else 1)
+        ]
+        return registry.create(system, options).plan(Cluster(tuple(devices)), [model], Demand()).devices[0].kv_bytes
+
+    if isinstance(attention, MLASpec):
+        scratch_bytes = mla_scratch_bytes(*sizes, attention.num_heads, attention.kv_rank, 132)
+    else:
+        scratch_bytes = gqa_scratch_bytes(*sizes, attention.num_heads, attention.num_kv_heads, attention.head_dim, 132)
+    assert kv_bytes("cpu") - kv_bytes("cuda") >= lanes * scratch_bytes - PAGE_BYTES > PAGE_BYTES
 
 
 def cuda_two() -> Cluster:

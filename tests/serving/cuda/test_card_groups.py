@@ -109,7 +109,7 @@ class Group:
             first_token = share.heads.uneven(spec.vocab_size).start
             self.ranks.append(CardRank(attention, ffn, kv, blocks, tp, first_token))
         self.replicas = [ReplicaKV([self.ranks[rank].kv for rank in self.plan.ranks_of(r)]) for r in range(dp)]
-        self.parts = GroupParts(dp, shapes_of(LIMITS, kv.geometry.max_context_tokens), LIMITS, pinned=False)
+        self.parts = GroupParts(dp, shapes_of(LIMITS, kv.geometry.max_context_tokens, dp), LIMITS, pinned=False)
 
     def step(self, plans) -> list[list[int]]:
         tokens: list[list[int]] = [[] for _ in plans]
@@ -246,7 +246,7 @@ def test_the_worker_serves_all_replicas_until_it_is_told_to_stop(group):
 def test_a_rank_alone_computes_the_same_shapes(group):
     _, group = group
     held = group.ranks[0]
-    for shape in shapes_of(LIMITS, held.kv.geometry.max_context_tokens):
+    for shape in shapes_of(LIMITS, held.kv.geometry.max_context_tokens, group.plan.dp):
         part = group.parts.idle(shape)
         sources = part.sources if group.plan.dp > 1 else None
         with torch.inference_mode():
@@ -259,7 +259,7 @@ def test_a_rank_alone_computes_the_same_shapes(group):
 @settings(max_examples=30, deadline=None)
 def test_idle_rows_repeat_an_active_one(decoding):
     """So that no expert is read for what they hold."""
-    parts = GroupParts(len(decoding), shapes_of(LIMITS, 64), LIMITS, pinned=False)
+    parts = GroupParts(len(decoding), shapes_of(LIMITS, 64, len(decoding)), LIMITS, pinned=False)
     scheduler = StepScheduler(len(decoding), LIMITS)
     run = ReplicaRun()
     for replica, count in enumerate(decoding):
@@ -275,6 +275,27 @@ def test_idle_rows_repeat_an_active_one(decoding):
     assert set(part.sources.tolist()) == active
     assert all(part.sources[row] == row for row in active)
     assert part.wanted == tuple(list(range(count)) for count in decoding)
+
+
+@given(st.lists(st.lists(st.integers(1, 45), max_size=4), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_whatever_replicas_do_together_has_a_shape(pending):
+    """Also where one decodes all that it may while another is given a prompt."""
+    parts = GroupParts(len(pending), shapes_of(LIMITS, 64, len(pending)), LIMITS, pinned=False)
+    plans = []
+    for replica, tokens_of_each in enumerate(pending):
+        scheduler = StepScheduler(len(pending), LIMITS)
+        for number, tokens in enumerate(tokens_of_each):
+            scheduler.add(Sequence(number, replica, [1] * 50, 50, 4, cached=50 - tokens, run=ReplicaRun()))
+        plans.append(scheduler.next_step())
+    made = parts.of(plans)
+    for replica, plan in enumerate(plans):
+        rows = sum(plan.query_lens) if plan else 0
+        assert (
+            sum((part.numbers[replica][2 * part.shape.rows : 3 * part.shape.rows] >= 0).sum() for part in made) == rows
+        )
+        assert sum(len(part.wanted[replica]) for part in made) == (len(plan.logit_rows) if plan else 0)
+    assert all(part.shape.rows <= LIMITS.max_rows for part in made)
 
 
 class ReplicaRun:

@@ -69,7 +69,7 @@ def rank_of(directory, tp, dp):
 def test_a_rank_computes_its_share_of_the_rows_of_all_who_are_active(architecture, tp, dp, step, tiny_checkpoints):
     plan, held, pool = rank_of(tiny_checkpoints[architecture], tp, dp)
     step = dataclasses.replace(step, active=min(step.active, dp))
-    shapes = shapes_of(steps.LIMITS, held.kv.geometry.max_context_tokens)
+    shapes = shapes_of(steps.LIMITS, held.kv.geometry.max_context_tokens, dp)
     runs = steps.filled_runs(held.kv, step.step.sequences, step.step.longest)
     (part,) = GroupParts(dp, shapes, steps.LIMITS, pinned=False).of(step.plans(runs, dp))
     rank, layers = RankAlone(plan, held, max(shape.rows for shape in shapes)), held.attention.spec.num_layers

@@ -26,7 +26,7 @@ ASIDE = {NAMES[0]: {"devices": [0, 1], "tp": 2}, NAMES[1]: {"devices": [2]}, NAM
 CASES = {
     "elastic": ({}, 3, 140 << 30),
     "elastic in groups": ({"groups": TOGETHER}, 2, 80 << 30),
-    "elastic, scarce": ({"groups": TOGETHER, "admission": "optimistic", "page_bytes": 1 << 16}, 2, 301 << 28),
+    "elastic, scarce": ({"groups": TOGETHER, "admission": "optimistic", "page_bytes": 1 << 16}, 2, 77208 << 20),
     "elastic, decode only": ({}, 2, 140 << 30),
     "elastic-placement": ({"idle_evict_s": 1.0}, 2, 140 << 30),
     "static in groups": ({"placement": "given", "groups": ASIDE}, 4, 140 << 30),

@@ -53,6 +53,39 @@ def test_a_group_is_as_slow_as_on_its_worst_device():
     assert ended["wide"] == pytest.approx(0.010 * slowdowns([BOUND, BOUND], A100, Contention())[0], rel=1e-6)
 
 
+def test_steps_on_other_cores_slow_each_other_by_what_each_draws_and_those_on_one_core_draw_in_turn():
+    clock, cores = crowd("a", "b", "elsewhere", interference=0.2)
+    cores.devices["elsewhere"].memory = 1
+    bandwidth, ended = A100.memory_bandwidth, {}
+
+    def start(name, device, draws, beside):
+        load = Load(0.010, 0.010 * draws * bandwidth, 0.0, beside)
+        cores.start(load, [device], lambda: ended.setdefault(name, clock.now_ns() / 1e9))
+
+    start("mine", "a", 0.2, 1.5)
+    start("other", "elsewhere", 1.0, 1.5)
+    for name, draws in (("one", 0.5), ("two", 0.1)):
+        start(name, "b", draws, 1.3)
+    clock.sleep(1)
+    shared = slowdowns(
+        [Load(0.010, 0.010 * draws * bandwidth, 0.0) for draws in (0.5, 0.1)], A100, Contention(interference=0.2)
+    )
+    assert ended["other"] == pytest.approx(0.010, rel=1e-6)
+    assert ended["mine"] == pytest.approx(0.010 * (1 + 0.5 * 0.3), rel=1e-6)  # 0.5 and 0.1 in turn are 0.3
+    slow = ended["mine"] / (shared[0] * (1 + 0.3 * 0.2))  # of "one", while "mine" ran; neither is over before
+    assert ended["one"] == pytest.approx(ended["mine"] + (0.010 - slow) * shared[0], rel=1e-6)
+
+
+def test_a_card_knows_nothing_of_neighbours_and_of_steps_that_differ(monkeypatch):
+    def unknown(*_):
+        raise AssertionError("asked for on a card")
+
+    seen = serve(requests(8, 200, 50), 140 << 30)[1]
+    monkeypatch.setattr("serving.sim.shared.neighbour_slowdown", unknown)
+    monkeypatch.setattr("random.Random.choice", unknown)
+    assert serve(requests(8, 200, 50), 140 << 30)[1].requests == seen.requests
+
+
 MODELS = [
     ServedModel(published_spec(name), Path("unused"), "bfloat16") for name in ("deepseek-v2-lite", "glm-4.7-flash")
 ]

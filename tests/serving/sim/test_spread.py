@@ -23,11 +23,27 @@ from workloads.trace import TraceRequest
 pytestmark = pytest.mark.cpu
 
 
+GROUP = {"placement": "given", "groups": {"m": {"devices": [0, 1], "tp": 2}}}
+SYSTEMS = {  # and options
+    "static": {},
+    "static in a group": GROUP,
+    "swap": {},
+    "elastic": {},
+    "elastic in a group": {"groups": GROUP["groups"]},
+    "elastic-placement": {"idle_evict_s": 0},
+}
+
+
 def gaps_ns(
-    system_name: str, checkpoints, spread: tuple[float, ...], count: int = 1, beside: float = 1.0
+    system_name: str,
+    checkpoints,
+    spread: tuple[float, ...],
+    count: int = 1,
+    beside: float = 1.0,
+    models: tuple[str, ...] = ("m",),
 ) -> list[list[int]]:
-    """Nanoseconds between the tokens of each of `count` requests that come at once. Stages take `beside` times as long beside a
-    stream."""
+    """Nanoseconds between the tokens of each of `count` requests that come at once, to each of `models` in turn, which are alike.
+    Stages take `beside` times as long beside a stream."""
 
     class Stages(StageCosts):
         def beside_stream(self, operator: str) -> float:
@@ -35,12 +51,13 @@ def gaps_ns(
 
     Stages.spread = spread
     directory = checkpoints["mixtral"]
-    model = ServedModel(load_spec(directory, "m"), directory, "bfloat16")
+    served = [ServedModel(load_spec(directory, name), directory, "bfloat16") for name in models]
     cost = CostModel(load_hardware("h200"))
     backend = SimulatedBackend("made", lambda model, device: Stages(model.spec, cost))
-    system = registry.create(system_name, {"page_bytes": 4096})
-    system.start(system.plan(cpu_cluster(2, 64 << 20), [model], Demand()), backend)
-    trace = [TraceRequest(number, "m", 0.0, 5, 40, (1,) * 5) for number in range(count)]
+    options = {"page_bytes": 4096, **SYSTEMS.get(system_name, {})}
+    system = registry.create(system_name.split()[0], options)
+    system.start(system.plan(cpu_cluster(2, 64 << 20), served, Demand()), backend)
+    trace = [TraceRequest(number, models[number % len(models)], 0.0, 5, 40, (1,) * 5) for number in range(count)]
     try:
         rows = Replay(system, trace, 10.0, 0.0005, backend.clock).run(count, "sim").requests
     finally:
@@ -49,7 +66,7 @@ def gaps_ns(
     return [[after - before for before, after in itertools.pairwise(one)] for one in times]
 
 
-@pytest.mark.parametrize("system", ["static", "swap"])
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_a_step_takes_its_usual_time_times_one_of_the_factors(system, tiny_checkpoints):
     (usual,), (spread,) = (gaps_ns(system, tiny_checkpoints, factors) for factors in ((), (0.5, 1.5)))
     factors = [mine / other for mine, other in zip(spread, usual, strict=True)]
@@ -72,11 +89,22 @@ def test_swapping_devices_slow_each_other_over_the_memory_of_their_host(tiny_che
     assert lone == lone_beside and alone < beside < 1.5 * alone
 
 
-def test_steps_of_a_swapping_device_that_repeat_differ_as_those_that_are_begun_one_by_one(
-    tiny_checkpoints, monkeypatch
-):
-    found = gaps_ns("swap", tiny_checkpoints, (0.5, 1.0, 1.5), 6, beside=1.5)
+@pytest.mark.parametrize("system", ["elastic", "elastic-placement"])
+def test_engines_slow_each_other_over_the_memory_of_their_host(tiny_checkpoints, system):
+    """One on each core, or one alone."""
+    lone, lone_beside = (gaps_ns(system, tiny_checkpoints, (), 1, slowed, ("m", "n")) for slowed in (1.0, 1.5))
+    alone, beside = (
+        sum(map(sum, gaps_ns(system, tiny_checkpoints, (), 2, slowed, ("m", "n")))) for slowed in (1.0, 1.5)
+    )
+    assert lone == lone_beside and alone == 2 * sum(lone[0])
+    assert alone < beside < 1.5 * alone
+
+
+@pytest.mark.parametrize("system", ["swap", "elastic", "elastic-placement", "static in a group"])
+def test_steps_that_repeat_differ_as_those_that_are_begun_one_by_one(system, tiny_checkpoints, monkeypatch):
+    models = ("m",) if "group" in system else ("m", "n", "o")
+    found = gaps_ns(system, tiny_checkpoints, (0.5, 1.0, 1.5), 6, 1.5, models)
     monkeypatch.setattr(StepScheduler, "repeats", lambda self, plan: 0)
     decide = RequestLevel.decide
     monkeypatch.setattr(RequestLevel, "decide", lambda policy, view: replace(decide(policy, view), settled=False))
-    assert found == gaps_ns("swap", tiny_checkpoints, (0.5, 1.0, 1.5), 6, beside=1.5)
+    assert found == gaps_ns(system, tiny_checkpoints, (0.5, 1.0, 1.5), 6, 1.5, models)
