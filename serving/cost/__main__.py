@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from serving.cost.check import check, fit_card, format_cells
@@ -83,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=4,
         help="rounds of the script that a worker serves, whose steps set the level",
+    )
+    measure.add_argument(
+        "--lone-steps",
+        type=int,
+        default=64,
+        help="decode steps of a sequence that the script serves alone: as many as requests have in the mean",
     )
     measure.add_argument(
         "--busy-share",
@@ -230,24 +237,29 @@ def _calibrate(options: argparse.Namespace) -> int:
         "date": datetime.date.today().isoformat(),
         "command": "python -m serving.cost calibrate",
         "busy_share": options.busy_share,
+        "lone_steps": options.lone_steps,
     }
     rates, cores = machine_rates.stream_rates() | machine_rates.crossing_rates(), sorted(os.sched_getaffinity(0))
     own = cores[0] if options.core is None else options.core
     _pin(own)
     rates |= machine_rates.product_rates()
     rows, layers, neighbour, spread = [], [], {}, {}
-    for model in served:
-        halves = calibrate.load_halves(model)
-        points = list(calibrate.stage_points(model, *halves))
-        steps = measure_steps(model, *halves, options.script_rounds, busy_share=options.busy_share)
-        rows, layers, spread[model.name] = rows + steps.once, layers + steps.layers, steps.spread
-        mine, lost = calibrate.measure(points, options.rounds, options.point_ms / 1e3)
-        provenance[f"lost_share/{model.name}"] = round(lost, 3)
-        print(f"{model.name}: {len(mine)} points; other processes held the core {lost:.0%} of the time")
-        rows += mine
-        if others := [core for core in cores if core != own]:
-            neighbour[model.name] = calibrate.measure_beside_stream(points, others[0], options.point_ms / 1e3)
-            print("  beside a streaming core: " + ", ".join(f"{k} x{v:.2f}" for k, v in neighbour[model.name].items()))
+    others = [core for core in cores if core != own] if served else []
+    with calibrate.streaming(others[0]) if others else nullcontext() as stream:
+        for model in served:
+            halves = calibrate.load_halves(model)
+            points = list(calibrate.stage_points(model, *halves))
+            script = {"busy_share": options.busy_share, "lone_steps": options.lone_steps}
+            steps = measure_steps(model, *halves, options.script_rounds, **script)
+            rows, layers, spread[model.name] = rows + steps.once, layers + steps.layers, steps.spread
+            mine, lost = calibrate.measure(points, options.rounds, options.point_ms / 1e3)
+            provenance[f"lost_share/{model.name}"] = round(lost, 3)
+            print(f"{model.name}: {len(mine)} points; other processes held the core {lost:.0%} of the time")
+            rows += mine
+            if stream:
+                beside = calibrate.measure_beside_stream(points, stream, options.point_ms / 1e3)
+                neighbour[model.name] = beside
+                print("  beside a streaming core: " + ", ".join(f"{k} x{v:.2f}" for k, v in beside.items()))
     measured = rows_by_operator(rows)
     ratios = levels(calibration(rates, options.dtype, measured, provenance), layers)
     for (operator, name), level in mean_levels(ratios).items():

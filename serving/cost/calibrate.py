@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -98,10 +99,27 @@ def _timed(call: Callable[[], object]) -> int:
     return time.thread_time_ns() - started
 
 
-def measure_beside_stream(points: list[Point], core: int, seconds_per_point: float) -> dict[str, float]:
-    """By how much stages of decode steps slow while `core` streams memory: the median over a few sizes, by operator, each measured
-    with and without it in turns, because the machine's own speed drifts."""
-    command = [sys.executable, "-m", "serving.cost", "stream", "--core", str(core), "--seconds", "600"]
+@contextmanager
+def streaming(core: int) -> Iterator[Callable[[bool], None]]:
+    """A process on `core` that streams memory while it is told True, and does nothing at first and while it is told False. Raises
+    UserError where there can be none."""
+    command = [sys.executable, "-m", "serving.cost", "stream", "--core", str(core), "--seconds", "3600"]
+    streamer = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        if not streamer.stdout.readline():  # what it says once it streams
+            raise UserError(f"the streaming process on core {core} ended with status {streamer.wait()}")
+        streamer.send_signal(signal.SIGSTOP)
+        yield lambda on: streamer.send_signal(signal.SIGCONT if on else signal.SIGSTOP)
+    finally:
+        streamer.kill()
+        streamer.communicate()
+
+
+def measure_beside_stream(
+    points: list[Point], stream: Callable[[bool], None], seconds_per_point: float
+) -> dict[str, float]:
+    """By how much stages of decode steps slow while another core streams memory (`stream`, see :func:`streaming`): the median over
+    a few sizes, by operator, each measured with and without it in turns, because the machine's own speed drifts."""
     chosen = [
         point
         for point in points
@@ -111,18 +129,11 @@ def measure_beside_stream(points: list[Point], core: int, seconds_per_point: flo
     ]
     ratios: dict[str, list[float]] = {}
     with torch.inference_mode():
-        streamer = subprocess.Popen(command, stdout=subprocess.PIPE)
-        try:
-            if not streamer.stdout.readline():  # what it says once it streams
-                raise UserError(f"the streaming process on core {core} ended with status {streamer.wait()}")
-            for point in chosen * _BESIDE_ROUNDS:
-                streamer.send_signal(signal.SIGSTOP)
-                alone = _time(point, seconds_per_point)
-                streamer.send_signal(signal.SIGCONT)
-                ratios.setdefault(point.operator, []).append(_time(point, seconds_per_point) / alone)
-        finally:
-            streamer.kill()
-            streamer.communicate()
+        for point in chosen * _BESIDE_ROUNDS:
+            alone = _time(point, seconds_per_point)
+            stream(True)
+            ratios.setdefault(point.operator, []).append(_time(point, seconds_per_point) / alone)
+            stream(False)
     return {operator: max(1.0, statistics.median(values)) for operator, values in ratios.items()}
 
 

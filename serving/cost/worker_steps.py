@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from serving.batching import StepLimits
@@ -70,8 +70,9 @@ class _Script:
         message = decode(data)
         if isinstance(message, Tokens):
             self._open -= sum(last for _, _, last in message.items)
-            now_s = time.monotonic()
-            self._next_s = now_s + rest_s(now_s - self._began_s, self._busy_share)
+            if self._batches:  # after the last there is nothing to rest for
+                now_s = time.monotonic()
+                self._next_s = now_s + rest_s(now_s - self._began_s, self._busy_share)
         return True
 
 
@@ -117,16 +118,21 @@ def measure_steps(
     attention: AttentionHalf,
     ffn: FFNHalf,
     rounds: int,
-    decode_steps: int = 24,
+    decode_steps: int = 16,
     busy_share: float = 1.0,
+    lone_steps: int = 64,
 ) -> WorkerSteps:
-    """Steps of a worker that is served a script of `rounds`, in each of which sequences decode for `decode_steps`, while it has
-    something to do for `busy_share` of the time. What is done once is the median over all rounds, what layers take the mean.
+    """Steps of a worker that is served a script of `rounds`, in each of which sequences decode for `decode_steps`, one that decodes
+    alone for `lone_steps` (or as many as its context has room for), while it has something to do for `busy_share` of the time.
+    What is done once is the median over all rounds, what layers take the mean.
 
-    Prompts have other lengths in each round: those of a real trace are seldom met twice.
+    The first steps after a prompt may take longer than later ones; one row alone, which is what a device has most of at low load,
+    is therefore measured over as many steps as a request has. Prompts have other lengths in each round: those of a real trace are
+    seldom met twice.
     """
-    spans = _Spans()
-    _serve(model, attention, ffn, list(_batches(model, rounds, decode_steps)), spans, busy_share)
+    spans, steps_of = _Spans(), dict.fromkeys(DECODE_ROWS, decode_steps)
+    steps_of[1] = min(lone_steps, model.spec.max_context_tokens - _PROMPT_TOKENS - 1)
+    _serve(model, attention, ffn, list(_batches(model, rounds, steps_of)), spans, busy_share)
     by_rows: dict[int, list[_Step]] = defaultdict(list)
     for step in _steps(spans):
         by_rows[step.rows].append(step)
@@ -146,9 +152,11 @@ def measure_steps(
         once_ns = statistics.median(step.once_ns - end_ns for step in steps)
         columns = {**common, "rows": mean_rows}
         once.append(MeasuredRow("stage_begin", model.name, columns, max(once_ns * 1e-9, _LEAST_S)))
-        operator, sizes = "stage_decode", {"batch_size": mean_rows, "context": _PROMPT_TOKENS + (decode_steps + 1) / 2}
         if chunk:
             operator, sizes = "stage_prefill", {"isl": mean_rows, "past": 0.0}
+        else:
+            context = _PROMPT_TOKENS + (steps_of[rows] + 1) / 2
+            operator, sizes = "stage_decode", {"batch_size": mean_rows, "context": context}
         layers += _layers(model.spec, operator, {**common, **sizes}, mean_rows, steps)
     return WorkerSteps(once, layers, spread([[step.took_ns for step in by_rows[rows]] for rows in DECODE_ROWS]))
 
@@ -192,8 +200,8 @@ def _lengths(rows: int, rounds: int) -> tuple[int, ...]:
     return tuple(max(rows - number, max(DECODE_ROWS) + 1) for number in range(rounds))
 
 
-def _batches(model: ServedModel, rounds: int, decode_steps: int) -> Iterator[list[Submit]]:
-    """One prompt at a time, each for one token; then as many sequences as decode together."""
+def _batches(model: ServedModel, rounds: int, steps_of: Mapping[int, int]) -> Iterator[list[Submit]]:
+    """One prompt at a time, each for one token; then as many sequences as decode together, for so many steps by their number."""
     numbers, generator = iter(range(1 << 30)), random.Random(0)
 
     def request(prompt_tokens: int, new_tokens: int) -> Submit:
@@ -206,7 +214,7 @@ def _batches(model: ServedModel, rounds: int, decode_steps: int) -> Iterator[lis
         for rows in _chunk_rows(model):
             yield [request(_lengths(rows, rounds)[number], 1)]
         for batch in DECODE_ROWS:
-            yield [request(_PROMPT_TOKENS, decode_steps + 1) for _ in range(batch)]
+            yield [request(_PROMPT_TOKENS, steps_of[batch] + 1) for _ in range(batch)]
 
 
 def _serve(

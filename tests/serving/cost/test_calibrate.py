@@ -154,7 +154,7 @@ def test_the_stages_of_a_small_model_can_be_measured(tmp_path):
     assert max(point.columns.get("context", 0) for point in points) <= 512
     rows, lost = measure(points, rounds=1, seconds_per_point=0.0)
     assert 0 <= lost < 1
-    steps = measure_steps(model, *halves, rounds=1, decode_steps=2)
+    steps = measure_steps(model, *halves, rounds=1, decode_steps=2, lone_steps=2)
     rows += steps.once
     assert {row.operator for row in rows} - operators == {"stage_begin", "stage_end"}
     assert all(row.seconds > 0 for row in rows)
@@ -166,6 +166,7 @@ def test_the_stages_of_a_small_model_can_be_measured(tmp_path):
 
 def test_calibrate_writes_a_file(tmp_path, capsys, monkeypatch):
     import os
+    from contextlib import nullcontext
 
     import torch
 
@@ -175,6 +176,7 @@ def test_calibrate_writes_a_file(tmp_path, capsys, monkeypatch):
         machine_rates, "stream_rates", lambda: {"memory_bandwidth": 1e9, "shared_memory_bandwidth": 2e9}
     )
     monkeypatch.setattr(machine_rates, "crossing_rates", lambda: {"crossing_lowered_s": 2e-6})
+    monkeypatch.setattr(calibrate, "streaming", lambda core: nullcontext(lambda on: None))
     monkeypatch.setattr(calibrate, "measure_beside_stream", lambda *_: {"stage_decode": 1.2})
     monkeypatch.setattr(machine_rates, "product_rates", lambda: {"fp32_flops": 1e9, "bf16_flops": 2e9})
     (tmp_path / "tiny").mkdir()

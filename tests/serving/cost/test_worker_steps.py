@@ -69,7 +69,7 @@ def slowed(model: ServedModel, side: int, method: str) -> dict[str, float]:
     halves = list(load_halves(model))
     halves[side] = Late(halves[side], method)
     found: dict[str, list[float]] = {}
-    for row in measure_steps(model, *halves, rounds=1, decode_steps=2).once:
+    for row in measure_steps(model, *halves, rounds=1, decode_steps=2, lone_steps=2).once:
         found.setdefault(row.operator, []).append(row.seconds)
     return {operator: statistics.median(seconds) for operator, seconds in found.items()}
 
@@ -83,7 +83,7 @@ def test_what_is_done_once_counts_where_it_is_done_and_layers_count_nowhere(mode
 
 
 def test_rows_are_those_of_decode_steps_and_of_prompts_that_fit_the_context(model):
-    rows = measure_steps(model, *load_halves(model), rounds=2, decode_steps=2).once
+    rows = measure_steps(model, *load_halves(model), rounds=2, decode_steps=2, lone_steps=2).once
     begun = [row.columns["rows"] for row in rows if row.operator == "stage_begin"]
     fitting = [count - 0.5 for count in CHUNK_ROWS if count < TINY["max_position_embeddings"]]
     assert begun == [*DECODE_ROWS, *fitting]  # another length in each of both rounds
@@ -100,7 +100,9 @@ def test_what_a_layer_takes_longer_counts_in_its_own_stage(model, side, method, 
     spec = dataclasses.replace(model.spec, dense_layers=frozenset({0}))
     halves = list(load_halves(model))
     halves[side] = Late(halves[side], method)
-    layers = measure_steps(dataclasses.replace(model, spec=spec), *halves, rounds=1, decode_steps=2).layers
+    layers = measure_steps(
+        dataclasses.replace(model, spec=spec), *halves, rounds=1, decode_steps=2, lone_steps=2
+    ).layers
     assert {row.operator for row in layers} == {f"stage_{name}" for name in ("decode", "prefill", "routed", "dense")}
     assert all((row.seconds > DELAY_S) == (row.operator in late) for row in layers)
     fitting = [count for count in CHUNK_ROWS if count < TINY["max_position_embeddings"]]
@@ -112,8 +114,15 @@ def test_what_a_layer_takes_longer_counts_in_its_own_stage(model, side, method, 
 def test_a_model_of_one_layer_has_no_other_layer_to_compare_with(model):
     spec = dataclasses.replace(model.spec, num_layers=1)
     one = ServedModel(spec, model.checkpoint, "float32", dummy=True)
-    steps = measure_steps(one, *load_halves(one), rounds=1, decode_steps=2)
+    steps = measure_steps(one, *load_halves(one), rounds=1, decode_steps=2, lone_steps=2)
     assert all(0 < row.seconds < 1 for row in steps.once + steps.layers)
+
+
+@pytest.mark.parametrize(("lone_steps", "context"), [(7, 11 + 8 / 2), (500, 11 + 59 / 2)], ids=["as told", "what fits"])
+def test_a_sequence_alone_decodes_for_longer_as_far_as_its_context_has_room(model, lone_steps, context):
+    layers = measure_steps(model, *load_halves(model), rounds=1, decode_steps=2, lone_steps=lone_steps).layers
+    contexts = [row.columns["context"] for row in layers if row.operator == "stage_decode"]
+    assert contexts == [context, *[11 + 3 / 2] * (len(DECODE_ROWS) - 1)]
 
 
 def test_a_worker_rests_between_batches_for_as_long_as_its_busy_share_says(model):
@@ -123,7 +132,7 @@ def test_a_worker_rests_between_batches_for_as_long_as_its_busy_share_says(model
         halves[1],
     )  # so that what is to be rested for is known: at least 9 steps of DELAY_S
     began_s = time.monotonic()
-    measure_steps(model, *halves, rounds=1, decode_steps=1, busy_share=0.5)
+    measure_steps(model, *halves, rounds=1, decode_steps=1, lone_steps=1, busy_share=0.5)
     assert time.monotonic() - began_s >= 2 * 9 * DELAY_S
 
 
