@@ -145,7 +145,7 @@ def models_to_calibrate() -> list[str]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m runner.validation_rounds", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="how many, some fourteen minutes each (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="how many, about a quarter of an hour each (default: 3)")
     parser.add_argument(
         "--results",
         type=Path,
