@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument(
         "--side-by-side",
         metavar="FILE",
-        help="what python -m serving.gpu_suite.engine wrote: what engines cost each other",
+        help="what python -m serving.gpu_suite.side_by_side wrote: what steps in flight cost each other",
     )
     card.add_argument("--out", metavar="FILE", help="write the calibration there")
     groups = add("groups", _groups, "the same of models over several cards, by measured steps of one of them")
@@ -156,9 +156,14 @@ def _card(options: argparse.Namespace) -> int:
         errors_table,
         fitting_half,
         judge,
-        measured_interference,
-        read_side_by_side,
         read_steps,
+    )
+    from serving.cost.side_by_side import (
+        fitting_pairs,
+        judge_pairs,
+        measured_interference,
+        pairs_table,
+        read_side_by_side,
     )
 
     load_hardware(options.card)
@@ -170,16 +175,21 @@ def _card(options: argparse.Namespace) -> int:
         "date": datetime.date.today().isoformat(),
         "command": f"python -m serving.cost card {options.steps} --card {options.card}",
     }
-    rates = {}
+    rates, pairs = {}, []
     if options.side_by_side:
-        several = read_side_by_side(options.side_by_side)
-        rates["interference"] = measured_interference(options.card, several)
-        provenance["side_by_side"] = f"{len(several)} pairs of decode steps of {Path(options.side_by_side).name}"
+        pairs = read_side_by_side(options.side_by_side)
+        beside = fitting_pairs(pairs)
+        rates["interference_of"] = measured_interference(options.card, beside)
+        provenance["side_by_side"] = f"{len(beside)} of {len(pairs)} pairs of {Path(options.side_by_side).name}"
         provenance["command"] += f" --side-by-side {options.side_by_side}"
     found = calibrate_card(options.card, half, provenance, rates)
     print(errors_table(judge(options.card, steps, found), options.card))
-    for name, value in rates.items():
-        print(f"{name}: {value:.2f}, where {options.card} has {getattr(load_hardware(options.card), name):.2f}")
+    if pairs:
+        print(f"\n{pairs_table(judge_pairs(found.hardware, pairs))}")
+        for own, other, value in (
+            (own, *each) for own, row in rates["interference_of"].items() for each in row.items()
+        ):
+            print(f"a {own} step waits for {value:.2f} of each layer of a {other} step beside it")
     if options.out:
         write_calibration(Path(options.out), found, rates)
         print(f"wrote {options.out}")

@@ -7,6 +7,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +87,7 @@ def _joined(operator: str, rows: list[MeasuredRow]) -> Rows:
 
 
 def calibration(
-    rates: Mapping[str, float],
+    rates: Mapping[str, Any],
     dtype: str,
     rows: Mapping[str, Rows],
     provenance: Mapping[str, object],
@@ -102,13 +103,13 @@ def calibration(
     )
 
 
-def _measured_hardware(name: str, rates: Mapping[str, float], provenance: Mapping[str, object]) -> Hardware:
+def _measured_hardware(name: str, rates: Mapping[str, Any], provenance: Mapping[str, object]) -> Hardware:
     card = load_hardware(name)
     note = f"measured by calibrate on {provenance.get('machine', 'this machine')}, {provenance.get('date', '')}"
     return dataclasses.replace(card, **rates, sources={**card.sources, **dict.fromkeys(rates, note)})
 
 
-def write_calibration(path: Path, found: Calibration, rates: Mapping[str, float]) -> None:
+def write_calibration(path: Path, found: Calibration, rates: Mapping[str, Any]) -> None:
     """Write to `path`, whole or not at all."""
     content = {
         "card": found.fitted.card,

@@ -20,7 +20,6 @@ import numpy as np
 
 from serving.cost.calibrated import Calibration, MeasuredRow, calibration, rows_by_operator
 from serving.cost.check import Errors, errors
-from serving.cost.contention import Contention, Load, slowdowns
 from serving.cost.hardware import load_hardware
 from serving.cost.measured_card import CardStages, graph_rows
 from serving.cost.operators import CostModel
@@ -32,7 +31,6 @@ DTYPE = "bfloat16"
 KINDS = ("decode", "prompt", "both", "several prompts")
 FITTED_TO, _SIDES = KINDS[:2], KINDS[:3]
 _CONTROL = "fused"
-_SIDE_BY_SIDE_CONTEXT = 512  # tokens of each sequence in the engine's ablation
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def calibrate_card(
     card: str,
     steps: Iterable[MeasuredStep],
     provenance: Mapping[str, object],
-    rates: Mapping[str, float] | None = None,
+    rates: Mapping[str, Any] | None = None,
 ) -> Calibration:
     """A calibration of `card` from those of `steps` that have one prompt at most; `rates` are what else was measured of it."""
     several = list(steps)
@@ -164,48 +162,6 @@ def beside_rows(steps: Iterable[tuple[str, MeasuredStep]]) -> Iterator[MeasuredR
             sizes = {"batch_size": float(step.batch), "context": float(step.context)}
             columns = {"hidden_size": float(spec.hidden_size), **sizes}
             yield MeasuredRow("stage_beside", variant, columns, max(added_s, 0.0) / spec.num_layers)
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """Decode steps of one model and batch, in one graph each, alone and while such a step of another batch runs all the time."""
-
-    model: str
-    batch: int
-    alone_s: float
-    beside_s: float
-
-
-def read_side_by_side(path: str | Path) -> list[SideBySide]:
-    """Those in `path`, which `python -m serving.gpu_suite.engine` wrote. Raises UserError where there are none."""
-    with result(path, "engine") as content:
-        rows = [row for row in content["rows"] if row.get("control") == _CONTROL]
-        taken = {(row["model"], row["batch"], row["lanes"]): row["tbt_s"] for row in rows}
-    found = [
-        SideBySide(model, batch, alone_s, taken[model, batch, 2])
-        for (model, batch, lanes), alone_s in taken.items()
-        if lanes == 1 and (model, batch, 2) in taken
-    ]
-    if not found:
-        raise UserError(f"{path}: holds no {_CONTROL} decode steps of one lane and of two")
-    return found
-
-
-def measured_interference(card: str, steps: Sequence[SideBySide]) -> float:
-    """What a neighbour costs beyond bandwidth and arithmetic that both want: the median over `steps` of how many times longer they
-    take than :func:`serving.cost.contention.slowdowns` has it without interference, less 1."""
-    hardware, nobody = load_hardware(card), Contention(interference=0.0)
-    beyond = []
-    for step in steps:
-        work = (
-            StageCosts(published_spec(step.model), CostModel(hardware, DTYPE))
-            .decode_step(step.batch, step.batch * _SIDE_BY_SIDE_CONTEXT)
-            .work
-        )
-        load = Load(step.alone_s, work.bytes, work.flops)
-        expected = slowdowns([load, load], hardware, nobody, DTYPE)[0]
-        beyond.append(step.beside_s / step.alone_s / expected - 1)
-    return max(float(np.median(beyond)), 0.0)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ shares itself between them:
 - `share`: kernels of different engines run at once (streams of one process, MPS, threads on cores that share memory). Each
   keeps the part of its time that no common resource bounds (launch, latency chains); the part that memory bandwidth or
   arithmetic bounds is stretched by the total demand on that resource once it exceeds the device. On top, each further
-  active engine costs every other `interference` (row-buffer and cache conflicts, blocks that wait for a free SM).
+  active engine costs every other `interference` (row-buffer and cache conflicts, blocks that wait for a free SM): a part of
+  its time or, on cards where that was measured, of the other's, layer by layer.
 - `time_slice`: one engine at a time owns the device for a slice, in turn (separate processes without MPS; processes on
   one core). With n engines active each runs at 1/n, less the switches, and a kernel shorter than a slice waits, on
   average, for half of what the others hold.
@@ -23,17 +24,25 @@ from serving.cost.hardware import Hardware
 from serving.errors import UserError
 
 MODES = ("share", "time_slice")
+KINDS = DECODE, PROMPT = ("decode", "prompt")
 
 
 @dataclass(frozen=True)
 class Load:
-    """A kernel or stage that is active now: its time alone on the device, and what it moves and computes in it. `beside_stream` is
-    its slowdown beside a core that streams memory, where devices are cores that share it."""
+    """A kernel, stage or step that is active now: its time alone on the device, and what it moves and computes in it. `beside_stream`
+    is its slowdown beside a core that streams memory, where devices are cores that share it. It is one of :data:`KINDS`, `prompt`
+    with any row of one, and of so many `layers`, one after the other."""
 
     alone_s: float
     bytes: float
     flops: float
     beside_stream: float = 1.0
+    kind: str = DECODE
+    layers: int = 1
+
+    @property
+    def layer_s(self) -> float:
+        return self.alone_s / self.layers
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Contention:
     """How a device shares itself. Defaults and their grounds:
 
     `mode` share: the paper's co-located engines overlap ("uncoordinated concurrency"); [assumption] as under MPS.
-    `interference` None: the device's own (:class:`Hardware` says on what it rests).
+    `interference` None: the device's own (:class:`Hardware` says on what it rests), by kinds where that is known.
     `slice_s` 2 ms: [assumption], the order of NVIDIA's default time slice; Linux's is about 3 ms.
     `switch_s` 0.1 ms: [assumption], a GPU context switch; on a CPU a few microseconds. Of the two only switch over slice, 5 %,
     counts for a step's time. Loads measured on one H200 are met as well by 5 % as by none, and worse from 10 % on
@@ -71,9 +80,20 @@ def slowdowns(
     bandwidth = [_demand(load.bytes, load.alone_s, hardware.memory_bandwidth) for load in loads]
     compute = [_demand(load.flops, load.alone_s, hardware.flops(dtype)) for load in loads]
     stretch = (max(1.0, sum(bandwidth)), max(1.0, sum(compute)))
-    interference = hardware.interference if contention.interference is None else contention.interference
-    crowd = 1.0 + interference * (len(loads) - 1)
-    return [crowd * _stretched(b, f, stretch) for b, f in zip(bandwidth, compute, strict=True)]
+    crowds = [1.0 + _interference(place, loads, hardware, contention) for place in range(len(loads))]
+    return [crowd * _stretched(b, f, stretch) for crowd, b, f in zip(crowds, bandwidth, compute, strict=True)]
+
+
+def _interference(place: int, loads: Sequence[Load], hardware: Hardware, contention: Contention) -> float:
+    """What the others cost the load at `place` beyond bandwidth and arithmetic, as a part of its time alone. Where it was measured:
+    kernels of both come by turns, so a layer waits for a part of each other's layer, which long layers make longer."""
+    if contention.interference is not None:
+        return contention.interference * (len(loads) - 1)
+    own, others = loads[place], [*loads[:place], *loads[place + 1 :]]
+    measured = hardware.interference_of.get(own.kind)
+    if not measured:
+        return hardware.interference * len(others)
+    return sum(measured[other.kind] * other.layer_s for other in others) / own.layer_s
 
 
 def _demand(amount: float, seconds: float, rate: float) -> float:

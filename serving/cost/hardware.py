@@ -61,9 +61,12 @@ class Hardware:
     page_access_s: float
     page_unmap_s: float
     sources: Mapping[str, str] = field(repr=False, default_factory=dict)
+    # Where it was measured, and of a part of the other's layer instead, by kinds (serving/cost/contention.py): own, then the other's.
+    interference_of: Mapping[str, Mapping[str, float]] = field(repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", MappingProxyType(dict(self.sources)))
+        object.__setattr__(self, "interference_of", MappingProxyType(dict(self.interference_of)))
         if self.kind not in ("cuda", "cpu"):
             raise UserError(f"hardware {self.name}: kind {self.kind!r} is not one of: cuda, cpu")
         for name in NUMBERS:
@@ -110,7 +113,7 @@ def load_hardware(name: str) -> Hardware:
 
 def hardware_from_mapping(values: Mapping[str, Any]) -> Hardware:
     """A card from the parsed YAML (or a resolved Hydra node). Raises :class:`UserError` naming the wrong key."""
-    names = {f.name for f in dataclasses.fields(Hardware)}
+    names = {f.name for f in dataclasses.fields(Hardware)} - {"interference_of"}  # of calibrations only
     label = values.get("name", "?")
     missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
     if missing or unknown:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from serving.cost.contention import Load
+from serving.cost.contention import DECODE, PROMPT, Load
 from serving.cost.facts import Work
 from serving.cost.operators import rounded
 from serving.cost.stages import ModelStages, Stage
@@ -133,7 +133,9 @@ class GroupCosts:
                 moved, computed = max(moved, attention.bytes), max(computed, attention.flops)
                 attention_s = max(attention_s, attention.alone_s)
         slowed = self._beside_stream(layers * attention_s, ffns.alone_s)
-        return Load(self.step_s(shapes), ffns.bytes + layers * moved, ffns.flops + layers * computed, slowed)
+        bytes_moved, flops = ffns.bytes + layers * moved, ffns.flops + layers * computed
+        kind = PROMPT if any(own.chunks for own in shapes) else DECODE
+        return Load(self.step_s(shapes), bytes_moved, flops, slowed, kind, layers)
 
     def _beside_stream(self, attention_s: float, ffns_s: float) -> float:
         """Slowdown beside a streaming core of a step with so much attention and FFN."""

@@ -92,8 +92,9 @@ class StageTimes:
         hardware = self.stages.hardware
         bandwidth = hardware.memory_bandwidth
         if self._shares_card:
-            loads = [stage_of(1, 64).load(), Load(1.0, bandwidth, 0.0)]
-            beside = slowdowns(loads, hardware, Contention(), self.stages.dtype)[0]
+            own = stage_of(1, 64).load()
+            stream = Load(own.alone_s, own.alone_s * bandwidth, 0.0)  # as long: stages of both sides follow each other
+            beside = slowdowns([own, stream], hardware, Contention(), self.stages.dtype)[0]
         else:
             beside = self.stages.beside_stream(operator)
         if beside <= 1.0:

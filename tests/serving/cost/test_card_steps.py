@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -137,31 +138,63 @@ def test_the_command_judges_and_writes_what_it_made(file, tmp_path, capsys):
         CardStages(published_spec("mixtral-8x7b"), found)
 
 
-def test_what_neighbours_cost_is_measured_side_by_side(file, tmp_path, capsys):
-    """Half again as long beside another as alone, of which bandwidth and arithmetic explain nothing for slow steps."""
-    rows = [
-        {
-            "model": MODELS[0],
-            "control": "fused",
-            "lanes": lanes,
-            "batch": batch,
-            "tbt_s": 0.1 * (1.5 if lanes == 2 else 1),
-        }
-        for lanes in (1, 2)
-        for batch in (1, 4)
-    ]
-    engine, out = tmp_path / "engine.json", tmp_path / "made-measured.json"
-    engine.write_text(
-        json.dumps({"rows": [*rows, {**rows[0], "batch": 8}, {**rows[0], "control": "host", "tbt_s": 9.0}]})
-    )
-    assert main(["card", str(file), "--side-by-side", str(engine), "--out", str(out)]) == 0
-    assert "interference: 0.50, where h200 has 0.10" in capsys.readouterr().out
-    hardware, load = read_calibration(out).hardware, Load(0.1, 1e6, 1e6)
-    assert slowdowns([load, load], hardware, Contention()) == pytest.approx([1.5, 1.5])
-    assert slowdowns([load, load], hardware, Contention(interference=0.2)) == pytest.approx([1.2, 1.2])
-    engine.write_text(json.dumps({"rows": rows[:2]}))
-    assert main(["card", str(file), "--side-by-side", str(engine)]) == 2
-    assert "no fused decode steps of one lane and of two" in capsys.readouterr().err
+def beside_rows(beyond):
+    """Slow steps, so that bandwidth and arithmetic explain nothing, each beside each: so much of the other's time is added as
+    `beyond(own kind, other kind)` says."""
+    shapes = [(0, 0, 1, 64, 512), (0, 0, 1, 256, 512), (1, 1024, 0, 0, 0), (3, 1024, 0, 0, 0)]
+    works = [dict(zip(("batch", "context", "chunks", "rows", "past"), shape, strict=True)) for shape in shapes]
+    works = [{"model": MODELS[0], "side": "step", **work} for work in works]
+
+    def kind(work):
+        return "prompt" if work["chunks"] else "decode"
+
+    rows = [{**work, "beside": None, "step_ms": 1e4 * (1 + place)} for place, work in enumerate(works)]
+    for (mine, own), (theirs, other) in itertools.product(enumerate(works), enumerate(works)):
+        taken = 1 + mine + (1 + theirs) * beyond(kind(own), kind(other))
+        rows.append({**own, "beside": other, "step_ms": 1e4 * taken})
+    stage = {**works[0], "side": "ffn", "beside": None, "step_ms": 7.0}
+    return [*rows, stage, {**stage, "beside": stage}, {"measured": "stages", "error": "no"}]
+
+
+def test_what_steps_in_flight_cost_each_other_is_measured_by_kind(file, tmp_path, capsys):
+    cost = {
+        ("decode", "decode"): 0.5,
+        ("decode", "prompt"): 1.0,
+        ("prompt", "decode"): 0.25,
+        ("prompt", "prompt"): 0.75,
+    }
+    pairs, out = tmp_path / "side_by_side.json", tmp_path / "made-measured.json"
+    pairs.write_text(json.dumps({"rows": beside_rows(lambda *kinds: cost[kinds])}))
+    assert main(["card", str(file), "--side-by-side", str(pairs), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "| decode | prompt | held out | 2 | 1.46 | 0.0% | 0.0% |" in printed
+    assert "a prompt step waits for 0.25 of each layer of a decode step beside it" in printed
+    found = read_calibration(out)
+    assert found.fitted.provenance["side_by_side"] == "8 of 16 pairs of side_by_side.json"
+    loads = {kind: Load(10.0, 1e6, 1e6, kind=kind) for kind in ("decode", "prompt")}
+    for (own, other), lost in cost.items():
+        got = slowdowns([loads[own], loads[other]], found.hardware, Contention())
+        assert got == pytest.approx([1 + lost, 1 + cost[other, own]])
+    three = slowdowns([loads["decode"], loads["decode"], loads["prompt"]], found.hardware, Contention())
+    assert three == pytest.approx([2.5, 2.5, 1.5])
+    deep = Load(30.0, 1e6, 1e6, layers=6)  # of 5 s each, where the others have one of 10 s
+    unlike = slowdowns([deep, loads["prompt"]], found.hardware, Contention())
+    assert unlike == pytest.approx([1 + 1.0 * 2, 1 + 0.25 / 2])
+    assert slowdowns([loads["prompt"]] * 2, found.hardware, Contention(interference=0.2)) == pytest.approx([1.2, 1.2])
+
+
+def test_a_file_without_pairs_is_told(file, tmp_path, capsys):
+    pairs = tmp_path / "side_by_side.json"
+    pairs.write_text(json.dumps({"rows": [row for row in beside_rows(lambda *_: 0.0) if not row.get("beside")]}))
+    assert main(["card", str(file), "--side-by-side", str(pairs)]) == 2
+    assert "holds no steps beside each other" in capsys.readouterr().err
+    several = [row for row in beside_rows(lambda *_: 0.0) if "error" not in row]
+    pairs.write_text(json.dumps({"rows": [row for row in several if not row["beside"] or row["chunks"]]}))
+    assert main(["card", str(file), "--side-by-side", str(pairs)]) == 2
+    assert "no decode step was measured beside one of decode" in capsys.readouterr().err
+    pairs.write_text(json.dumps({"rows": several[4:]}))
+    assert main(["card", str(file), "--side-by-side", str(pairs)]) == 2
+    assert "is not a result of python -m serving.gpu_suite.side_by_side" in capsys.readouterr().err
 
 
 def test_measured_steps_are_a_card_to_whoever_simulates(file, tmp_path, monkeypatch):
