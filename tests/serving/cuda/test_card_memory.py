@@ -25,8 +25,9 @@ from serving.memory.lent import LentShape, SharedPageLender
 from serving.memory.virtual import PhysicalPages, VirtualRange
 from serving.residency.image import CARD_FRAME_BYTES, num_units, placed_bytes
 from serving.residency.lent_weights import LentWeights
+from serving.shm.bell import Bell
 from serving.shm.region import SharedRegion
-from serving.shm.ring import Ring
+from serving.shm.ring import BelledRing, Ring
 from serving.spec import spec_from_config
 from serving.workers.config import LentRef, ModelWorkerConfig, PoolConfig, RegionRef
 from serving.workers.counters import REGION_BYTES, Counters
@@ -247,7 +248,7 @@ def test_an_engine_lets_its_idle_weights_go_and_steps_when_they_are_back(host_dr
     taken, kv_pages = placed_bytes(model, "cuda", PAGE_BYTES) // PAGE_BYTES, 6
     region, (_, other) = ledger(taken + kv_pages, 2)
     shape = LentShape(taken + kv_pages, 2, 0)
-    control, tokens = (Ring(SharedRegion(1 << 16)) for _ in range(2))
+    control, tokens = BelledRing(SharedRegion(1 << 16), Bell()), Ring(SharedRegion(1 << 16))
     counters = Counters(SharedRegion(REGION_BYTES))
     role = ModelWorkerConfig(
         Device("gpu0", "cuda", 0, 1 << 30),
