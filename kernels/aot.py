@@ -78,6 +78,10 @@ class Cubin:
 
 
 def _type_of(value: Any) -> str:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, torch.Tensor):
         return "*" + TYPE_NAMES[value.dtype]
     if isinstance(value, float):

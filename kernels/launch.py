@@ -77,6 +77,8 @@ def _kind(call: Launch) -> object:
     def kind(argument: object) -> object:
         if isinstance(argument, torch.Tensor):
             return argument.dtype, argument.data_ptr() % 16 == 0
+        if hasattr(argument, "block_shape"):  # a tensor descriptor
+            return argument.base.dtype, *argument.block_shape
         return argument
 
     return id(call.kernel), tuple(map(kind, call.args)), tuple(call.meta.items())

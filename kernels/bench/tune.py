@@ -35,16 +35,28 @@ GATE_UP_OF_SOME_ROWS = [
     for k, stages in ((128, 3), (64, 4))
 ]
 GATE_UP_OF_MANY_ROWS = [
-    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages, "GROUP": group}
-    for m, n, warps, stages in ((128, 128, 8, 3), (128, 128, 8, 4), (128, 64, 4, 3))
+    {"BLOCK_M": 128, "BLOCK_N": n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages, "GROUP": group, **copies}
+    for n, warps, stages, copies in (
+        (128, 8, 4, {"TMA": 1, "DOWN_TMA": 1, "MORE": 0}),
+        (128, 8, 4, {"TMA": 1, "DOWN_TMA": 1, "MORE": 16}),
+        (128, 8, 4, {"TMA": 1, "DOWN_TMA": 1, "MORE": 32}),
+        (128, 8, 3, {"TMA": 0, "MORE": 0}),
+        (64, 4, 3, {"TMA": 0, "MORE": 0}),
+    )
     for group in (8, 32, ALL_TILES)
+]
+# Its slices may be twice as wide: it has one accumulator where gate and up have two.
+DOWN_OF_MANY_ROWS = [
+    {"DOWN_N": n, "DOWN_K": 64, "down_warps": 8, "down_stages": stages, "DOWN_GROUP": group, "DOWN_TMA": tma}
+    for n, stages, tma in ((128, 3, 1), (256, 4, 1), (128, 3, 0), (256, 4, 0))
+    for group in (4, 8, 16, 32, ALL_TILES)
 ]
 
 
 def _of_down(configs: Configs) -> Configs:
-    """The same for down, whose slices may be twice as wide: it has one accumulator where gate and up have two."""
-    renamed = [{OF_DOWN[name]: value for name, value in config.items()} for config in configs]
-    return renamed + [{**config, "DOWN_N": 2 * config["DOWN_N"]} for config in renamed if config["DOWN_N"] == 128]
+    """The same for down, without what both share."""
+    renamed = [{OF_DOWN[name]: value for name, value in config.items() if name in OF_DOWN} for config in configs]
+    return [config for index, config in enumerate(renamed) if config not in renamed[:index]]
 
 
 PREFILL_GQA = [
@@ -71,8 +83,9 @@ def candidates(operator: str, rows: int) -> list[Configs]:
     if operator == "moe_ffn":
         if rows <= SMALL_ROWS:
             return [FEW_ROWS]
-        gate_up = GATE_UP_OF_SOME_ROWS if rows <= 256 else GATE_UP_OF_MANY_ROWS
-        return [gate_up, _of_down(gate_up)]
+        if rows <= 256:
+            return [GATE_UP_OF_SOME_ROWS, _of_down(GATE_UP_OF_SOME_ROWS)]
+        return [GATE_UP_OF_MANY_ROWS, DOWN_OF_MANY_ROWS]
     return []
 
 

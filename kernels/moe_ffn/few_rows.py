@@ -75,9 +75,11 @@ def _small_gate_up_kernel(
             return
         chose, place, weight = _choice_of_rows(experts_ptr, topk_weights_ptr, expert, rows, K, TOP_K, BLOCK_M)
     x = x_ptr + row[:, None] * x_stride
-    weights = weight_ptr + expert.to(tl.int64) * 2 * width * depth
+    top = expert.to(tl.int32) * 2 * width
     first = tl.program_id(0) * BLOCK_N
-    result = gate_up_tile(x, weights, first, width, depth, chose[:, None], EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    result = gate_up_tile(
+        x, weight_ptr, top, first, width, depth, chose[:, None], EVEN, False, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     out = first + tl.arange(0, BLOCK_N)[None, :]
     result = (result * weight[:, None]).to(hidden_ptr.dtype.element_ty)
     tl.store(hidden_ptr + place.to(tl.int64)[:, None] * width + out, result, mask=chose[:, None] & (out < width))

@@ -1,30 +1,27 @@
-"""The FFN of many rows on CUDA: choices sorted by expert, tiles that find their expert from the offsets, a sum at the end."""
+"""The FFN of many rows on CUDA: choices sorted by expert, tiles listed with their experts, a sum at the end."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import ceil_div, launch, next_power_of_2
 from kernels.moe_ffn.blocks import OF_DOWN
-from kernels.moe_ffn.tiles import gate_up_tile, multiply_tile
-from kernels.router.triton import sort_by_expert
+from kernels.moe_ffn.tiles import gate_up_tile, gate_up_tile_and_more, multiply_tile
+from kernels.router.triton import TILE_FIELDS, sort_into_tiles
+from kernels.tile import dot
 
+TMA_BYTES = 16
 FEWEST_HALVED = 128  # rows of a tile from which on one that is at most half full is done as half a tile
 
 
 @triton.jit
-def _find_tile(offsets_ptr, tile, num_experts, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(expert, or at least `num_experts` where there is no such tile; first row; end row) of a tile of sorted rows."""
-    index = tl.arange(0, BLOCK_E)
-    begin = tl.load(offsets_ptr + index, mask=index < num_experts, other=0).to(tl.int32)
-    end = tl.load(offsets_ptr + index + 1, mask=index < num_experts, other=0).to(tl.int32)
-    tiles = tl.cdiv(end - begin, BLOCK_M)
-    expert = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32))
-    before = tl.sum(tl.where(index < expert, tiles, 0))
-    first = tl.sum(tl.where(index == expert, begin, 0)) + (tile - before) * BLOCK_M
-    return expert, first, tl.sum(tl.where(index == expert, end, 0))
+def _find_tile(tiles_ptr, tile):
+    """(expert, or at least as many as there are where there is no such tile; first row; end row) of a tile of sorted rows."""
+    entry = tiles_ptr + tile * TILE_FIELDS
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
 
 
 @triton.jit
@@ -39,8 +36,8 @@ def _tile_and_slice(num_tiles, slices, group):
 
 @triton.jit
 def _gate_up_rows(
-    x_ptr, weight_ptr, topk_weights_ptr, order_ptr, hidden_ptr, expert, start, end, first, depth, width, x_stride,
-    DENSE: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr,
+    x_ptr, weights, topk_weights_ptr, order_ptr, hidden_ptr, expert, start, end, first, depth, width, x_stride,
+    DENSE: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Channels `first`.. of the hidden rows `start` to `end`, of at most `BLOCK_M`."""
@@ -54,20 +51,62 @@ def _gate_up_rows(
         token = choice // K
         weight = tl.load(topk_weights_ptr + choice, mask=mask, other=0.0)
     x = x_ptr + token.to(tl.int64)[:, None] * x_stride
-    weights = weight_ptr + expert.to(tl.int64) * 2 * width * depth
-    result = gate_up_tile(x, weights, first, width, depth, mask[:, None], EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    top = expert * 2 * width
+    result = gate_up_tile(x, weights, top, first, width, depth, mask[:, None], EVEN, TMA, BLOCK_M, BLOCK_N, BLOCK_K)
     out = first + tl.arange(0, BLOCK_N)[None, :]
     result = (result * weight[:, None]).to(hidden_ptr.dtype.element_ty)
     tl.store(hidden_ptr + position.to(tl.int64)[:, None] * width + out, result, mask=mask[:, None] & (out < width))
 
 
 @triton.jit
+def _gate_up_more_rows(
+    x_ptr, weights, topk_weights_ptr, order_ptr, hidden_ptr, expert, start, end, first, depth, width, x_stride,
+    EVEN: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, MORE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """:func:`_gate_up_rows` of `BLOCK_M` rows and at most `MORE` further ones."""
+    position = start + tl.arange(0, BLOCK_M)
+    further = start + BLOCK_M + tl.arange(0, MORE)
+    mask = further < end
+    choice = tl.load(order_ptr + position)
+    more_choice = tl.load(order_ptr + further, mask=mask, other=0)
+    x = x_ptr + (choice // K).to(tl.int64)[:, None] * x_stride
+    more_x = x_ptr + (more_choice // K).to(tl.int64)[:, None] * x_stride
+    all_rows = tl.full((BLOCK_M, 1), 1, tl.int1)
+    result, more = gate_up_tile_and_more(
+        x,
+        more_x,
+        weights,
+        expert * 2 * width,
+        first,
+        width,
+        depth,
+        all_rows,
+        mask[:, None],
+        EVEN,
+        BLOCK_M,
+        MORE,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    out = first + tl.arange(0, BLOCK_N)
+    result = (result * tl.load(topk_weights_ptr + choice)[:, None]).to(hidden_ptr.dtype.element_ty)
+    inside = out < width
+    tl.store(hidden_ptr + position.to(tl.int64)[:, None] * width + out[None, :], result, mask=inside[None, :])
+    more = more * tl.load(topk_weights_ptr + more_choice, mask=mask, other=0.0)[None, :]
+    more = tl.trans(more).to(hidden_ptr.dtype.element_ty)
+    tl.store(
+        hidden_ptr + further.to(tl.int64)[:, None] * width + out[None, :], more, mask=mask[:, None] & inside[None, :]
+    )
+
+
+@triton.jit
 def _gate_up_kernel(
     x_ptr,
-    weight_ptr,
+    weights,
     topk_weights_ptr,
     order_ptr,
-    offsets_ptr,
+    tiles_ptr,
     hidden_ptr,
     rows,
     depth,
@@ -79,9 +118,10 @@ def _gate_up_kernel(
     group,
     DENSE: tl.constexpr,
     EVEN: tl.constexpr,
+    TMA: tl.constexpr,
     HALVES: tl.constexpr,
+    MORE: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -90,25 +130,30 @@ def _gate_up_kernel(
     if DENSE:
         expert, start, end = tile * 0, tile * BLOCK_M, rows
     else:
-        expert, start, end = _find_tile(offsets_ptr, tile, num_experts, BLOCK_E, BLOCK_M)
+        expert, start, end = _find_tile(tiles_ptr, tile)
         if expert >= num_experts:
             return
     if HALVES and end - start <= BLOCK_M // 2:
         _gate_up_rows(
-            x_ptr, weight_ptr, topk_weights_ptr, order_ptr, hidden_ptr, expert, start, end, part * BLOCK_N, depth, width,
-            x_stride, DENSE, EVEN, K, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+            x_ptr, weights, topk_weights_ptr, order_ptr, hidden_ptr, expert, start, end, part * BLOCK_N, depth, width,
+            x_stride, DENSE, EVEN, TMA, K, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif MORE > 0 and end - start > BLOCK_M:
+        _gate_up_more_rows(
+            x_ptr, weights, topk_weights_ptr, order_ptr, hidden_ptr, expert, start, end, part * BLOCK_N, depth, width,
+            x_stride, EVEN, K, BLOCK_M, MORE, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _gate_up_rows(
-            x_ptr, weight_ptr, topk_weights_ptr, order_ptr, hidden_ptr, expert, start, end, part * BLOCK_N, depth, width,
-            x_stride, DENSE, EVEN, K, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr, weights, topk_weights_ptr, order_ptr, hidden_ptr, expert, start, end, part * BLOCK_N, depth, width,
+            x_stride, DENSE, EVEN, TMA, K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
 @triton.jit
 def _down_rows(
-    hidden_ptr, weight_ptr, order_ptr, out_ptr, expert, start, end, first, depth, width,
-    DENSE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    hidden, weights, order_ptr, out_ptr, expert, start, end, first, depth, width, DENSE: tl.constexpr,
+    EVEN: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Channels `first`.. of down, of the hidden rows `start` to `end`, of at most `BLOCK_M`."""
     position = start + tl.arange(0, BLOCK_M)
@@ -117,20 +162,50 @@ def _down_rows(
     if not DENSE:
         target = tl.load(order_ptr + position, mask=mask, other=0)
     out = first + tl.arange(0, BLOCK_N)
-    hidden = hidden_ptr + position.to(tl.int64)[:, None] * width
-    weights = weight_ptr + (expert.to(tl.int64) * depth + out)[:, None] * width
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = multiply_tile(hidden, weights, width, mask[:, None], (out < depth)[:, None], width, acc, EVEN, BLOCK_K)
+    if TMA:  # what is past the rows or the channels of an expert is multiplied, and not stored
+        for channel in range(0, width, BLOCK_K):
+            rows = hidden.load([start, channel])
+            acc = dot(rows, tl.trans(weights.load([expert * depth + first, channel])), acc)
+    else:
+        rows = hidden + position.to(tl.int64)[:, None] * width
+        columns = weights + (expert.to(tl.int64) * depth + out)[:, None] * width
+        acc = multiply_tile(rows, columns, width, mask[:, None], (out < depth)[:, None], width, acc, EVEN, BLOCK_K)
     place = target.to(tl.int64)[:, None] * depth + out[None, :]
     tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=mask[:, None] & (out < depth)[None, :])
 
 
 @triton.jit
+def _down_more_rows(
+    hidden, more_hidden, weights, order_ptr, out_ptr, expert, start, end, first, depth, width,
+    BLOCK_M: tl.constexpr, MORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """:func:`_down_rows` of `BLOCK_M` rows and at most `MORE` further ones."""
+    further = start + BLOCK_M + tl.arange(0, MORE)
+    mask = further < end
+    out = first + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    more_acc = tl.zeros((BLOCK_N, MORE), tl.float32)
+    for channel in range(0, width, BLOCK_K):
+        columns = weights.load([expert * depth + first, channel])
+        acc = dot(hidden.load([start, channel]), tl.trans(columns), acc)
+        more_acc = dot(columns, tl.trans(more_hidden.load([start + BLOCK_M, channel])), more_acc)
+    target = tl.load(order_ptr + start + tl.arange(0, BLOCK_M)).to(tl.int64)
+    more_target = tl.load(order_ptr + further, mask=mask, other=0).to(tl.int64)
+    inside = out < depth
+    tl.store(out_ptr + target[:, None] * depth + out[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside[None, :])
+    more = tl.trans(more_acc).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + more_target[:, None] * depth + out[None, :], more, mask=mask[:, None] & inside[None, :])
+
+
+@triton.jit
 def _down_kernel(
-    hidden_ptr,
-    weight_ptr,
+    hidden,
+    half_hidden,
+    more_hidden,
+    weights,
     order_ptr,
-    offsets_ptr,
+    tiles_ptr,
     out_ptr,
     rows,
     depth,
@@ -141,29 +216,36 @@ def _down_kernel(
     group,
     DENSE: tl.constexpr,
     EVEN: tl.constexpr,
+    TMA: tl.constexpr,
     HALVES: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    MORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One row of `out_ptr` a choice (where not `DENSE`), already weighted."""
+    """One row of `out_ptr` a choice (where not `DENSE`), already weighted. `hidden` and `half_hidden`: the same rows, in
+    blocks (where `TMA`) of a tile and of half a tile."""
     tile, part = _tile_and_slice(num_tiles, slices, group)
     if DENSE:
         expert, start, end = tile * 0, tile * BLOCK_M, rows
     else:
-        expert, start, end = _find_tile(offsets_ptr, tile, num_experts, BLOCK_E, BLOCK_M)
+        expert, start, end = _find_tile(tiles_ptr, tile)
         if expert >= num_experts:
             return
     if HALVES and end - start <= BLOCK_M // 2:
         _down_rows(
-            hidden_ptr, weight_ptr, order_ptr, out_ptr, expert, start, end, part * BLOCK_N, depth, width,
-            DENSE, EVEN, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+            half_hidden, weights, order_ptr, out_ptr, expert, start, end, part * BLOCK_N, depth, width,
+            DENSE, EVEN, TMA, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif MORE > 0 and end - start > BLOCK_M:
+        _down_more_rows(
+            hidden, more_hidden, weights, order_ptr, out_ptr, expert, start, end, part * BLOCK_N, depth, width,
+            BLOCK_M, MORE, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _down_rows(
-            hidden_ptr, weight_ptr, order_ptr, out_ptr, expert, start, end, part * BLOCK_N, depth, width,
-            DENSE, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
+            hidden, weights, order_ptr, out_ptr, expert, start, end, part * BLOCK_N, depth, width,
+            DENSE, EVEN, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -172,7 +254,7 @@ def _sum_choices_kernel(partial_ptr, out_ptr, depth, K: tl.constexpr, BLOCK_N: t
     row = tl.program_id(0).to(tl.int64)
     out = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for slot in range(K):
+    for slot in tl.static_range(K):
         total += tl.load(partial_ptr + (row * K + slot) * depth + out, mask=out < depth, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * depth + out, total.to(out_ptr.dtype.element_ty), mask=out < depth)
 
@@ -190,51 +272,69 @@ def ffn_many_rows(
     num_experts, width = gate_up.shape[0], down.shape[2]
     out = torch.empty((rows, depth), dtype=x.dtype, device=x.device)
     routed = topk_experts is not None
+    tile_rows = chosen["BLOCK_M"]
+    through_tma = _tma_fits(x.element_size(), depth, width)
+    more_rows = chosen["MORE"] if routed and through_tma and chosen["TMA"] and chosen["DOWN_TMA"] else 0
     if routed:
         choices = topk_experts.numel()
-        order, offsets = sort_by_expert(topk_experts, num_experts)
+        tiles = choices // tile_rows + min(num_experts, choices)
+        order, list_of_tiles = sort_into_tiles(topk_experts, num_experts, tile_rows, more_rows, tiles)
         target = torch.empty((choices, depth), dtype=x.dtype, device=x.device)
     else:
-        choices, target = rows, out
-        order = offsets = topk_weights = out  # not read
+        choices, target, tiles = rows, out, ceil_div(rows, tile_rows)
+        order = list_of_tiles = topk_weights = out  # not read
     hidden = torch.empty((choices, width), dtype=x.dtype, device=x.device)
-    experts = min(num_experts, choices) if routed else 0
-    shared = {"DENSE": not routed, "BLOCK_E": next_power_of_2(num_experts)}
-
-    def grid(blocks: dict[str, int], channels: int) -> tuple[int, int]:
-        tiles = choices // blocks["BLOCK_M"] + experts if routed else ceil_div(rows, blocks["BLOCK_M"])
-        return tiles, ceil_div(channels, blocks["BLOCK_N"])
-
-    tiles, slices = grid(chosen, width)
+    up = _constants(chosen, through_tma) | {"MORE": more_rows}
+    slices = ceil_div(width, up["BLOCK_N"])
     launch(
         _gate_up_kernel,
         (tiles * slices,),
-        *(x, gate_up, topk_weights, order, offsets, hidden, rows, depth, width, x.stride(0), num_experts),
+        x,
+        _blocks_of(gate_up, up["BLOCK_N"], up),
+        *(topk_weights, order, list_of_tiles, hidden, rows, depth, width, x.stride(0), num_experts),
         *(tiles, slices, min(tiles, chosen["GROUP"])),
-        EVEN=depth % chosen["BLOCK_K"] == 0 and width % chosen["BLOCK_N"] == 0,
+        DENSE=not routed,
+        EVEN=depth % up["BLOCK_K"] == 0 and width % up["BLOCK_N"] == 0,
         K=choices // rows,
-        **shared,
-        **_constants(chosen),
+        **up,
     )
-    chosen = {name: chosen[of_down] for name, of_down in OF_DOWN.items()}
-    tiles, slices = grid(chosen, depth)
+    chosen = {**chosen, **{name: chosen[of_down] for name, of_down in OF_DOWN.items()}}
+    of_down = _constants(chosen, through_tma) | {"MORE": more_rows}
+    slices = ceil_div(depth, of_down["BLOCK_N"])
     launch(
         _down_kernel,
         (tiles * slices,),
-        *(hidden, down, order, offsets, target, rows, depth, width, num_experts),
+        _blocks_of(hidden, tile_rows, of_down),
+        _blocks_of(hidden, tile_rows // 2, of_down),
+        _blocks_of(hidden, more_rows, of_down) if more_rows else hidden,
+        _blocks_of(down, of_down["BLOCK_N"], of_down),
+        *(order, list_of_tiles, target, rows, depth, width, num_experts),
         *(tiles, slices, min(tiles, chosen["GROUP"])),
-        EVEN=width % chosen["BLOCK_K"] == 0 and depth % chosen["BLOCK_N"] == 0,
-        **shared,
-        **_constants(chosen),
+        DENSE=not routed,
+        EVEN=width % of_down["BLOCK_K"] == 0 and depth % of_down["BLOCK_N"] == 0,
+        **of_down,
     )
     if routed:
-        block = min(1024, next_power_of_2(depth))
+        block = min(2048, next_power_of_2(depth))
         grid_of_sums = (rows, ceil_div(depth, block))
-        launch(_sum_choices_kernel, grid_of_sums, target, out, depth, K=choices // rows, BLOCK_N=block, num_warps=4)
+        launch(_sum_choices_kernel, grid_of_sums, target, out, depth, K=choices // rows, BLOCK_N=block, num_warps=8)
     return out
 
 
-def _constants(blocks: dict[str, int]) -> dict[str, int]:
+def _constants(blocks: dict[str, int], tma_fits: bool) -> dict[str, int]:
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     # Half a tile is still what a warp group multiplies by; a quarter would be slower to no end.
-    return {name: blocks[name] for name in names} | {"HALVES": blocks["BLOCK_M"] >= FEWEST_HALVED}
+    halves = blocks["BLOCK_M"] >= FEWEST_HALVED
+    return {name: blocks[name] for name in names} | {"TMA": bool(blocks["TMA"]) and tma_fits, "HALVES": halves}
+
+
+def _tma_fits(element_bytes: int, depth: int, width: int) -> bool:
+    """Whether rows are whole multiples of what the copy engine moves."""
+    return depth * element_bytes % TMA_BYTES == 0 and width * element_bytes % TMA_BYTES == 0
+
+
+def _blocks_of(matrix: torch.Tensor, block_rows: int, constants: dict[str, int]) -> torch.Tensor | TensorDescriptor:
+    """`matrix` [.., K] as a kernel of `constants` takes it: itself, or described as rows in blocks of `block_rows`."""
+    if not constants["TMA"]:
+        return matrix
+    return TensorDescriptor.from_tensor(matrix.flatten(0, -2), [block_rows, constants["BLOCK_K"]])

@@ -27,38 +27,76 @@ def multiply_tile(a, b_ptr, row_stride, a_mask, b_mask, depth, acc, EVEN: tl.con
 @triton.jit
 def gate_up_tile(
     x,
-    weight_ptr,
+    weights,
+    top,
     first,
     width,
     depth,
     row_mask,
     EVEN: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """silu(gate x) * (up x) [M, N] in float32: rows at pointers `x` [M, 1], output channels `first`.. of `width`, weights
-    [2 * width, depth] at `weight_ptr`. `EVEN`: the blocks divide both sizes, so only rows are masked."""
+    [2 * width, depth] from row `top` of `weights` on, a pointer or (`TMA`) a descriptor of blocks [N, K]. `EVEN`: the blocks
+    divide both sizes, so only rows are masked."""
     out = first + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)[None, :]
     inside = (out < width)[:, None]
-    gate_row = weight_ptr + out.to(tl.int64)[:, None] * depth
-    up_row = gate_row + tl.cast(width, tl.int64) * depth
+    if not TMA:
+        gate_row = weights + (top + out).to(tl.int64)[:, None] * depth
+        up_row = gate_row + tl.cast(width, tl.int64) * depth
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, depth, BLOCK_K):
         channel = start + lane
         if EVEN:
             rows = tl.load(x + channel, mask=row_mask, other=0.0)
+        else:
+            rows = tl.load(x + channel, mask=row_mask & (channel < depth), other=0.0)
+        if TMA:  # channels past `depth` are read as 0, rows past `width` as what is there
+            gate_weight = weights.load([top + first, start])
+            up_weight = weights.load([top + width + first, start])
+        elif EVEN:
             gate_weight = tl.load(gate_row + channel)
             up_weight = tl.load(up_row + channel)
         else:
-            rows = tl.load(x + channel, mask=row_mask & (channel < depth), other=0.0)
             gate_weight = tl.load(gate_row + channel, mask=inside & (channel < depth), other=0.0)
             up_weight = tl.load(up_row + channel, mask=inside & (channel < depth), other=0.0)
         gate = dot(rows, tl.trans(gate_weight), gate)
         up = dot(rows, tl.trans(up_weight), up)
     return silu(gate) * up
+
+
+@triton.jit
+def gate_up_tile_and_more(
+    x, more_x, weights, top, first, width, depth, row_mask, more_mask, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, MORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """:func:`gate_up_tile` through descriptors, and the same of `MORE` further rows, transposed [N, MORE]: weights that are
+    there already are multiplied once more, where a tile of those rows alone would have to read them again."""
+    lane = tl.arange(0, BLOCK_K)[None, :]
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    more_gate = tl.zeros((BLOCK_N, MORE), tl.float32)
+    more_up = tl.zeros((BLOCK_N, MORE), tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        channel = start + lane
+        if EVEN:
+            rows = tl.load(x + channel, mask=row_mask, other=0.0)
+            more = tl.load(more_x + channel, mask=more_mask, other=0.0)
+        else:
+            rows = tl.load(x + channel, mask=row_mask & (channel < depth), other=0.0)
+            more = tl.load(more_x + channel, mask=more_mask & (channel < depth), other=0.0)
+        gate_weight = weights.load([top + first, start])
+        up_weight = weights.load([top + width + first, start])
+        gate = dot(rows, tl.trans(gate_weight), gate)
+        up = dot(rows, tl.trans(up_weight), up)
+        more_gate = dot(gate_weight, tl.trans(more), more_gate)
+        more_up = dot(up_weight, tl.trans(more), more_up)
+    return silu(gate) * up, silu(more_gate) * more_up
 
 
 def evenness(depth: int, width: int, chosen: dict[str, int]) -> tuple[bool, bool]:

@@ -1,4 +1,4 @@
-"""Routing and expert sorting on CUDA: one small launch each, no atomics, so the order is the reference's."""
+"""Routing and expert sorting on CUDA: in one and two small launches, no atomics, so the order is the reference's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import triton.language as tl
 from kernels.launch import ceil_div, launch, next_power_of_2
 from kernels.router.reference import RULES
 
-SORT_CHUNK = 4096  # choices that one step of the sort looks at
+SORT_STEP = 256  # choices that a program of the sort ranks among each other at once
+SORT_PROGRAMS = 128  # at most so many, each with a chunk of the choices
+TILE_FIELDS = tl.constexpr(4)  # int32 words of a tile: expert, first row, end row, and one unused
 NEVER = tl.constexpr(float("-inf"))
 
 
@@ -140,24 +142,89 @@ def _route_kernel(
 
 
 @triton.jit
-def _sort_kernel(experts_ptr, order_ptr, offsets_ptr, num_choices, num_experts, CHUNK: tl.constexpr):
-    """Program e: how many choices go to experts below e, then where each of its own lies."""
-    expert = tl.program_id(0)
-    lane = tl.arange(0, CHUNK)
-    below = tl.zeros((CHUNK,), tl.int32)
-    for start in range(0, num_choices, CHUNK):
-        choice = tl.load(experts_ptr + start + lane, mask=start + lane < num_choices, other=num_experts)
-        below += (choice < expert).to(tl.int32)
-    first = tl.sum(below)
-    tl.store(offsets_ptr + expert, first.to(tl.int64))
-    for start in range(0, num_choices, CHUNK):
-        choice = tl.load(experts_ptr + start + lane, mask=start + lane < num_choices, other=num_experts)
-        mine = (choice == expert).to(tl.int32)
-        place = first + tl.cumsum(mine, axis=0) - 1
-        tl.store(order_ptr + place, (start + lane).to(tl.int64), mask=mine == 1)
-        first += tl.sum(mine)
-    if expert == num_experts - 1:
-        tl.store(offsets_ptr + num_experts, tl.full((), 0, tl.int64) + num_choices)
+def _count_kernel(experts_ptr, counts_ptr, num_choices, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr):
+    """How many choices of this program's chunk go to each expert."""
+    chunk = tl.program_id(0)
+    expert = tl.arange(0, BLOCK_E)
+    count = tl.zeros((BLOCK_E,), tl.int32)
+    for start in range(chunk * CHUNK, (chunk + 1) * CHUNK, STEP):
+        place = start + tl.arange(0, STEP)
+        choice = tl.load(experts_ptr + place, mask=place < num_choices, other=-1).to(tl.int32)
+        count += tl.sum((choice[:, None] == expert[None, :]).to(tl.int32), axis=0)
+    tl.store(counts_ptr + chunk * BLOCK_E + expert, count)
+
+
+@triton.jit
+def _list_tiles(
+    tiles_ptr,
+    num_tiles,
+    total,
+    end,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    MORE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """This program's share of the tiles of sorted rows: (expert, past the last where there is no such tile; first row; end
+    row), where each expert has `total` [E] rows that end at `end` [E]. An expert's last tile has up to `MORE` rows more."""
+    expert = tl.arange(0, BLOCK_E)[None, :]
+    tiles = tl.maximum(tl.cdiv(total - MORE, BLOCK_M), (total > 0).to(tl.int32))
+    tiles_end = tl.cumsum(tiles, axis=0)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    mine = tl.sum((tiles_end[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+    same = expert == mine[:, None]
+    begin = end - total - (tiles_end - tiles) * BLOCK_M  # of the expert's rows, were all tiles before full
+    target = tiles_ptr + tile * TILE_FIELDS
+    inside = tile < num_tiles
+    tl.store(target, mine, mask=inside)
+    first = tl.sum(tl.where(same, begin[None, :], 0), axis=1) + tile * BLOCK_M
+    last = tl.sum(tl.where(same & (tiles_end[None, :] == tile[:, None] + 1), end[None, :], 0), axis=1)
+    tl.store(target + 1, first, mask=inside)
+    tl.store(target + 2, tl.where(last > 0, last, first + BLOCK_M), mask=inside)
+
+
+@triton.jit
+def _place_kernel(
+    experts_ptr,
+    counts_ptr,
+    order_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_choices,
+    num_experts,
+    num_tiles,
+    CHUNKS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    MORE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Where each choice of this program's chunk lies: after those to lower experts, and to the same one in earlier chunks
+    and before it in this. `BLOCK_M` of 0: no tiles are asked for."""
+    program = tl.program_id(0)
+    expert = tl.arange(0, BLOCK_E)
+    chunk = tl.arange(0, CHUNKS)[:, None]
+    counts = tl.load(counts_ptr + chunk * BLOCK_E + expert[None, :], mask=chunk < tl.num_programs(0), other=0)
+    total = tl.sum(counts, axis=0)
+    end = tl.cumsum(total, axis=0)
+    first = end - total + tl.sum(tl.where(chunk < program, counts, 0), axis=0)
+    if BLOCK_M > 0:
+        _list_tiles(tiles_ptr, num_tiles, total, end, BLOCK_E, BLOCK_M, MORE, TILES)
+    elif program == 0:
+        tl.store(offsets_ptr + expert, end - total, mask=expert < num_experts)
+        tl.store(offsets_ptr + num_experts, num_choices)
+    lane = tl.arange(0, STEP)
+    for start in range(program * CHUNK, (program + 1) * CHUNK, STEP):
+        place = start + lane
+        inside = place < num_choices
+        choice = tl.load(experts_ptr + place, mask=inside, other=-1).to(tl.int32)
+        match = choice[:, None] == expert[None, :]
+        earlier = (choice[:, None] == choice[None, :]) & (lane[None, :] < lane[:, None])
+        target = tl.sum(earlier.to(tl.int32), axis=1) + tl.sum(tl.where(match, first[None, :], 0), axis=1)
+        tl.store(order_ptr + target, place, mask=inside)
+        first += tl.sum(match.to(tl.int32), axis=0)
 
 
 def route(
@@ -203,19 +270,56 @@ def route(
 
 def sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kernels.router.sort_by_expert`."""
-    experts = experts.contiguous()
     order = torch.empty(experts.numel(), dtype=torch.int64, device=experts.device)
-    chunk = max(16, min(SORT_CHUNK, next_power_of_2(experts.numel())))
     offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=experts.device)
-    launch(
-        _sort_kernel,
-        (num_experts,),
-        experts,
-        order,
-        offsets,
-        experts.numel(),
-        num_experts,
-        CHUNK=chunk,
-        num_warps=8 if chunk == SORT_CHUNK else 4,
-    )
+    _sort(experts.contiguous(), num_experts, order, offsets, None, 0, 0)
     return order, offsets
+
+
+def sort_into_tiles(
+    experts: torch.Tensor, num_experts: int, tile_rows: int, more_rows: int, num_tiles: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order of :func:`sort_by_expert`, [T*k] int32, and its tiles of `tile_rows` choices of one expert, of which an
+    expert's last may have fewer or up to `more_rows` more: each (expert, or at least `num_experts` where there are no more;
+    first choice; end of the choices; unused), int32 [num_tiles, 4]."""
+    order = torch.empty(experts.numel(), dtype=torch.int32, device=experts.device)
+    tiles = torch.empty((num_tiles, TILE_FIELDS.value), dtype=torch.int32, device=experts.device)
+    _sort(experts.contiguous(), num_experts, order, None, tiles, tile_rows, more_rows)
+    return order, tiles
+
+
+def _sort(
+    experts: torch.Tensor,
+    num_experts: int,
+    order: torch.Tensor,
+    offsets: torch.Tensor | None,
+    tiles: torch.Tensor | None,
+    tile_rows: int,
+    more_rows: int,
+) -> None:
+    num_choices = experts.numel()
+    chunk = max(16, next_power_of_2(ceil_div(num_choices, SORT_PROGRAMS)))
+    step = min(SORT_STEP, chunk)
+    chunks = ceil_div(num_choices, chunk)
+    block_e = max(16, next_power_of_2(num_experts))
+    counts = torch.empty((chunks, block_e), dtype=torch.int32, device=experts.device)
+    shape = {"BLOCK_E": block_e, "CHUNK": chunk, "STEP": step, "num_warps": 8 if step == SORT_STEP else 4}
+    launch(_count_kernel, (chunks,), experts, counts, num_choices, **shape)
+    num_tiles = 0 if tiles is None else len(tiles)
+    launch(
+        _place_kernel,
+        (chunks,),
+        experts,
+        counts,
+        order,
+        order if offsets is None else offsets,
+        order if tiles is None else tiles,
+        num_choices,
+        num_experts,
+        num_tiles,
+        CHUNKS=next_power_of_2(chunks),
+        BLOCK_M=tile_rows,
+        MORE=more_rows,
+        TILES=next_power_of_2(ceil_div(num_tiles, chunks)),
+        **shape,
+    )

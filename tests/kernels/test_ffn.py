@@ -45,6 +45,51 @@ def test_moe_ffn(rows, num_experts, top_k, used, depth, width, dtype, device, ch
     check("out", form.moe_ffn(x, weights, *routing), moe_reference.moe_ffn(x, weights, *routing))
 
 
+@pytest.fixture
+def use_blocks():
+    """`use_blocks(config)`: the routed FFN's block sizes until the test ends."""
+    from kernels import tuning
+
+    small = {"BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    small |= {"DOWN_N": 16, "DOWN_K": 16, "down_warps": 4, "down_stages": 2}
+    yield lambda config: tuning.set_override("moe_ffn", {**small, **config})
+    tuning.set_override("moe_ffn", None)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"BLOCK_M": 32, "TMA": 1, "DOWN_TMA": 0, "MORE": 16},
+        {"BLOCK_M": 32, "TMA": 1, "DOWN_TMA": 1, "MORE": 0},
+        {"BLOCK_M": 32, "TMA": 1, "DOWN_TMA": 1, "MORE": 16},
+        {"BLOCK_M": 16, "TMA": 1, "DOWN_TMA": 1, "MORE": 16, "GROUP": 3, "DOWN_GROUP": 2},
+    ],
+    ids=["only_gate_up_described", "descriptors", "further_rows", "further_rows_in_groups"],
+)
+def test_large_tiles(chosen, dtype, device, check, use_blocks):
+    """Weights through descriptors, and tiles with further rows: 46, 53, 44, 17 and no rows an expert."""
+    from kernels.moe_ffn import triton as form
+
+    weights = layer(5, 72, 40, dtype, device)
+    x = torch.randn(160, 80, dtype=dtype, device=device)[:, :72]
+    experts = torch.repeat_interleave(torch.arange(4), torch.tensor([46, 53, 44, 17])).view(160, 1)[torch.randperm(160)]
+    routing = torch.rand(160, 1, device=device), experts.to(device)
+    use_blocks(chosen)
+    check("out", form.moe_ffn(x, weights, *routing), moe_reference.moe_ffn(x, weights, *routing))
+
+
+def test_rows_that_no_descriptor_fits(device, check, use_blocks):
+    """Rows of 22 bytes cannot be described: they are read by pointer, whatever was chosen."""
+    from kernels.moe_ffn import triton as form
+
+    weights = layer(3, 11, 13, torch.bfloat16, device)
+    x = torch.randn(40, 11, dtype=torch.bfloat16, device=device)
+    routing = choices(40, 3, 2, 3, device)
+    chosen = {"BLOCK_M": 32, "TMA": 1, "DOWN_TMA": 1, "MORE": 16}
+    use_blocks(chosen)
+    check("out", form.moe_ffn(x, weights, *routing), moe_reference.moe_ffn(x, weights, *routing))
+
+
 @pytest.mark.parametrize("rows", [1, 3, 16, 37, 257])
 def test_dense_ffn(rows, dtype, device, check):
     from kernels.dense_ffn import triton as form

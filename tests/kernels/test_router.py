@@ -44,8 +44,8 @@ def test_unknown_rule_names_the_known_ones(module, device):
 
 @pytest.mark.parametrize(
     ("rows", "top_k", "num_experts", "used"),
-    [(1, 1, 3, 3), (5, 2, 8, 8), (6, 3, 40, 4), (2100, 2, 5, 5)],
-    ids=["one_row", "few", "empty_experts", "two_chunks"],
+    [(1, 1, 3, 3), (5, 2, 8, 8), (6, 3, 40, 4), (2100, 2, 5, 5), (16500, 2, 5, 5)],
+    ids=["one_row", "few", "empty_experts", "chunks", "chunks_of_several_steps"],
 )
 def test_sort_by_expert(rows, top_k, num_experts, used, device, check):
     from kernels.router import triton as form
@@ -54,3 +54,22 @@ def test_sort_by_expert(rows, top_k, num_experts, used, device, check):
     actual, expected = (f.sort_by_expert(experts, num_experts) for f in (form, reference))
     check("offsets", actual[1], expected[1])
     check("order", actual[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("tile_rows", "more_rows", "tiles"),
+    [
+        (8, 0, [(0, 0, 8), (0, 8, 11), (2, 11, 19), (2, 19, 27), (2, 27, 28), (3, 28, 29)]),
+        (8, 4, [(0, 0, 11), (2, 11, 19), (2, 19, 28), (3, 28, 29)]),
+        (16, 1, [(0, 0, 11), (2, 11, 28), (3, 28, 29)]),
+    ],
+)
+def test_sort_into_tiles(tile_rows, more_rows, tiles, device, check):
+    """Experts of 11, no, 17 and 1 rows; a last tile may have `more_rows` more than the others."""
+    from kernels.router import triton as form
+
+    experts = torch.repeat_interleave(torch.arange(4), torch.tensor([11, 0, 17, 1]))[torch.randperm(29)].view(29, 1)
+    order, listed = form.sort_into_tiles(experts.to(device), 4, tile_rows, more_rows, 8)
+    check("order", order.long(), reference.sort_by_expert(experts.to(device), 4)[0])
+    assert [tuple(tile) for tile in listed[:, :3].tolist()][: len(tiles)] == tiles
+    assert all(expert >= 4 for expert in listed[len(tiles) :, 0].tolist())
