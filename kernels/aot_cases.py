@@ -100,6 +100,17 @@ def _moe(rows: int, depth: int, width: int, num_experts: int, top_k: int, dtype:
     moe_ffn(_empty(rows, depth, dtype=dtype), weights, *routing)
 
 
+def _moe_by_descriptor(*shape: int) -> None:
+    """Without a card nothing is tuned, and only tuned sizes read through descriptors."""
+    from kernels import tuning
+
+    tuning.set_override("moe_ffn", {"TMA": 1, "DOWN_TMA": 1, "num_stages": 4})
+    try:
+        _moe(*shape)
+    finally:
+        tuning.set_override("moe_ffn", None)
+
+
 def _dense(rows: int, depth: int, width: int) -> None:
     from kernels.dense_ffn.triton import dense_ffn
 
@@ -184,6 +195,7 @@ CASES: dict[str, Callable[[], None]] = {
     "ffn_qwen3_512": functools.partial(_moe, 512, *QWEN3),
     "ffn_qwen3_1024": functools.partial(_moe, 1024, *QWEN3),
     "ffn_qwen3_4096": functools.partial(_moe, 4096, *QWEN3),
+    "ffn_qwen3_4096_descriptors": functools.partial(_moe_by_descriptor, 4096, *QWEN3),
     "ffn_mixtral_4096": functools.partial(_moe, 4096, *MIXTRAL),
     "decode_dense_ffn": functools.partial(_dense, 4, 2048, 2816),
     "dense_ffn_2048": functools.partial(_dense, 2048, 2048, 10944),

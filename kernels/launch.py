@@ -93,6 +93,12 @@ def num_sms(device: torch.device) -> int:
 
 
 @functools.cache
+def copies_by_descriptor(device: torch.device) -> bool:
+    """Whether kernels on `device` can read through tensor descriptors, as from Hopper on; off CUDA the interpreter does."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@functools.cache
 def multiplies_by_warp_groups(device: torch.device) -> bool:
     """Whether a product on `device` takes groups of four warps, as Hopper's do; as for an H200 off CUDA."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9

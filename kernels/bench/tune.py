@@ -35,13 +35,13 @@ GATE_UP_OF_SOME_ROWS = [
     for k, stages in ((128, 3), (64, 4))
 ]
 GATE_UP_OF_MANY_ROWS = [
-    {"BLOCK_M": 128, "BLOCK_N": n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages, "GROUP": group, **copies}
-    for n, warps, stages, copies in (
-        (128, 8, 4, {"TMA": 1, "DOWN_TMA": 1, "MORE": 0}),
-        (128, 8, 4, {"TMA": 1, "DOWN_TMA": 1, "MORE": 16}),
-        (128, 8, 4, {"TMA": 1, "DOWN_TMA": 1, "MORE": 32}),
-        (128, 8, 3, {"TMA": 0, "MORE": 0}),
-        (64, 4, 3, {"TMA": 0, "MORE": 0}),
+    {"BLOCK_M": 128, "BLOCK_N": n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages, "GROUP": group, "TMA": tma}
+    for n, warps, stages, tma in (
+        (128, 8, 3, 1),
+        (128, 8, 4, 1),
+        (128, 8, 3, 0),
+        (128, 8, 4, 0),
+        (64, 4, 3, 0),
     )
     for group in (8, 32, ALL_TILES)
 ]

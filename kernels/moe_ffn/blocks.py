@@ -7,7 +7,6 @@ ALL_TILES = 1 << 16  # a GROUP that holds every tile of rows
 
 # Of the kernels for many rows: gate and up's, and what the same of down is called. Both have tiles of BLOCK_M rows; `TMA` is
 # whether weights come through Hopper's copy engine (and down's rows), which suits large tiles and not few rows.
-# MORE is by how many rows an expert's last tile may be larger: weights are then read once less. It takes both TMAs.
 OF_DOWN = {
     "BLOCK_N": "DOWN_N",
     "BLOCK_K": "DOWN_K",

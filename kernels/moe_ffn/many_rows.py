@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import ceil_div, launch, next_power_of_2
+from kernels.launch import ceil_div, copies_by_descriptor, launch, next_power_of_2
 from kernels.moe_ffn.blocks import OF_DOWN
-from kernels.moe_ffn.tiles import gate_up_tile, gate_up_tile_and_more, multiply_tile
+from kernels.moe_ffn.tiles import gate_up_tile, multiply_tile
 from kernels.router.triton import TILE_FIELDS, sort_into_tiles
 from kernels.tile import dot
 
@@ -59,48 +59,6 @@ def _gate_up_rows(
 
 
 @triton.jit
-def _gate_up_more_rows(
-    x_ptr, weights, topk_weights_ptr, order_ptr, hidden_ptr, expert, start, end, first, depth, width, x_stride,
-    EVEN: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, MORE: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """:func:`_gate_up_rows` of `BLOCK_M` rows and at most `MORE` further ones."""
-    position = start + tl.arange(0, BLOCK_M)
-    further = start + BLOCK_M + tl.arange(0, MORE)
-    mask = further < end
-    choice = tl.load(order_ptr + position)
-    more_choice = tl.load(order_ptr + further, mask=mask, other=0)
-    x = x_ptr + (choice // K).to(tl.int64)[:, None] * x_stride
-    more_x = x_ptr + (more_choice // K).to(tl.int64)[:, None] * x_stride
-    all_rows = tl.full((BLOCK_M, 1), 1, tl.int1)
-    result, more = gate_up_tile_and_more(
-        x,
-        more_x,
-        weights,
-        expert * 2 * width,
-        first,
-        width,
-        depth,
-        all_rows,
-        mask[:, None],
-        EVEN,
-        BLOCK_M,
-        MORE,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    out = first + tl.arange(0, BLOCK_N)
-    result = (result * tl.load(topk_weights_ptr + choice)[:, None]).to(hidden_ptr.dtype.element_ty)
-    inside = out < width
-    tl.store(hidden_ptr + position.to(tl.int64)[:, None] * width + out[None, :], result, mask=inside[None, :])
-    more = more * tl.load(topk_weights_ptr + more_choice, mask=mask, other=0.0)[None, :]
-    more = tl.trans(more).to(hidden_ptr.dtype.element_ty)
-    tl.store(
-        hidden_ptr + further.to(tl.int64)[:, None] * width + out[None, :], more, mask=mask[:, None] & inside[None, :]
-    )
-
-
-@triton.jit
 def _gate_up_kernel(
     x_ptr,
     weights,
@@ -120,7 +78,6 @@ def _gate_up_kernel(
     EVEN: tl.constexpr,
     TMA: tl.constexpr,
     HALVES: tl.constexpr,
-    MORE: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -137,11 +94,6 @@ def _gate_up_kernel(
         _gate_up_rows(
             x_ptr, weights, topk_weights_ptr, order_ptr, hidden_ptr, expert, start, end, part * BLOCK_N, depth, width,
             x_stride, DENSE, EVEN, TMA, K, BLOCK_M // 2, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    elif MORE > 0 and end - start > BLOCK_M:
-        _gate_up_more_rows(
-            x_ptr, weights, topk_weights_ptr, order_ptr, hidden_ptr, expert, start, end, part * BLOCK_N, depth, width,
-            x_stride, EVEN, K, BLOCK_M, MORE, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _gate_up_rows(
@@ -176,33 +128,9 @@ def _down_rows(
 
 
 @triton.jit
-def _down_more_rows(
-    hidden, more_hidden, weights, order_ptr, out_ptr, expert, start, end, first, depth, width,
-    BLOCK_M: tl.constexpr, MORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """:func:`_down_rows` of `BLOCK_M` rows and at most `MORE` further ones."""
-    further = start + BLOCK_M + tl.arange(0, MORE)
-    mask = further < end
-    out = first + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    more_acc = tl.zeros((BLOCK_N, MORE), tl.float32)
-    for channel in range(0, width, BLOCK_K):
-        columns = weights.load([expert * depth + first, channel])
-        acc = dot(hidden.load([start, channel]), tl.trans(columns), acc)
-        more_acc = dot(columns, tl.trans(more_hidden.load([start + BLOCK_M, channel])), more_acc)
-    target = tl.load(order_ptr + start + tl.arange(0, BLOCK_M)).to(tl.int64)
-    more_target = tl.load(order_ptr + further, mask=mask, other=0).to(tl.int64)
-    inside = out < depth
-    tl.store(out_ptr + target[:, None] * depth + out[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside[None, :])
-    more = tl.trans(more_acc).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + more_target[:, None] * depth + out[None, :], more, mask=mask[:, None] & inside[None, :])
-
-
-@triton.jit
 def _down_kernel(
     hidden,
     half_hidden,
-    more_hidden,
     weights,
     order_ptr,
     tiles_ptr,
@@ -218,7 +146,6 @@ def _down_kernel(
     EVEN: tl.constexpr,
     TMA: tl.constexpr,
     HALVES: tl.constexpr,
-    MORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -236,11 +163,6 @@ def _down_kernel(
         _down_rows(
             half_hidden, weights, order_ptr, out_ptr, expert, start, end, part * BLOCK_N, depth, width,
             DENSE, EVEN, TMA, BLOCK_M // 2, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    elif MORE > 0 and end - start > BLOCK_M:
-        _down_more_rows(
-            hidden, more_hidden, weights, order_ptr, out_ptr, expert, start, end, part * BLOCK_N, depth, width,
-            BLOCK_M, MORE, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _down_rows(
@@ -273,18 +195,17 @@ def ffn_many_rows(
     out = torch.empty((rows, depth), dtype=x.dtype, device=x.device)
     routed = topk_experts is not None
     tile_rows = chosen["BLOCK_M"]
-    through_tma = _tma_fits(x.element_size(), depth, width)
-    more_rows = chosen["MORE"] if routed and through_tma and chosen["TMA"] and chosen["DOWN_TMA"] else 0
+    through_tma = copies_by_descriptor(x.device) and all(map(_tma_fits, (gate_up, down)))
     if routed:
         choices = topk_experts.numel()
         tiles = choices // tile_rows + min(num_experts, choices)
-        order, list_of_tiles = sort_into_tiles(topk_experts, num_experts, tile_rows, more_rows, tiles)
+        order, list_of_tiles = sort_into_tiles(topk_experts, num_experts, tile_rows, tiles)
         target = torch.empty((choices, depth), dtype=x.dtype, device=x.device)
     else:
         choices, target, tiles = rows, out, ceil_div(rows, tile_rows)
         order = list_of_tiles = topk_weights = out  # not read
     hidden = torch.empty((choices, width), dtype=x.dtype, device=x.device)
-    up = _constants(chosen, through_tma) | {"MORE": more_rows}
+    up = _constants(chosen, through_tma)
     slices = ceil_div(width, up["BLOCK_N"])
     launch(
         _gate_up_kernel,
@@ -299,14 +220,13 @@ def ffn_many_rows(
         **up,
     )
     chosen = {**chosen, **{name: chosen[of_down] for name, of_down in OF_DOWN.items()}}
-    of_down = _constants(chosen, through_tma) | {"MORE": more_rows}
+    of_down = _constants(chosen, through_tma)
     slices = ceil_div(depth, of_down["BLOCK_N"])
     launch(
         _down_kernel,
         (tiles * slices,),
         _blocks_of(hidden, tile_rows, of_down),
         _blocks_of(hidden, tile_rows // 2, of_down),
-        _blocks_of(hidden, more_rows, of_down) if more_rows else hidden,
         _blocks_of(down, of_down["BLOCK_N"], of_down),
         *(order, list_of_tiles, target, rows, depth, width, num_experts),
         *(tiles, slices, min(tiles, chosen["GROUP"])),
@@ -328,13 +248,15 @@ def _constants(blocks: dict[str, int], tma_fits: bool) -> dict[str, int]:
     return {name: blocks[name] for name in names} | {"TMA": bool(blocks["TMA"]) and tma_fits, "HALVES": halves}
 
 
-def _tma_fits(element_bytes: int, depth: int, width: int) -> bool:
-    """Whether rows are whole multiples of what the copy engine moves."""
-    return depth * element_bytes % TMA_BYTES == 0 and width * element_bytes % TMA_BYTES == 0
+def _tma_fits(matrix: torch.Tensor) -> bool:
+    """Whether the matrix and each of its rows begin at a multiple of what the copy engine moves."""
+    return matrix.data_ptr() % TMA_BYTES == 0 and matrix.shape[-1] * matrix.element_size() % TMA_BYTES == 0
 
 
 def _blocks_of(matrix: torch.Tensor, block_rows: int, constants: dict[str, int]) -> torch.Tensor | TensorDescriptor:
-    """`matrix` [.., K] as a kernel of `constants` takes it: itself, or described as rows in blocks of `block_rows`."""
+    """`matrix` [.., K] as a kernel of `constants` takes it: itself, or described as rows in blocks of `block_rows`. The
+    description is made on the host and travels with the kernel's arguments: a graph keeps a copy of it, streams share nothing,
+    and no scratch memory is asked for on the card."""
     if not constants["TMA"]:
         return matrix
-    return TensorDescriptor.from_tensor(matrix.flatten(0, -2), [block_rows, constants["BLOCK_K"]])
+    return TensorDescriptor.from_tensor(matrix.view(-1, matrix.shape[-1]), [block_rows, constants["BLOCK_K"]])

@@ -70,35 +70,6 @@ def gate_up_tile(
     return silu(gate) * up
 
 
-@triton.jit
-def gate_up_tile_and_more(
-    x, more_x, weights, top, first, width, depth, row_mask, more_mask, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, MORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """:func:`gate_up_tile` through descriptors, and the same of `MORE` further rows, transposed [N, MORE]: weights that are
-    there already are multiplied once more, where a tile of those rows alone would have to read them again."""
-    lane = tl.arange(0, BLOCK_K)[None, :]
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    more_gate = tl.zeros((BLOCK_N, MORE), tl.float32)
-    more_up = tl.zeros((BLOCK_N, MORE), tl.float32)
-    for start in range(0, depth, BLOCK_K):
-        channel = start + lane
-        if EVEN:
-            rows = tl.load(x + channel, mask=row_mask, other=0.0)
-            more = tl.load(more_x + channel, mask=more_mask, other=0.0)
-        else:
-            rows = tl.load(x + channel, mask=row_mask & (channel < depth), other=0.0)
-            more = tl.load(more_x + channel, mask=more_mask & (channel < depth), other=0.0)
-        gate_weight = weights.load([top + first, start])
-        up_weight = weights.load([top + width + first, start])
-        gate = dot(rows, tl.trans(gate_weight), gate)
-        up = dot(rows, tl.trans(up_weight), up)
-        more_gate = dot(gate_weight, tl.trans(more), more_gate)
-        more_up = dot(up_weight, tl.trans(more), more_up)
-    return silu(gate) * up, silu(more_gate) * more_up
-
-
 def evenness(depth: int, width: int, chosen: dict[str, int]) -> tuple[bool, bool]:
     """Whether blocks divide the sizes, for gate and up and for down."""
     block_k = chosen["BLOCK_K"]

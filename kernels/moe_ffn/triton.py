@@ -65,6 +65,6 @@ def _large_blocks(x: torch.Tensor, rows_per_expert: float) -> dict[str, int]:
         rows, channels, down_channels, depth, warps, stages = 64, 64, 128, 64, 4, 3
     else:
         rows, channels, down_channels, depth, warps, stages = 128, 128, 128, 64, 8, 3
-    blocks = {"BLOCK_M": rows, "BLOCK_N": channels, "BLOCK_K": depth, "GROUP": ALL_TILES, "TMA": 0, "MORE": 0}
+    blocks = {"BLOCK_M": rows, "BLOCK_N": channels, "BLOCK_K": depth, "GROUP": ALL_TILES, "TMA": 0}
     blocks |= {"num_warps": warps, "num_stages": stages}
     return blocks | {of_down: blocks[name] for name, of_down in OF_DOWN.items()} | {"DOWN_N": down_channels}

@@ -162,13 +162,12 @@ def _list_tiles(
     end,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    MORE: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """This program's share of the tiles of sorted rows: (expert, past the last where there is no such tile; first row; end
-    row), where each expert has `total` [E] rows that end at `end` [E]. An expert's last tile has up to `MORE` rows more."""
+    row), where each expert has `total` [E] rows that end at `end` [E]."""
     expert = tl.arange(0, BLOCK_E)[None, :]
-    tiles = tl.maximum(tl.cdiv(total - MORE, BLOCK_M), (total > 0).to(tl.int32))
+    tiles = tl.cdiv(total, BLOCK_M)
     tiles_end = tl.cumsum(tiles, axis=0)
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     mine = tl.sum((tiles_end[None, :] <= tile[:, None]).to(tl.int32), axis=1)
@@ -198,7 +197,6 @@ def _place_kernel(
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    MORE: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Where each choice of this program's chunk lies: after those to lower experts, and to the same one in earlier chunks
@@ -211,7 +209,7 @@ def _place_kernel(
     end = tl.cumsum(total, axis=0)
     first = end - total + tl.sum(tl.where(chunk < program, counts, 0), axis=0)
     if BLOCK_M > 0:
-        _list_tiles(tiles_ptr, num_tiles, total, end, BLOCK_E, BLOCK_M, MORE, TILES)
+        _list_tiles(tiles_ptr, num_tiles, total, end, BLOCK_E, BLOCK_M, TILES)
     elif program == 0:
         tl.store(offsets_ptr + expert, end - total, mask=expert < num_experts)
         tl.store(offsets_ptr + num_experts, num_choices)
@@ -272,19 +270,19 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tenso
     """See :func:`kernels.router.sort_by_expert`."""
     order = torch.empty(experts.numel(), dtype=torch.int64, device=experts.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=experts.device)
-    _sort(experts.contiguous(), num_experts, order, offsets, None, 0, 0)
+    _sort(experts.contiguous(), num_experts, order, offsets, None, 0)
     return order, offsets
 
 
 def sort_into_tiles(
-    experts: torch.Tensor, num_experts: int, tile_rows: int, more_rows: int, num_tiles: int
+    experts: torch.Tensor, num_experts: int, tile_rows: int, num_tiles: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The order of :func:`sort_by_expert`, [T*k] int32, and its tiles of `tile_rows` choices of one expert, of which an
-    expert's last may have fewer or up to `more_rows` more: each (expert, or at least `num_experts` where there are no more;
-    first choice; end of the choices; unused), int32 [num_tiles, 4]."""
+    expert's last may have fewer: each (expert, or at least `num_experts` where there are no more; first choice; end of the
+    choices; unused), int32 [num_tiles, 4]."""
     order = torch.empty(experts.numel(), dtype=torch.int32, device=experts.device)
     tiles = torch.empty((num_tiles, TILE_FIELDS.value), dtype=torch.int32, device=experts.device)
-    _sort(experts.contiguous(), num_experts, order, None, tiles, tile_rows, more_rows)
+    _sort(experts.contiguous(), num_experts, order, None, tiles, tile_rows)
     return order, tiles
 
 
@@ -295,7 +293,6 @@ def _sort(
     offsets: torch.Tensor | None,
     tiles: torch.Tensor | None,
     tile_rows: int,
-    more_rows: int,
 ) -> None:
     num_choices = experts.numel()
     chunk = max(16, next_power_of_2(ceil_div(num_choices, SORT_PROGRAMS)))
@@ -319,7 +316,6 @@ def _sort(
         num_tiles,
         CHUNKS=next_power_of_2(chunks),
         BLOCK_M=tile_rows,
-        MORE=more_rows,
         TILES=next_power_of_2(ceil_div(num_tiles, chunks)),
         **shape,
     )

@@ -59,15 +59,15 @@ def use_blocks():
 @pytest.mark.parametrize(
     "chosen",
     [
-        {"BLOCK_M": 32, "TMA": 1, "DOWN_TMA": 0, "MORE": 16},
-        {"BLOCK_M": 32, "TMA": 1, "DOWN_TMA": 1, "MORE": 0},
-        {"BLOCK_M": 32, "TMA": 1, "DOWN_TMA": 1, "MORE": 16},
-        {"BLOCK_M": 16, "TMA": 1, "DOWN_TMA": 1, "MORE": 16, "GROUP": 3, "DOWN_GROUP": 2},
+        {"BLOCK_M": 32, "TMA": 1, "DOWN_TMA": 0},
+        {"BLOCK_M": 32, "TMA": 0, "DOWN_TMA": 1},
+        {"BLOCK_M": 16, "TMA": 1, "DOWN_TMA": 1, "GROUP": 3, "DOWN_GROUP": 2},
+        {"BLOCK_M": 128, "TMA": 1, "DOWN_TMA": 1},
     ],
-    ids=["only_gate_up_described", "descriptors", "further_rows", "further_rows_in_groups"],
+    ids=["only_gate_up", "only_down", "in_groups", "half_tiles"],
 )
-def test_large_tiles(chosen, dtype, device, check, use_blocks):
-    """Weights through descriptors, and tiles with further rows: 46, 53, 44, 17 and no rows an expert."""
+def test_descriptors(chosen, dtype, device, check, use_blocks):
+    """Weights, and rows of down, through descriptors: 46, 53, 44, 17 and no rows an expert."""
     from kernels.moe_ffn import triton as form
 
     weights = layer(5, 72, 40, dtype, device)
@@ -85,8 +85,7 @@ def test_rows_that_no_descriptor_fits(device, check, use_blocks):
     weights = layer(3, 11, 13, torch.bfloat16, device)
     x = torch.randn(40, 11, dtype=torch.bfloat16, device=device)
     routing = choices(40, 3, 2, 3, device)
-    chosen = {"BLOCK_M": 32, "TMA": 1, "DOWN_TMA": 1, "MORE": 16}
-    use_blocks(chosen)
+    use_blocks({"BLOCK_M": 32, "TMA": 1, "DOWN_TMA": 1})
     check("out", form.moe_ffn(x, weights, *routing), moe_reference.moe_ffn(x, weights, *routing))
 
 

@@ -40,6 +40,37 @@ def test_routed_ffn_is_right_and_the_same_bits_every_time(rows, weights, device,
         assert moe_ffn(x, weights, *chosen).equal(first)
 
 
+def test_graphs_of_two_streams_keep_their_own_descriptors(weights, device, check):
+    """Two captured FFNs by descriptor, over other rows and other weights, replayed at once on two streams."""
+    from kernels import tuning
+    from kernels.moe_ffn import moe_ffn
+
+    layers = weights, ExpertWeights(weights.gate_up.flip(0).contiguous(), weights.down.flip(0).contiguous())
+    rows = [torch.randn(3000, 1024, device=device, dtype=torch.bfloat16) for _ in layers]
+    chosen = [routing(3000, device) for _ in layers]
+    graphs, outs = [torch.cuda.CUDAGraph() for _ in layers], []
+    tuning.set_override("moe_ffn", {"TMA": 1, "DOWN_TMA": 1})
+    try:
+        moe_ffn(rows[0], layers[0], *chosen[0])
+        torch.cuda.synchronize()
+        for graph, x, layer, choice in zip(graphs, rows, layers, chosen, strict=True):
+            with torch.cuda.graph(graph):
+                outs.append(moe_ffn(x, layer, *choice))
+    finally:
+        tuning.set_override("moe_ffn", None)
+    streams = [torch.cuda.Stream() for _ in layers]
+    for _ in range(3):
+        for x in rows:
+            x.normal_()
+        torch.cuda.synchronize()
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for out, x, layer, choice in zip(outs, rows, layers, chosen, strict=True):
+            check("out", out, moe_reference.moe_ffn(x, layer, *choice))
+
+
 def test_one_graph_serves_any_lengths(device, check):
     """Splits are computed on the device: a captured decode is right after the lengths have changed under it."""
     from kernels.attention import decode_gqa
