@@ -13,6 +13,8 @@ from kernels.launch import launch, next_power_of_2
 from kernels.paged_kv import PagedKV
 from kernels.tile import dot
 
+_PAIRS = (16, 32, 64, 128, 512, 2048)  # (row, head) pairs, up to each of which chunks share their block sizes
+
 
 @triton.jit
 def _load_queries(q_ptr, row, exists, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -191,8 +193,9 @@ def prefill_gqa(q: torch.Tensor, kv: PagedKV, query_lens: tuple[int, ...], scale
     q = q.contiguous()
     _, num_heads, dim = q.shape
     kv_heads = kv.cache.shape[2]
-    # That share a KV head, of the longest chunk, as far as that matters to a tile's size.
-    pairs = min(128, max(16, next_power_of_2(max(query_lens) * (num_heads // kv_heads))))
+    # Pairs that share a KV head, of the longest chunk: what a tile is filled with, and how many read the same keys.
+    filled = max(query_lens) * (num_heads // kv_heads)
+    pairs = next((size for size in _PAIRS if filled <= size), _PAIRS[-1])
     if q.element_size() == 4:
         default = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "waves": 1}
     elif pairs <= 64:

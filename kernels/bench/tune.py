@@ -6,6 +6,8 @@ import functools
 import itertools
 import math
 import time
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
@@ -82,6 +84,7 @@ class _Trial:
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
         self.operator = "moe_ffn" if case.op == "dense_ffn" else case.op
         self.shape, self.device, self.tolerance = f"{case.op} {case.shape}", device, TOLERANCE[dtype]
+        self.chunk = case.chunk or case.shape
         torch.manual_seed(SEED)
         self.problem = case.build(device, dtype)
         tuning.take_last_key(self.operator)
@@ -104,7 +107,7 @@ class _Trial:
 
 def tune(cases: list[Case], device: torch.device, dtype: torch.dtype, limit_s: float) -> dict[str, dict[str, int]]:
     """The best configuration by "operator/key", of what could be tried in `limit_s` seconds shared evenly among cases. Cases
-    with the same key, which must follow each other, share one: that with the least product of their times."""
+    with the same key, which must follow each other, share one, by :func:`relative_time`."""
     found: dict[str, dict[str, int]] = {}
     deadline = time.monotonic() + limit_s
     done = 0
@@ -121,12 +124,27 @@ def tune(cases: list[Case], device: torch.device, dtype: torch.dtype, limit_s: f
     return found
 
 
+def relative_time(times: Sequence[float], others: Sequence[float], chunks: Sequence[str]) -> float:
+    """How long one configuration takes by another's time, from both their `times` of the same cases.
+
+    Which prefix a chunk comes after, nobody knows when its configuration is chosen: a graph serves any. So a chunk's times after
+    several prefixes are summed, and what is long after many tokens outweighs what is little after none. Different chunks (or
+    other shapes, each a chunk of its own here) count alike: their ratios are multiplied.
+    """
+    mine, theirs = Counter(), Counter()
+    for seconds, other, chunk in zip(times, others, chunks, strict=True):
+        mine[chunk] += seconds
+        theirs[chunk] += other
+    return math.prod(mine[chunk] / theirs[chunk] for chunk in mine)
+
+
 def _tune_alike(trials: list[_Trial], deadline: float) -> dict[str, int]:
-    """The best configuration of cases that share one; empty where none is better than the default."""
+    """The best configuration of cases that share one; empty where none is better than what they have."""
     operator, key = trials[0].operator, trials[0].key
+    chunks = [trial.chunk for trial in trials]
     rows = int(key.rsplit("_t", 1)[1]) if "_t" in key else 0
     best: dict[str, int] = {}
-    default_times = best_times = [trial.seconds() for trial in trials]
+    former_times = best_times = least_times = [trial.seconds() for trial in trials]
     for configs in candidates(operator, rows):
         begin = best or tuning.known(operator, key, trials[0].device)
         tried = [{**begin, **config} for config in configs]
@@ -138,10 +156,16 @@ def _tune_alike(trials: list[_Trial], deadline: float) -> dict[str, int]:
             tuning.set_override(operator, config)
             times = [trial.seconds() for trial in trials]
             tuning.set_override(operator, None)
-            if math.prod(mine / theirs for mine, theirs in zip(times, best_times, strict=True)) < 1:
+            print(f"tried {trials[0].shape}..: {config}: {' '.join(f'{t * 1e6:.1f}' for t in times)} us", flush=True)
+            least_times = list(map(min, times, least_times))
+            if relative_time(times, best_times, chunks) < 1:
                 best, best_times = config, times
-    for trial, default, now in zip(trials, default_times, best_times, strict=True):
-        print(f"tuned {trial.shape}: {default * 1e6:.1f} -> {now * 1e6:.1f} us {best or 'default'}", flush=True)
+    for trial, former, now, least in zip(trials, former_times, best_times, least_times, strict=True):
+        print(
+            f"tuned {trial.shape}: {former * 1e6:.1f} -> {now * 1e6:.1f} us (least of any: {least * 1e6:.1f}) "
+            f"{best or 'as before'}",
+            flush=True,
+        )
     return best
 
 
