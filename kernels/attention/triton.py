@@ -100,9 +100,11 @@ def _decode_kernel(
     if sequence >= batch:
         return
     member = tl.arange(0, BLOCK_H)
+    channel = tl.arange(0, BLOCK_D)[None, :]
     head = kv_head * GROUP + member
     row = sequence * (KV_HEADS * GROUP) + head
-    q = _load_queries(q_ptr, row, member < GROUP, KV_HEADS, DIM, BLOCK_D)
+    mask = (member < GROUP)[:, None] & (channel < DIM)
+    q = tl.load(q_ptr + row.to(tl.int64)[:, None] * DIM + channel, mask=mask, other=0.0)
     table = table_ptr + sequence.to(tl.int64) * table_stride
     top = tl.full((BLOCK_H,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_H,), tl.float32)

@@ -106,19 +106,20 @@ class _Trial:
 
 
 def tune(cases: list[Case], device: torch.device, dtype: torch.dtype, limit_s: float) -> dict[str, dict[str, int]]:
-    """The best configuration by "operator/key", of what could be tried in `limit_s` seconds shared evenly among cases. Cases
-    with the same key, which must follow each other, share one, by :func:`relative_time`."""
+    """The best configuration by "operator/key", of what could be tried in `limit_s` seconds, compiling apart, shared evenly among
+    cases. Cases with the same key, which must follow each other, share one, by :func:`relative_time`."""
     found: dict[str, dict[str, int]] = {}
-    deadline = time.monotonic() + limit_s
+    left_s = limit_s
     done = 0
     with torch.inference_mode():
         trials = (_Trial(case, device, dtype) for case in cases)
         for (operator, key), group in itertools.groupby(trials, lambda trial: (trial.operator, trial.key)):
             alike = list(group)
-            share = (deadline - time.monotonic()) * len(alike) / (len(cases) - done)
+            share_s = left_s * len(alike) / (len(cases) - done)
             done += len(alike)
             if key is not None:
-                best = _tune_alike(alike, time.monotonic() + share)
+                best, spent_s = _tune_alike(alike, share_s)
+                left_s -= spent_s
                 if best:
                     found[f"{operator}/{key}"] = best
     return found
@@ -138,19 +139,20 @@ def relative_time(times: Sequence[float], others: Sequence[float], chunks: Seque
     return math.prod(mine[chunk] / theirs[chunk] for chunk in mine)
 
 
-def _tune_alike(trials: list[_Trial], deadline: float) -> dict[str, int]:
-    """The best configuration of cases that share one; empty where none is better than what they have."""
+def _tune_alike(trials: list[_Trial], limit_s: float) -> tuple[dict[str, int], float]:
+    """(the best configuration of cases that share one, empty where none is better than what they have; seconds that trying took)."""
     operator, key = trials[0].operator, trials[0].key
     chunks = [trial.chunk for trial in trials]
     rows = int(key.rsplit("_t", 1)[1]) if "_t" in key else 0
     best: dict[str, int] = {}
+    began, compiling_s = time.monotonic(), 0.0
     former_times = best_times = least_times = [trial.seconds() for trial in trials]
     for configs in candidates(operator, rows):
         begin = best or tuning.known(operator, key, trials[0].device)
         tried = [{**begin, **config} for config in configs]
-        _compile(trials, tried)
+        compiling_s += _compile(trials, tried)
         for config in tried:
-            if time.monotonic() > deadline:
+            if time.monotonic() - began - compiling_s > limit_s:
                 print(f"{trials[0].shape}: out of time, the later configurations were not tried")
                 break
             tuning.set_override(operator, config)
@@ -166,11 +168,12 @@ def _tune_alike(trials: list[_Trial], deadline: float) -> dict[str, int]:
             f"{best or 'as before'}",
             flush=True,
         )
-    return best
+    return best, time.monotonic() - began - compiling_s
 
 
-def _compile(trials: list[_Trial], configs: Configs) -> None:
-    """Compile what the trials would launch with each of `configs`, in parallel."""
+def _compile(trials: list[_Trial], configs: Configs) -> float:
+    """Compile what the trials would launch with each of `configs`, in parallel; returns the seconds that took."""
+    began = time.monotonic()
     with recording() as calls:
         for config in configs:
             tuning.set_override(trials[0].operator, config)
@@ -178,3 +181,4 @@ def _compile(trials: list[_Trial], configs: Configs) -> None:
                 trial.problem.variants[0]()
         tuning.set_override(trials[0].operator, None)
     compile_ahead(calls)
+    return time.monotonic() - began

@@ -133,8 +133,13 @@ def _decode_kernel(
     if sequence >= batch:
         return
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    turned = tl.arange(0, BLOCK_R)[None, :]
     row = sequence * heads + head
-    queries = _load_queries((q_latent_ptr, q_rope_ptr), row, head < heads, (ROPE, BLOCK_R), DIM, BLOCK_D)
+    mask = (head < heads)[:, None]
+    wide_row = row.to(tl.int64)[:, None]
+    q_latent = tl.load(q_latent_ptr + wide_row * DIM + channel, mask=mask & (channel < DIM), other=0.0)
+    q_rope = tl.load(q_rope_ptr + wide_row * ROPE + turned, mask=mask & (turned < ROPE), other=0.0)
     table = table_ptr + sequence.to(tl.int64) * table_stride
     top = tl.full((BLOCK_H,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_H,), tl.float32)
@@ -143,7 +148,7 @@ def _decode_kernel(
     for start in range(first, end, BLOCK_N):
         block = look_up(table, start, end, BLOCK_TOKENS, BLOCK_N)
         top, mass, acc = _attend(
-            queries, cache_ptr, 0, block, start, end, last_seen, scale, top, mass, acc,
+            (q_latent, q_rope), cache_ptr, 0, block, start, end, last_seen, scale, top, mass, acc,
             True, (ROPE, BLOCK_R), DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
         )  # fmt: skip
     write_chunk(

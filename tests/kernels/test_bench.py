@@ -123,3 +123,21 @@ def test_a_wrong_configuration_is_not_chosen_however_fast(tuned, monkeypatch):
     errors = iter([0.0, 1.0, 0.0])
     monkeypatch.setattr(tune, "worst_error", lambda problem, expected: next(errors))
     assert tuned({"16 rows": [{0: 5.0, 1: 1.0, 2: 4.0}]}) == {"prefill_gqa/float32_kh1": {"BLOCK": 2}}
+
+
+def test_candidates_have_the_time_that_is_given_whatever_compiling_takes(tuned, monkeypatch):
+    now = [0.0]
+
+    def wait(seconds: float) -> float:
+        now[0] += seconds
+        return seconds
+
+    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tune, "compile_ahead", lambda calls: wait(1000.0))
+    monkeypatch.setattr(tune, "worst_error", lambda problem, expected: wait(25.0) - 25.0)
+    times = [{0: 5.0, 1: 4.0, 2: 3.0}]
+    assert tuned({"16 rows": times}) == {
+        "prefill_gqa/float32_kh1": {"BLOCK": 2}
+    }  # within its 60 s: 25 for each of three
+    monkeypatch.setattr(tune, "worst_error", lambda problem, expected: wait(35.0) - 35.0)
+    assert tuned({"16 rows": times}) == {"prefill_gqa/float32_kh1": {"BLOCK": 1}}  # the last would begin after 70 s
