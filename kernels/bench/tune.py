@@ -180,7 +180,4 @@ def _compile(trials: list[_Trial], configs: Configs) -> float:
             for trial in trials:
                 trial.problem.variants[0]()
         tuning.set_override(trials[0].operator, None)
-<<<<<<< HEAD
-=======
     return time.monotonic() - began
->>>>>>> attnframe
