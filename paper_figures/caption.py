@@ -11,6 +11,7 @@ from paper_figures.selection import differing, flatten, variants
 _BACKENDS = {"real": "Measured", "sim": "SIMULATED (cost model, virtual clock)", "offline": "Calculated"}
 
 _MOST_FOR_OTHERS = 0.1
+_MOST_HARDWARE = 4
 _IN_SHORT = {"real": "measured", "sim": "simulated", "offline": "calculated"}
 
 
@@ -23,8 +24,10 @@ def caption(exhibit: Exhibit, runs: Sequence[Run]) -> str:
         return " ".join([*parts, "From the models' shapes; nothing was run."])
     for backend in sorted({run.backend for run in runs}):
         of_backend = [run for run in runs if run.backend == backend]
-        hardware = "; ".join(sorted({run.hardware for run in of_backend}))
-        parts.append(f"{_BACKENDS.get(backend, backend)} on {hardware}.")
+        hardware = sorted({run.hardware for run in of_backend})
+        if len(hardware) > _MOST_HARDWARE:  # a calibration for each of many runs
+            hardware = [hardware[0], f"and {len(hardware) - 1} more, which the records name"]
+        parts.append(f"{_BACKENDS.get(backend, backend)} on {'; '.join(hardware)}.")
     if exhibit.study:
         commands = dict.fromkeys(run.command for run in runs if run.command)
         return " ".join([*parts, *(f"Made by: {command}." for command in commands)])

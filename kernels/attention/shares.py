@@ -6,18 +6,22 @@ card idle. Then all tiles' steps are laid end to end and every program takes an 
 within tiles; a second kernel joins the partial results of tiles that were cut. After a short prefix a program takes one whole
 tile, and there is nothing to join. Which of the two is decided on the device, in a grid that fits both, so that one CUDA graph
 serves any lengths.
+
+That is the same for every kind of attention. What differs, :func:`attend_shares` is given: how a tile's queries are loaded,
+and one step of them over the cache.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels.attention.scratch import MOST_LANES, share_slots
-from kernels.attention.split import block_channels
+from kernels.attention.split import block_channels, look_up, scale_log2
 from kernels.launch import launch, next_power_of_2, num_sms
 from kernels.paged_kv import PagedKV
 
@@ -32,7 +36,7 @@ _FEWEST_TILES = 128  # that a program looks at: with less, kernels would be comp
 
 
 @triton.jit
-def tile_steps(tiles_ptr, lens_ptr, tile, known, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _tile_steps(tiles_ptr, lens_ptr, tile, known, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Steps that `tile` (a number or a vector of them) needs, which is up to what its last row sees; 0 where not `known`."""
     entry = tiles_ptr + tile * FIELDS
     sequence = tl.load(entry, mask=known, other=0)
@@ -45,7 +49,7 @@ def tile_steps(tiles_ptr, lens_ptr, tile, known, GROUP: tl.constexpr, BLOCK_M: t
 
 
 @triton.jit
-def share_steps(steps, num_tiles, readers, programs, BLOCK_N: tl.constexpr):
+def _share_steps(steps, num_tiles, readers, programs, BLOCK_N: tl.constexpr):
     """Steps of a share where tiles with `steps` [tiles] are cut among `programs`; 0 where a program takes one whole tile."""
     share = tl.maximum(tl.cdiv(tl.sum(steps) * readers, programs), tl.cdiv(SHARE_TOKENS, BLOCK_N))
     whole = tl.max(steps) * tl.cdiv(num_tiles * readers, programs)
@@ -53,34 +57,34 @@ def share_steps(steps, num_tiles, readers, programs, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def place_of_tile(steps, index, tile, reader, readers):
+def _place_of_tile(steps, index, tile, reader, readers):
     """(first step of the tile's run among all tiles' steps, how many it has). Of a tile, readers come one after the other."""
     count = tl.sum(tl.where(index == tile, steps, 0))
     return tl.sum(tl.where(index < tile, steps, 0)) * readers + reader * count, count
 
 
 @triton.jit
-def steps_of_program(steps, index, share, program, readers):
+def _steps_of_program(steps, index, share, program, readers):
     """[first, end) of a program's steps among all tiles' steps; empty where it has none."""
-    place, count = place_of_tile(steps, index, program // readers, program % readers, readers)
+    place, count = _place_of_tile(steps, index, program // readers, program % readers, readers)
     first = tl.where(share > 0, program * share, place)
     return first, tl.where(share > 0, tl.minimum(first + share, tl.sum(steps) * readers), place + count)
 
 
 @triton.jit
-def find_tile(steps, index, position, end, readers):
+def _find_tile(steps, index, position, end, READERS: tl.constexpr):
     """(tile, reader, its first step, end step, is that the whole tile) of a program that has come to `position` of its
     steps, which last until `end`."""
-    tile = tl.sum((tl.cumsum(steps, axis=0) * readers <= position).to(tl.int32))
-    place, count = place_of_tile(steps, index, tile, 0, readers)
-    reader = (position - place) // count
+    tile = tl.sum((tl.cumsum(steps, axis=0) * READERS <= position).to(tl.int32))
+    place, count = _place_of_tile(steps, index, tile, 0, READERS)
+    reader = (position - place) // count if READERS > 1 else 0  # known to the compiler where there is one
     first = (position - place) % count
     last = tl.minimum(count, first + end - position)
     return tile, reader, first, last, last - first == count
 
 
 @triton.jit
-def load_tile(tiles_ptr, lens_ptr, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+def _load_tile(tiles_ptr, lens_ptr, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """(sequence; of every lane its row in the queries, its head in the group and whether it exists; the last token that it
     sees; how many tokens all lanes see; end of what any sees)."""
     entry = tiles_ptr + tile * FIELDS
@@ -99,7 +103,7 @@ def load_tile(tiles_ptr, lens_ptr, tile, GROUP: tl.constexpr, BLOCK_M: tl.conste
 
 
 @triton.jit
-def write_tile(
+def _write_tile(
     acc, top, mass, whole, row, exists, slot, out_ptr, partial_ptr, lse_ptr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -114,6 +118,87 @@ def write_tile(
         place = tl.cast(slot, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         tl.store(partial_ptr + place[:, None] * DIM + channel, result, mask=channel < DIM)
         tl.store(lse_ptr + place, top + tl.log2(mass))
+
+
+@triton.jit
+def _attend_part(
+    load_queries: tl.constexpr, attend: tl.constexpr,
+    queries_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, table_stride, scale,
+    tile, reader, first, last, whole, slot,
+    MASK_ALL: tl.constexpr, SIZES: tl.constexpr, BLOCK_TOKENS: tl.constexpr, READERS: tl.constexpr, GROUP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Steps `first` to `last` of one tile and reader, into the output or into `slot` of the partial results."""
+    sequence, row, member, exists, last_seen, all_see, end = _load_tile(tiles_ptr, lens_ptr, tile, GROUP, BLOCK_M)
+    row = row * (READERS * GROUP) + reader * GROUP + member
+    queries = load_queries(queries_ptr, row, exists, SIZES, DIM, BLOCK_D)
+    table = table_ptr + sequence.to(tl.int64) * table_stride
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    # Steps that every row sees need no mask; those that some see only a part of come last.
+    masked = first if MASK_ALL else tl.minimum(tl.maximum(all_see // BLOCK_N, first), last)
+    # Blocks are looked up one step ahead: else a step's reads would wait for the table's.
+    block = look_up(table, first * BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
+    if not MASK_ALL:
+        for start in range(first * BLOCK_N, masked * BLOCK_N, BLOCK_N):
+            here = block
+            block = look_up(table, start + BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
+            top, mass, acc = attend(
+                queries, cache_ptr, reader, here, start, end, last_seen, scale, top, mass, acc,
+                False, SIZES, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
+            )  # fmt: skip
+    for start in range(masked * BLOCK_N, last * BLOCK_N, BLOCK_N):
+        here = block
+        block = look_up(table, start + BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
+        top, mass, acc = attend(
+            queries, cache_ptr, reader, here, start, end, last_seen, scale, top, mass, acc,
+            True, SIZES, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
+        )  # fmt: skip
+    _write_tile(acc, top, mass, whole, row, exists, slot, out_ptr, partial_ptr, lse_ptr, DIM, BLOCK_D, BLOCK_M)
+
+
+@triton.jit
+def attend_shares(
+    load_queries: tl.constexpr, attend: tl.constexpr,
+    queries_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr,
+    num_tiles, programs, table_stride, scale,
+    MASK_ALL: tl.constexpr, SIZES: tl.constexpr, MAY_SHARE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    READERS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """All that one program of a prefill does: its share of all tiles' steps, or one whole tile.
+
+    `load_queries(queries_ptr, row, exists, SIZES, DIM, BLOCK_D)` gives a tile's queries, whose lanes are rows `row` [M] of
+    (token, head) pairs. `attend(queries, cache_ptr, reader, block, start, end, last_seen, scale, top, mass, acc, MASKED, SIZES,
+    DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N)` is one step of their online softmax and gives the new (top, mass, acc): tokens `start`..
+    below `end` in `block`, lane i seeing those up to `last_seen[i]`, or all of them where it is not `MASKED`. `MASK_ALL` has
+    every step masked. `SIZES` is for these two functions alone.
+    """
+    program = tl.program_id(0)
+    if MAY_SHARE:
+        index = tl.arange(0, BLOCK_B)
+        steps = _tile_steps(tiles_ptr, lens_ptr, index, index < num_tiles, GROUP, BLOCK_M, BLOCK_N)
+        share = _share_steps(steps, num_tiles, READERS, programs, BLOCK_N)
+        position, stop = _steps_of_program(steps, index, share, program, READERS)
+        while position < stop:
+            tile, reader, first, last, whole = _find_tile(steps, index, position, stop, READERS)
+            _attend_part(
+                load_queries, attend,
+                queries_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, table_stride, scale,
+                tile, reader, first, last, whole, tile * READERS + reader + program,
+                MASK_ALL, SIZES, BLOCK_TOKENS, READERS, GROUP, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            position += last - first
+    else:
+        tile = program // READERS
+        last = _tile_steps(tiles_ptr, lens_ptr, tile, True, GROUP, BLOCK_M, BLOCK_N)
+        _attend_part(
+            load_queries, attend,
+            queries_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, table_stride, scale,
+            tile, program % READERS, 0, last, True, 0,
+            MASK_ALL, SIZES, BLOCK_TOKENS, READERS, GROUP, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -139,10 +224,10 @@ def _join_kernel(
     tile = tl.program_id(0) // READERS
     reader = tl.program_id(0) % READERS
     index = tl.arange(0, BLOCK_B)
-    steps = tile_steps(tiles_ptr, lens_ptr, index, index < num_tiles, GROUP, BLOCK_M, BLOCK_N)
-    share = share_steps(steps, num_tiles, READERS, programs, BLOCK_N)
+    steps = _tile_steps(tiles_ptr, lens_ptr, index, index < num_tiles, GROUP, BLOCK_M, BLOCK_N)
+    share = _share_steps(steps, num_tiles, READERS, programs, BLOCK_N)
     if share > 0:
-        place, count = place_of_tile(steps, index, tile, reader, READERS)
+        place, count = _place_of_tile(steps, index, tile, reader, READERS)
         first_program = place // share
         splits = (place + count - 1) // share - first_program + 1
         if splits > 1:
@@ -197,11 +282,13 @@ class SharePlan:
         dim: int,
         blocks: dict[str, int],
     ) -> None:
-        """`readers`: KV heads. `blocks`: BLOCK_M, BLOCK_N, and how many `waves` of programs a multiprocessor runs at once."""
+        """`readers`: KV heads. `blocks`: BLOCK_M, BLOCK_N, how many `waves` of programs a multiprocessor runs at once, and the
+        attending kernel's num_warps and num_stages."""
         assert blocks["BLOCK_M"] * blocks["waves"] <= MOST_LANES, "more scratch than is charged"
+        self.kv, self.blocks = kv, blocks
         self.readers, self.group, self.dim = readers, q.shape[1] // readers, dim
         self.block_m, self.block_n = blocks["BLOCK_M"], blocks["BLOCK_N"]
-        self.tiles, self.lens = query_tiles(tuple(query_lens), self.group, self.block_m, q.device), kv.kv_lens
+        self.tiles = query_tiles(tuple(query_lens), self.group, self.block_m, q.device)
         self.programs = blocks["waves"] * num_sms(q.device)
         units = len(self.tiles) * readers
         longest = kv.block_table.shape[1] * kv.block_tokens
@@ -215,6 +302,7 @@ class SharePlan:
     def constants(self) -> dict[str, int]:
         """Constexprs that both kernels of the plan take."""
         return {
+            "READERS": self.readers,
             "GROUP": self.group,
             "DIM": self.dim,
             "BLOCK_D": block_channels(self.dim),
@@ -222,6 +310,35 @@ class SharePlan:
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
         }
+
+    def attend(self, kernel: Any, queries: tuple[torch.Tensor, ...], scale: float, **sizes: Any) -> torch.Tensor:
+        """Run `kernel` with `queries` (the result is like the first), with what :func:`attend_shares` takes, and with `sizes`; then
+        join."""
+        out = torch.empty_like(queries[0])
+        launch(
+            kernel,
+            self.grid,
+            *queries,
+            self.kv.cache,
+            self.kv.block_table,
+            self.kv.kv_lens,
+            self.tiles,
+            out,
+            self.partial,
+            self.lse,
+            len(self.tiles),
+            self.programs,
+            self.kv.block_table.stride(0),
+            scale_log2(scale),
+            **sizes,
+            MAY_SHARE=self.may_share,
+            BLOCK_TOKENS=self.kv.block_tokens,
+            **self.constants,
+            num_warps=self.blocks["num_warps"],
+            num_stages=self.blocks["num_stages"],
+        )
+        self.join(out)
+        return out
 
     def join(self, out: torch.Tensor) -> None:
         """Join the partial results into `out`; tiles that were not cut are there already."""
@@ -237,13 +354,12 @@ class SharePlan:
             _join_kernel,
             (units, self.block_m // lanes),
             self.tiles,
-            self.lens,
+            self.kv.kv_lens,
             out,
             self.partial,
             self.lse,
             len(self.tiles),
             self.programs,
-            READERS=self.readers,
             **constants,
             LANES=lanes,
             BLOCK_S=max(1, _JOINED_ELEMENTS // (lanes * constants["BLOCK_D"])),

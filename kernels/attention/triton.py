@@ -7,30 +7,32 @@ import triton
 import triton.language as tl
 
 from kernels import tuning
-from kernels.attention.shares import (
-    SharePlan,
-    find_tile,
-    load_tile,
-    share_steps,
-    steps_of_program,
-    tile_steps,
-    write_tile,
-)
+from kernels.attention.shares import SharePlan, attend_shares
 from kernels.attention.split import SplitPlan, find_work, look_up, scale_log2, slots_of, write_chunk
 from kernels.launch import launch, next_power_of_2
 from kernels.paged_kv import PagedKV
 from kernels.tile import dot
 
+_PAIRS = (16, 32, 64, 128, 512, 2048)  # (row, head) pairs, up to each of which chunks share their block sizes
+
 
 @triton.jit
-def _attend_tile(
+def _load_queries(q_ptr, row, exists, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Queries [M, D] of rows `row` [M]."""
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    mask = exists[:, None] & (channel < DIM)
+    return tl.load(q_ptr + row.to(tl.int64)[:, None] * DIM + channel, mask=mask, other=0.0)
+
+
+@triton.jit
+def _attend(
     q,
     cache_ptr,
+    kv_head,
     block,
     start,
     end,
     last_seen,
-    kv_head,
     scale,
     top,
     mass,
@@ -42,7 +44,8 @@ def _attend_tile(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One step of online softmax: tokens `start`.. below `end` in `block`, row i seeing those up to `last_seen[i]`."""
+    """One step of online softmax: tokens `start`.. below `end` in `block`, row i seeing those up to `last_seen[i]`; all of them
+    where it is not `MASKED`."""
     slots = slots_of(block, start, BLOCK_TOKENS, BLOCK_N)
     token = start + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_D)[None, :]
@@ -109,52 +112,14 @@ def _decode_kernel(
     last_seen = tl.zeros((BLOCK_H,), tl.int32) + (end - 1)
     for start in range(first, end, BLOCK_N):
         block = look_up(table, start, end, BLOCK_TOKENS, BLOCK_N)
-        top, mass, acc = _attend_tile(
-            q, cache_ptr, block, start, end, last_seen, kv_head, scale, top, mass, acc,
+        top, mass, acc = _attend(
+            q, cache_ptr, kv_head, block, start, end, last_seen, scale, top, mass, acc,
             True, KV_HEADS, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
         )  # fmt: skip
     write_chunk(
         acc, top, mass, whole, row, work, head, KV_HEADS * GROUP, member < GROUP, out_ptr, partial_ptr, lse_ptr,
         DIM, BLOCK_D,
     )  # fmt: skip
-
-
-@triton.jit
-def _prefill_share(
-    q_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, table_stride, scale,
-    tile, kv_head, first, last, whole, slot,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Steps `first` to `last` of one tile."""
-    sequence, row, member, exists, last_seen, all_see, end = load_tile(tiles_ptr, lens_ptr, tile, GROUP, BLOCK_M)
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    row = row * (KV_HEADS * GROUP) + kv_head * GROUP + member
-    mask = exists[:, None] & (channel < DIM)
-    q = tl.load(q_ptr + row.to(tl.int64)[:, None] * DIM + channel, mask=mask, other=0.0)
-    table = table_ptr + sequence.to(tl.int64) * table_stride
-    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    mass = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # Steps that every row sees need no mask; those that some see only a part of come last.
-    unmasked = tl.minimum(tl.maximum(all_see // BLOCK_N, first), last)
-    # Blocks are looked up one step ahead: else a step's reads would wait for the table's.
-    block = look_up(table, first * BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
-    for start in range(first * BLOCK_N, unmasked * BLOCK_N, BLOCK_N):
-        here = block
-        block = look_up(table, start + BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
-        top, mass, acc = _attend_tile(
-            q, cache_ptr, here, start, end, last_seen, kv_head, scale, top, mass, acc,
-            False, KV_HEADS, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
-        )  # fmt: skip
-    for start in range(unmasked * BLOCK_N, last * BLOCK_N, BLOCK_N):
-        here = block
-        block = look_up(table, start + BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
-        top, mass, acc = _attend_tile(
-            q, cache_ptr, here, start, end, last_seen, kv_head, scale, top, mass, acc,
-            True, KV_HEADS, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
-        )  # fmt: skip
-    write_tile(acc, top, mass, whole, row, exists, slot, out_ptr, partial_ptr, lse_ptr, DIM, BLOCK_D, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -172,37 +137,20 @@ def _prefill_kernel(
     table_stride,
     scale,
     MAY_SHARE: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    READERS: tl.constexpr,
+    GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    if MAY_SHARE:
-        index = tl.arange(0, BLOCK_B)
-        steps = tile_steps(tiles_ptr, lens_ptr, index, index < num_tiles, GROUP, BLOCK_M, BLOCK_N)
-        share = share_steps(steps, num_tiles, KV_HEADS, programs, BLOCK_N)
-        position, stop = steps_of_program(steps, index, share, program, KV_HEADS)
-        while position < stop:
-            tile, kv_head, first, last, whole = find_tile(steps, index, position, stop, KV_HEADS)
-            _prefill_share(
-                q_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, table_stride, scale,
-                tile, kv_head, first, last, whole, tile * KV_HEADS + kv_head + program,
-                KV_HEADS, GROUP, BLOCK_TOKENS, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            position += last - first
-    else:
-        tile = program // KV_HEADS
-        last = tile_steps(tiles_ptr, lens_ptr, tile, True, GROUP, BLOCK_M, BLOCK_N)
-        _prefill_share(
-            q_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, table_stride, scale,
-            tile, program % KV_HEADS, 0, last, True, 0,
-            KV_HEADS, GROUP, BLOCK_TOKENS, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+    attend_shares(
+        _load_queries, _attend,
+        q_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, num_tiles, programs, table_stride,
+        scale, False, READERS, MAY_SHARE, BLOCK_TOKENS, READERS, GROUP, DIM, BLOCK_D, BLOCK_B, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 def decode_gqa(q: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
@@ -247,8 +195,9 @@ def prefill_gqa(q: torch.Tensor, kv: PagedKV, query_lens: tuple[int, ...], scale
     q = q.contiguous()
     _, num_heads, dim = q.shape
     kv_heads = kv.cache.shape[2]
-    # That share a KV head, of the longest chunk, as far as that matters to a tile's size.
-    pairs = min(128, max(16, next_power_of_2(max(query_lens) * (num_heads // kv_heads))))
+    # Pairs that share a KV head, of the longest chunk: what a tile is filled with, and how many read the same keys.
+    filled = max(query_lens) * (num_heads // kv_heads)
+    pairs = next((size for size in _PAIRS if filled <= size), _PAIRS[-1])
     if q.element_size() == 4:
         default = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "waves": 1}
     elif pairs <= 64:
@@ -256,29 +205,4 @@ def prefill_gqa(q: torch.Tensor, kv: PagedKV, query_lens: tuple[int, ...], scale
     else:
         default = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "waves": 1}
     chosen = tuning.config("prefill_gqa", f"d{dim}_kh{kv_heads}_p{pairs}", q, default)
-    plan = SharePlan(q, kv, query_lens, kv_heads, dim, chosen)
-    out = torch.empty_like(q)
-    launch(
-        _prefill_kernel,
-        plan.grid,
-        q,
-        kv.cache,
-        kv.block_table,
-        kv.kv_lens,
-        plan.tiles,
-        out,
-        plan.partial,
-        plan.lse,
-        len(plan.tiles),
-        plan.programs,
-        kv.block_table.stride(0),
-        scale_log2(scale),
-        MAY_SHARE=plan.may_share,
-        KV_HEADS=kv_heads,
-        BLOCK_TOKENS=kv.block_tokens,
-        **plan.constants,
-        num_warps=chosen["num_warps"],
-        num_stages=chosen["num_stages"],
-    )
-    plan.join(out)
-    return out
+    return SharePlan(q, kv, query_lens, kv_heads, dim, chosen).attend(_prefill_kernel, (q,), scale)

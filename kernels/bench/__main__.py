@@ -56,7 +56,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--time-limit", type=float, default=330.0, help="seconds after which no further case is begun (default 330)"
     )
     parser.add_argument("--tune", action="store_true", help="find block sizes first and keep them for this card")
-    parser.add_argument("--tune-seconds", type=float, default=240.0, help="time that tuning may take (default 240)")
+    parser.add_argument(
+        "--tune-seconds",
+        type=float,
+        default=240.0,
+        help="time that trying them may take, compiling apart (default 240)",
+    )
     options = parser.parse_args(arguments)
     unknown = [op for op in options.ops if op not in known]
     if unknown:

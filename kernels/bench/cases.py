@@ -31,10 +31,13 @@ class Case:
     shape: str
     build: Build
     target: Target | None = None
+    chunk: str = ""  # cases of one op with the same are one chunk of a prompt after several prefixes
 
 
-def _case(op: str, shape: str, build: Callable[..., Problem], *sizes: object, target: Target | None = None) -> Case:
-    return Case(op, shape, functools.partial(build, *sizes), target)
+def _case(
+    op: str, shape: str, build: Callable[..., Problem], *sizes: object, target: Target | None = None, chunk: str = ""
+) -> Case:
+    return Case(op, shape, functools.partial(build, *sizes), target, chunk)
 
 
 # (depth, expert width, experts, top-k) of one layer.
@@ -55,7 +58,7 @@ def _moe_cases(name: str, layer: tuple[int, ...], targets: dict[int, Target | No
 def _chunk_cases(op: str, model: str, build: Callable[..., Problem], *sizes: int) -> list[Case]:
     """Chunks of a prompt after tokens that are there."""
     return [
-        _case(op, f"{model} {rows} after {before}", build, before + rows, rows, *sizes)
+        _case(op, f"{model} {rows} after {before}", build, before + rows, rows, *sizes, chunk=f"{model} {rows}")
         for rows in (16, 64, 256)
         for before in (0, 2048, 8192, 32768)
     ]

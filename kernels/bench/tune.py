@@ -6,6 +6,8 @@ import functools
 import itertools
 import math
 import time
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
@@ -95,6 +97,7 @@ class _Trial:
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
         self.operator = "moe_ffn" if case.op == "dense_ffn" else case.op
         self.shape, self.device, self.tolerance = f"{case.op} {case.shape}", device, TOLERANCE[dtype]
+        self.chunk = case.chunk or case.shape
         torch.manual_seed(SEED)
         self.problem = case.build(device, dtype)
         tuning.take_last_key(self.operator)
@@ -116,53 +119,78 @@ class _Trial:
 
 
 def tune(cases: list[Case], device: torch.device, dtype: torch.dtype, limit_s: float) -> dict[str, dict[str, int]]:
-    """The best configuration by "operator/key", of what could be tried in `limit_s` seconds shared evenly among cases. Cases
-    with the same key, which must follow each other, share one: that with the least product of their times."""
+    """The best configuration by "operator/key", of what could be tried in `limit_s` seconds, compiling apart, shared evenly among
+    cases. Cases with the same key, which must follow each other, share one, by :func:`relative_time`."""
     found: dict[str, dict[str, int]] = {}
-    deadline = time.monotonic() + limit_s
+    left_s = limit_s
     done = 0
     with torch.inference_mode():
         trials = (_Trial(case, device, dtype) for case in cases)
         for (operator, key), group in itertools.groupby(trials, lambda trial: (trial.operator, trial.key)):
             alike = list(group)
-            share = (deadline - time.monotonic()) * len(alike) / (len(cases) - done)
+            share_s = left_s * len(alike) / (len(cases) - done)
             done += len(alike)
             if key is not None:
-                best = _tune_alike(alike, time.monotonic() + share)
+                best, spent_s = _tune_alike(alike, share_s)
+                left_s -= spent_s
                 if best:
                     found[f"{operator}/{key}"] = best
     return found
 
 
-def _tune_alike(trials: list[_Trial], deadline: float) -> dict[str, int]:
-    """The best configuration of cases that share one; empty where none is better than the default."""
+def relative_time(times: Sequence[float], others: Sequence[float], chunks: Sequence[str]) -> float:
+    """How long one configuration takes by another's time, from both their `times` of the same cases.
+
+    Which prefix a chunk comes after, nobody knows when its configuration is chosen: a graph serves any. So a chunk's times after
+    several prefixes are summed, and what is long after many tokens outweighs what is little after none. Different chunks (or
+    other shapes, each a chunk of its own here) count alike: their ratios are multiplied.
+    """
+    mine, theirs = Counter(), Counter()
+    for seconds, other, chunk in zip(times, others, chunks, strict=True):
+        mine[chunk] += seconds
+        theirs[chunk] += other
+    return math.prod(mine[chunk] / theirs[chunk] for chunk in mine)
+
+
+def _tune_alike(trials: list[_Trial], limit_s: float) -> tuple[dict[str, int], float]:
+    """(the best configuration of cases that share one, empty where none is better than what they have; seconds that trying took)."""
     operator, key = trials[0].operator, trials[0].key
+    chunks = [trial.chunk for trial in trials]
     rows = int(key.rsplit("_t", 1)[1]) if "_t" in key else 0
     best: dict[str, int] = {}
-    default_times = best_times = [trial.seconds() for trial in trials]
+    began, compiling_s = time.monotonic(), 0.0
+    former_times = best_times = least_times = [trial.seconds() for trial in trials]
     for configs in candidates(operator, rows):
         begin = best or tuning.known(operator, key, trials[0].device)
         tried = [{**begin, **config} for config in configs]
-        _compile(trials, tried)
+        compiling_s += _compile(trials, tried)
         for config in tried:
-            if time.monotonic() > deadline:
+            if time.monotonic() - began - compiling_s > limit_s:
                 print(f"{trials[0].shape}: out of time, the later configurations were not tried")
                 break
             tuning.set_override(operator, config)
             times = [trial.seconds() for trial in trials]
             tuning.set_override(operator, None)
-            if math.prod(mine / theirs for mine, theirs in zip(times, best_times, strict=True)) < 1:
+            print(f"tried {trials[0].shape}..: {config}: {' '.join(f'{t * 1e6:.1f}' for t in times)} us", flush=True)
+            least_times = list(map(min, times, least_times))
+            if relative_time(times, best_times, chunks) < 1:
                 best, best_times = config, times
-    for trial, default, now in zip(trials, default_times, best_times, strict=True):
-        print(f"tuned {trial.shape}: {default * 1e6:.1f} -> {now * 1e6:.1f} us {best or 'default'}", flush=True)
-    return best
+    for trial, former, now, least in zip(trials, former_times, best_times, least_times, strict=True):
+        print(
+            f"tuned {trial.shape}: {former * 1e6:.1f} -> {now * 1e6:.1f} us (least of any: {least * 1e6:.1f}) "
+            f"{best or 'as before'}",
+            flush=True,
+        )
+    return best, time.monotonic() - began - compiling_s
 
 
-def _compile(trials: list[_Trial], configs: Configs) -> None:
-    """Compile what the trials would launch with each of `configs`, in parallel."""
+def _compile(trials: list[_Trial], configs: Configs) -> float:
+    """Compile what the trials would launch with each of `configs`, in parallel; returns the seconds that took."""
+    began = time.monotonic()
     with compiling_ahead():
         for config in configs:
             tuning.set_override(trials[0].operator, config)
             for trial in trials:
                 trial.problem.variants[0]()
         tuning.set_override(trials[0].operator, None)
+    return time.monotonic() - began

@@ -11,15 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels import tuning
-from kernels.attention.shares import (
-    SharePlan,
-    find_tile,
-    load_tile,
-    share_steps,
-    steps_of_program,
-    tile_steps,
-    write_tile,
-)
+from kernels.attention.shares import SharePlan, attend_shares
 from kernels.attention.split import SplitPlan, block_channels, find_work, look_up, scale_log2, slots_of, write_chunk
 from kernels.launch import ceil_div, launch, multiplies_by_warp_groups, next_power_of_2
 from kernels.paged_kv import PagedKV
@@ -39,12 +31,27 @@ def _weigh(scores, token, last_seen, top, mass):
 
 
 @triton.jit
+def _load_queries(queries_ptr, row, exists, SIZES: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Latents [M, D] and rope parts [M, R] of rows `row` [M]."""
+    ROPE: tl.constexpr = SIZES[0]
+    BLOCK_R: tl.constexpr = SIZES[1]
+    q_latent_ptr, q_rope_ptr = queries_ptr
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    turned = tl.arange(0, BLOCK_R)[None, :]
+    wide_row = row.to(tl.int64)[:, None]
+    mask = exists[:, None]
+    q_latent = tl.load(q_latent_ptr + wide_row * DIM + channel, mask=mask & (channel < DIM), other=0.0)
+    return q_latent, tl.load(q_rope_ptr + wide_row * ROPE + turned, mask=mask & (turned < ROPE), other=0.0)
+
+
+@triton.jit
 def _load_latents(
     cache_ptr, block, start, end,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SIZES: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Latents [N, D] and rope keys [N, R] of tokens `start`.. below `end`, which lie in `block`."""
+    ROPE: tl.constexpr = SIZES[0]
+    BLOCK_R: tl.constexpr = SIZES[1]
     entry = cache_ptr + slots_of(block, start, BLOCK_TOKENS, BLOCK_N)[:, None] * (DIM + ROPE)
     channel = tl.arange(0, BLOCK_D)[None, :]
     turned = tl.arange(0, BLOCK_R)[None, :]
@@ -55,12 +62,14 @@ def _load_latents(
 
 @triton.jit
 def _attend(
-    q_latent, q_rope, cache_ptr, block, start, end, last_seen, scale, top, mass, acc,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    queries, cache_ptr, reader, block, start, end, last_seen, scale, top, mass, acc,
+    MASKED: tl.constexpr, SIZES: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One step of online softmax: tokens `start`.. below `end` in `block`, row i seeing those up to `last_seen[i]`."""
-    latents, keys = _load_latents(cache_ptr, block, start, end, DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N)
+    """One step of online softmax: tokens `start`.. below `end` in `block`, row i seeing those up to `last_seen[i]`. There is one
+    reader, and every step is `MASKED`."""
+    q_latent, q_rope = queries
+    latents, keys = _load_latents(cache_ptr, block, start, end, SIZES, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N)
     nothing = tl.zeros((q_latent.shape[0], BLOCK_N), tl.float32)
     scores = dot(q_rope, tl.trans(keys), dot(q_latent, tl.trans(latents), nothing)) * scale
     top, mass, weights, fade = _weigh(scores, start + tl.arange(0, BLOCK_N), last_seen, top, mass)
@@ -69,8 +78,8 @@ def _attend(
 
 @triton.jit
 def _attend_by_warp_groups(
-    q_latent, q_rope, cache_ptr, block, start, end, last_seen, scale, top, mass, acc,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    queries, cache_ptr, reader, block, start, end, last_seen, scale, top, mass, acc,
+    MASKED: tl.constexpr, SIZES: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The same where a card multiplies by groups of four warps (Hopper) and a tile has two of them.
@@ -79,7 +88,8 @@ def _attend_by_warp_groups(
     both compute the same scores. It does not see so far through a branch. So they are computed in one that is always taken,
     and each group computes those of half of the tokens.
     """
-    latents, keys = _load_latents(cache_ptr, block, start, end, DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N)
+    q_latent, q_rope = queries
+    latents, keys = _load_latents(cache_ptr, block, start, end, SIZES, DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N)
     nothing = tl.zeros((q_latent.shape[0], BLOCK_N), tl.float32)
     # No constants: the compiler would keep a tile of them in shared memory.
     weights = tl.broadcast_to((mass * 0.0)[:, None], (q_latent.shape[0], BLOCK_N)).to(latents.dtype)
@@ -138,50 +148,12 @@ def _decode_kernel(
     for start in range(first, end, BLOCK_N):
         block = look_up(table, start, end, BLOCK_TOKENS, BLOCK_N)
         top, mass, acc = _attend(
-            q_latent, q_rope, cache_ptr, block, start, end, last_seen, scale, top, mass, acc,
-            DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
+            (q_latent, q_rope), cache_ptr, 0, block, start, end, last_seen, scale, top, mass, acc,
+            True, (ROPE, BLOCK_R), DIM, BLOCK_D, BLOCK_TOKENS, BLOCK_N,
         )  # fmt: skip
     write_chunk(
         acc, top, mass, whole, row, work, head, heads, head < heads, out_ptr, partial_ptr, lse_ptr, DIM, BLOCK_D
     )
-
-
-@triton.jit
-def _prefill_share(
-    q_latent_ptr, q_rope_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, table_stride,
-    scale, tile, first, last, whole, slot,
-    HEADS: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOKENS: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARP_GROUPS: tl.constexpr,
-):  # fmt: skip
-    """Steps `first` to `last` of one tile."""
-    sequence, row, head, exists, last_seen, _, end = load_tile(tiles_ptr, lens_ptr, tile, HEADS, BLOCK_M)
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    turned = tl.arange(0, BLOCK_R)[None, :]
-    row = row * HEADS + head
-    wide_row = row.to(tl.int64)[:, None]
-    mask = exists[:, None]
-    q_latent = tl.load(q_latent_ptr + wide_row * DIM + channel, mask=mask & (channel < DIM), other=0.0)
-    q_rope = tl.load(q_rope_ptr + wide_row * ROPE + turned, mask=mask & (turned < ROPE), other=0.0)
-    table = table_ptr + sequence.to(tl.int64) * table_stride
-    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    mass = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # Blocks are looked up one step ahead: else a step's reads would wait for the table's.
-    block = look_up(table, first * BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
-    for start in range(first * BLOCK_N, last * BLOCK_N, BLOCK_N):
-        here = block
-        block = look_up(table, start + BLOCK_N, end, BLOCK_TOKENS, BLOCK_N)
-        if WARP_GROUPS:
-            top, mass, acc = _attend_by_warp_groups(
-                q_latent, q_rope, cache_ptr, here, start, end, last_seen, scale, top, mass, acc,
-                DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
-            )  # fmt: skip
-        else:
-            top, mass, acc = _attend(
-                q_latent, q_rope, cache_ptr, here, start, end, last_seen, scale, top, mass, acc,
-                DIM, BLOCK_D, ROPE, BLOCK_R, BLOCK_TOKENS, BLOCK_N,
-            )  # fmt: skip
-    write_tile(acc, top, mass, whole, row, exists, slot, out_ptr, partial_ptr, lse_ptr, DIM, BLOCK_D, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -199,11 +171,12 @@ def _prefill_kernel(
     programs,
     table_stride,
     scale,
-    MAY_SHARE: tl.constexpr,
     WARP_GROUPS: tl.constexpr,
     ROPE: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    MAY_SHARE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    READERS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -211,27 +184,11 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    if MAY_SHARE:
-        index = tl.arange(0, BLOCK_B)
-        steps = tile_steps(tiles_ptr, lens_ptr, index, index < num_tiles, GROUP, BLOCK_M, BLOCK_N)
-        share = share_steps(steps, num_tiles, 1, programs, BLOCK_N)
-        position, stop = steps_of_program(steps, index, share, program, 1)
-        while position < stop:
-            tile, _, first, last, whole = find_tile(steps, index, position, stop, 1)
-            _prefill_share(
-                q_latent_ptr, q_rope_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr,
-                table_stride, scale, tile, first, last, whole, tile + program,
-                GROUP, ROPE, BLOCK_R, BLOCK_TOKENS, DIM, BLOCK_D, BLOCK_M, BLOCK_N, WARP_GROUPS,
-            )  # fmt: skip
-            position += last - first
-    else:
-        last = tile_steps(tiles_ptr, lens_ptr, program, True, GROUP, BLOCK_M, BLOCK_N)
-        _prefill_share(
-            q_latent_ptr, q_rope_ptr, cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr,
-            table_stride, scale, program, 0, last, True, 0,
-            GROUP, ROPE, BLOCK_R, BLOCK_TOKENS, DIM, BLOCK_D, BLOCK_M, BLOCK_N, WARP_GROUPS,
-        )  # fmt: skip
+    attend_shares(
+        _load_queries, _attend_by_warp_groups if WARP_GROUPS else _attend, (q_latent_ptr, q_rope_ptr),
+        cache_ptr, table_ptr, lens_ptr, tiles_ptr, out_ptr, partial_ptr, lse_ptr, num_tiles, programs, table_stride, scale,
+        True, (ROPE, BLOCK_R), MAY_SHARE, BLOCK_TOKENS, READERS, GROUP, DIM, BLOCK_D, BLOCK_B, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 def decode_mla(q_latent: torch.Tensor, q_rope: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
@@ -294,32 +251,11 @@ def prefill_mla(
         "waves": 1,
     }
     chosen = tuning.config("prefill_mla", f"r{rank}_h{heads}", q_latent, default)
-    plan = SharePlan(q_latent, kv, query_lens, 1, rank, chosen)
-    out = torch.empty_like(q_latent)
-    launch(
+    return SharePlan(q_latent, kv, query_lens, 1, rank, chosen).attend(
         _prefill_kernel,
-        plan.grid,
-        q_latent,
-        q_rope,
-        kv.cache,
-        kv.block_table,
-        kv.kv_lens,
-        plan.tiles,
-        out,
-        plan.partial,
-        plan.lse,
-        len(plan.tiles),
-        plan.programs,
-        kv.block_table.stride(0),
-        scale_log2(scale),
-        MAY_SHARE=plan.may_share,
+        (q_latent, q_rope),
+        scale,
         WARP_GROUPS=not wide and multiplies_by_warp_groups(q_latent.device),
         ROPE=q_rope.shape[2],
         BLOCK_R=block_channels(q_rope.shape[2]),
-        BLOCK_TOKENS=kv.block_tokens,
-        **plan.constants,
-        num_warps=chosen["num_warps"],
-        num_stages=chosen["num_stages"],
     )
-    plan.join(out)
-    return out

@@ -9,8 +9,10 @@ import torch
 
 from kernels import tuning
 from kernels.bench import __main__ as bench
-from kernels.bench.cases import CHECKS, CPU_CASES, CUDA_CASES
+from kernels.bench import tune
+from kernels.bench.cases import CHECKS, CPU_CASES, CUDA_CASES, Case
 from kernels.bench.measure import Ceilings
+from kernels.bench.problems import Problem
 
 pytestmark = pytest.mark.cpu
 
@@ -75,3 +77,67 @@ def test_tuned_sizes_replace_defaults_for_their_key_and_dtype_only(tmp_path, mon
         assert tuning.config("op", "c", like, default) == default
     finally:
         tuning._table.cache_clear()
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """`tuned({chunk: [{block: seconds}, ..]})`: what the tuner finds for one key's chunks, each after several prefixes, by a clock
+    that reads a call's time from its block. The default is block 0; 1 and 2 are tried."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(tune, "candidates", lambda operator, rows: [[{"BLOCK": 1}, {"BLOCK": 2}]])
+    clock = {}
+    monkeypatch.setattr(tune, "seconds_per_call", lambda variants, device: variants[0]() and clock["seconds"])
+
+    def case(chunk: str, after: int, seconds: dict[int, float]) -> Case:
+        def build(device: torch.device, dtype: torch.dtype) -> Problem:
+            def call() -> tuple[torch.Tensor]:
+                clock["seconds"] = seconds[tuning.config("prefill_gqa", "kh1", out, {"BLOCK": 0})["BLOCK"]]
+                return (out,)
+
+            out = torch.ones(1)
+            return Problem([call], lambda _: (out,), 1, 1)
+
+        return Case("prefill_gqa", f"{chunk} after {after}", build, chunk=chunk)
+
+    def find(chunks: dict[str, list[dict[int, float]]]) -> dict[str, dict[str, int]]:
+        cases = [case(chunk, after, mine) for chunk, times in chunks.items() for after, mine in enumerate(times)]
+        return tune.tune(cases, torch.device("cpu"), torch.float32, 60.0)
+
+    return find
+
+
+def test_what_a_long_prefix_costs_outweighs_what_none_saves(tuned):
+    """Block 1 has the least product of times: a fifth less after no token, a third more after many."""
+    times = [{0: 5.0, 1: 4.0, 2: 6.0}, {0: 17.0, 1: 15.0, 2: 18.0}, {0: 96.0, 1: 129.0, 2: 90.0}]
+    assert tuned({"16 rows": times}) == {"prefill_gqa/float32_kh1": {"BLOCK": 2}}
+    assert tuned({"16 rows": [{**mine, 2: 99.0} for mine in times]}) == {}
+
+
+def test_chunks_of_different_sizes_count_alike(tuned):
+    """The larger chunk takes longer, so in a sum over both the smaller one would not matter."""
+    small, large = [{0: 2.0, 1: 1.0, 2: 2.2}, {0: 10.0, 1: 5.0, 2: 11.0}], [{0: 900.0, 1: 990.0, 2: 890.0}]
+    assert tuned({"16 rows": small, "256 rows": large}) == {"prefill_gqa/float32_kh1": {"BLOCK": 1}}
+
+
+def test_a_wrong_configuration_is_not_chosen_however_fast(tuned, monkeypatch):
+    errors = iter([0.0, 1.0, 0.0])
+    monkeypatch.setattr(tune, "worst_error", lambda problem, expected: next(errors))
+    assert tuned({"16 rows": [{0: 5.0, 1: 1.0, 2: 4.0}]}) == {"prefill_gqa/float32_kh1": {"BLOCK": 2}}
+
+
+def test_candidates_have_the_time_that_is_given_whatever_compiling_takes(tuned, monkeypatch):
+    now = [0.0]
+
+    def wait(seconds: float) -> float:
+        now[0] += seconds
+        return seconds
+
+    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tune, "compile_ahead", lambda calls: wait(1000.0))
+    monkeypatch.setattr(tune, "worst_error", lambda problem, expected: wait(25.0) - 25.0)
+    times = [{0: 5.0, 1: 4.0, 2: 3.0}]
+    assert tuned({"16 rows": times}) == {
+        "prefill_gqa/float32_kh1": {"BLOCK": 2}
+    }  # within its 60 s: 25 for each of three
+    monkeypatch.setattr(tune, "worst_error", lambda problem, expected: wait(35.0) - 35.0)
+    assert tuned({"16 rows": times}) == {"prefill_gqa/float32_kh1": {"BLOCK": 1}}  # the last would begin after 70 s
