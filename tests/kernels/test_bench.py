@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -132,8 +133,13 @@ def test_candidates_have_the_time_that_is_given_whatever_compiling_takes(tuned, 
         now[0] += seconds
         return seconds
 
+    @contextlib.contextmanager
+    def compiling():
+        yield
+        wait(1000.0)
+
     monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(tune, "compile_ahead", lambda calls: wait(1000.0))
+    monkeypatch.setattr(tune, "compiling_ahead", compiling)
     monkeypatch.setattr(tune, "worst_error", lambda problem, expected: wait(25.0) - 25.0)
     times = [{0: 5.0, 1: 4.0, 2: 3.0}]
     assert tuned({"16 rows": times}) == {
