@@ -136,9 +136,7 @@ def gate_up_phase(
             weights = routed_weights + tl.cast(expert, tl.int64) * 2 * width * depth
             hidden = hidden_ptr + tl.cast(place, tl.int64) * ROWS * width
             first = (job % slices) * BLOCK_N
-        result = gate_up_tile(
-            x, weights, 0, first, width, depth, chose[:, None], False, False, ROWS, BLOCK_N, BLOCK_K
-        )
+        result = gate_up_tile(x, weights, 0, first, width, depth, chose[:, None], False, False, ROWS, BLOCK_N, BLOCK_K)
         out = first + tl.arange(0, BLOCK_N)[None, :]
         # Rows that did not choose the expert are stored too, as zeros: down then needs no mask but the rows'.
         result = (result * weight[:, None]).to(DTYPE)

@@ -269,9 +269,11 @@ class ModelWorker:
             model.kv.close_run(sequence.run)
         self._plan_mapping(step)
         now_ns = time.monotonic_ns()
+        if ended:  # first: whoever is told that a request has ended is not to see its pages in use
+            self._sample(now_ns)
         if produced:
             self._report(Tokens(now_ns, tuple((s.request_id, token, last) for s, token, last in produced)))
-        if ended or now_ns >= self._next_sample_ns:
+        if now_ns >= self._next_sample_ns:
             self._sample(now_ns)
         self._counters.add("steps", 1)
         self._counters.set("bytes_crossed", sum({id(m.port): m.port.bytes_crossed for m in self._models}.values()))
