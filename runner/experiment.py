@@ -61,8 +61,9 @@ class Experiment:
         return self.cells(mode) * self.cell_s_in.get(mode, self.cell_s) / 60
 
     def arguments(self, mode: str) -> list[str]:
-        """Arguments of `python bench.py` for `mode`."""
-        values = {"system": self.run_by(mode)}
-        values |= {key: found for key, found in self.sweeps[mode].items() if key != "system"}
+        """Arguments of `python bench.py` for `mode`. Systems come last, which varies fastest: they take turns in every other cell, so
+        that a machine whose speed drifts over a sweep is not slower for one of them."""
+        values = {key: found for key, found in self.sweeps[mode].items() if key != "system"}
+        values["system"] = self.run_by(mode)
         swept = [f"{key}={','.join(map(str, found))}" for key, found in values.items()]
         return ["-m", *self.base, f"experiment={self.name}", *swept]
