@@ -226,9 +226,8 @@ class CrossPool(HostedSystem):
         here = [(model, held[model.name]) for model in models if model.name in held]
         weights = {model.name: ffn_bytes(model, part) for model, part in here}
         limits = self.options.limits
-        lanes = (
-            self.options.lanes if device.kind == "cuda" else 1
-        )  # a core serves them in turn, a card has streams for each
+        # A core serves lanes in turn and needs room for one; a card has a stream for each.
+        lanes = self.options.lanes if device.kind == "cuda" else 1
         each_lane = max((ffn_workspace_bytes(part.model(model), limits) for model, part in here), default=0)
         workspace_bytes = lanes * each_lane
         require_weights(

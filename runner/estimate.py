@@ -16,10 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
-from omegaconf import OmegaConf
-
-from runner.config import BenchConfig, bench_from_dict
+from runner.config import BenchConfig
+from runner.presets import composed
 from runner.run import cluster_of, served_models
 from serving import registry
 from serving.errors import CapacityError, command
@@ -28,7 +26,6 @@ from serving.memory.kv_pool import KVGeometry
 from serving.parallel.capacity import share_model
 from serving.parallel.group import GroupPlan
 
-_CONF = Path(__file__).resolve().parents[1] / "conf"
 BINS = {"4-8K": 8192, "8-16K": 16384, "16-32K": 32768, "32-64K": 65536, "64-128K": 131072}
 
 
@@ -117,9 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = ["system,bin,context_tokens,reserve_gib,rate_rps"]
     print(f"{'req/s, estimated':<18}{'GiB kept':>9}" + "".join(f"{label:>10}" for label in BINS))
     for name in arguments.system:
-        with hydra.initialize_config_dir(str(_CONF), version_base="1.3"):
-            composed = hydra.compose("bench", [f"conf={arguments.conf}", f"system={name}"])
-        config = bench_from_dict(OmegaConf.to_container(composed, resolve=True))
+        config = composed(f"conf={arguments.conf}", f"system={name}")
         for reserve_gib in arguments.reserve_gib:
             try:
                 rates = estimate(config, arguments.output_tokens, arguments.token_ms, reserve_gib * 2**30)

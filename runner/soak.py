@@ -22,13 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import hydra
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from runner import locks, machine
-from runner.config import BenchConfig, bench_from_dict
+from runner.config import BenchConfig
 from runner.footprint import Footprint, held_shared_memory, left_in_shared_memory, shared_memory_names
+from runner.presets import CONFIGURATION, composed
 from runner.provenance import provenance
 from runner.records import require_writable
 from runner.run import cluster_of, demand_of, served_models
@@ -44,7 +43,6 @@ from workloads.generate import ModelLimits, build_trace
 from workloads.trace import TraceRequest
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
-_CONFIGURATION = _REPOSITORY / "conf"
 OUT, SHIPPED = _REPOSITORY / "results" / "local" / "soak", _REPOSITORY / "results" / "soak.json"
 _TOO_LONG_EVERY, _CANCELLED_EVERY = 50, 20
 _CANCELLED_OUTPUT = 24  # tokens that a request asks for which is cancelled after one
@@ -217,14 +215,12 @@ def configuration(system_name: str) -> BenchConfig:
     """What `bench.py conf=soak system=NAME` would run. Raises UserError for an unknown system."""
     if system_name not in systems():
         raise UserError(f"unknown system {system_name!r}; known: {', '.join(systems())}")
-    with hydra.initialize_config_dir(str(_CONFIGURATION), version_base="1.3"):
-        content = hydra.compose("bench", ["conf=soak", f"system={system_name}"])
-    return bench_from_dict(OmegaConf.to_container(content, resolve=True))
+    return composed("conf=soak", f"system={system_name}")
 
 
 def systems() -> list[str]:
     """Every system that computes here: those of conf/system but what is set for cards."""
-    names = sorted(path.stem for path in (_CONFIGURATION / "system").glob("*.yaml"))
+    names = sorted(path.stem for path in (CONFIGURATION / "system").glob("*.yaml"))
     return [name for name in names if not name.startswith(("gpu-", "paper-"))]
 
 

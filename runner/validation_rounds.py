@@ -19,11 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
-from omegaconf import OmegaConf
-
 from runner.children import run_child
-from runner.config import bench_from_dict
+from runner.presets import composed
 from runner.records import read_records
 from runner.run import served_models
 from runner.validation import compare, table
@@ -136,10 +133,8 @@ class Rounds:
 
 def models_to_calibrate() -> list[str]:
     """The scenario's models as NAME=DIRECTORY, checkpoints made where there are none."""
-    with hydra.initialize_config_dir(str(_REPOSITORY / "conf"), version_base="1.3"):
-        composed = hydra.compose("bench", [f"conf={SCENARIO}"])
-    config = bench_from_dict(OmegaConf.to_container(composed, resolve=True))
-    return [f"{model.name}={model.checkpoint}" for model in served_models(config)]
+    models = served_models(composed(f"conf={SCENARIO}"))
+    return [f"{model.name}={model.checkpoint}" for model in models]
 
 
 @command
