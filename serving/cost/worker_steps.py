@@ -20,6 +20,7 @@ from serving.cost.calibrated import MeasuredRow
 from serving.interface import ServedModel
 from serving.layers.attention_half import AttentionHalf
 from serving.layers.ffn_half import FFNHalf
+from serving.memory.heap import keep_freed_memory
 from serving.memory.kv_pool import KVGeometry, KVPool
 from serving.shm.region import SharedRegion
 from serving.spec import ModelSpec
@@ -233,6 +234,7 @@ def _serve(
     script, count = _Script(batches, busy_share), Counters(region)
     hosted = HostedModel(0, attention, pool.models[model.name], _FFNApart({0: ffn}, 1), 0, spec.num_layers)
     limits = StepLimits(most, max(longest, most * _PROMPT_TOKENS))
+    keep_freed_memory()  # as a worker's process does
     try:
         ModelWorker([hosted], [("steps", pool)], limits, 1, script, script, count, 100.0, spans).run()
     finally:

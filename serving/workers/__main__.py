@@ -40,12 +40,14 @@ def main() -> int:
         import torch
 
         torch.set_num_threads(1)
+        from serving.memory.heap import keep_freed_memory
         from serving.workers.build import build_worker
         from serving.workers.timeline import Recorder
 
         gc.enable()
         recorder = Recorder(config.timeline) if config.timeline else None
         worker = build_worker(config, recorder)
+        keep_freed_memory()
         tell(state="ready")
         worker.run()
         if recorder is not None:

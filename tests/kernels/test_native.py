@@ -42,7 +42,7 @@ def near(actual, expected, dtype, usual_norm=1e-20):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 20), outputs=st.integers(2, 200), pairs=st.integers(1, 70), dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 140), outputs=st.integers(2, 200), pairs=st.integers(1, 70), dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 9),
 )  # fmt: skip
 def test_linear_of_any_size(rows, outputs, pairs, dtype, seed):
@@ -99,9 +99,11 @@ def test_it_is_left_alone_where_it_does_not_serve(monkeypatch):
     x, weight = torch.randn(2, 33).bfloat16(), torch.randn(5, 33).bfloat16()
     near(linear(x, pack(weight)), x.float() @ weight.float().t(), torch.bfloat16)
     torch.set_num_threads(1)
-    rows = cpu._MOST_NATIVE_ROWS + 1
-    for x, weight in ((torch.randn(rows, 32), torch.randn(5, 32)), (torch.randn(3, 32), torch.randn(1, 32))):
-        near(linear(x, pack(weight)), x @ weight.t(), torch.float32)
+    many = torch.randn(cpu._MOST_NATIVE_ROWS[torch.bfloat16] + 1, 32).bfloat16()
+    weight = torch.randn(5, 32).bfloat16()
+    near(linear(many, pack(weight)), many.float() @ weight.float().t(), torch.bfloat16)
+    x, weight = torch.randn(3, 32), torch.randn(1, 32)
+    near(linear(x, pack(weight)), x @ weight.t(), torch.float32)
 
 
 def test_without_numba_the_other_forms_serve():
