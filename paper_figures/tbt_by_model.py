@@ -16,6 +16,17 @@ _MOST_NAMED = 10  # models whose names fit below an axis
 _METRICS = {"p95_itl_ms": "TBT p95 (ms)", "p99_itl_ms": "TBT p99 (ms)"}
 
 
+def offered_load(runs: Sequence[Run]) -> str:
+    """What runs of one scenario were offered, to be read above a figure; empty where they say no rate, or several."""
+    asked = {(arrivals.get("rate_rps"), arrivals.get("rate_of")) for arrivals in map(_arrivals, runs)}
+    rate_rps, of = asked.pop() if len(asked) == 1 else (None, None)
+    return "" if rate_rps is None else f"{rate_rps:g} req/s {'a model' if of == 'model' else 'in all'}"
+
+
+def _arrivals(run: Run) -> dict[str, object]:
+    return (run.config.get("workload") or {}).get("arrivals") or {}
+
+
 class TBTByModel(FigureExhibit):
     """Of the scenarios that most systems ran the last (in a rate sweep: the heaviest), one group a model; mean over seeds and its
     95 % interval."""
@@ -31,7 +42,7 @@ class TBTByModel(FigureExhibit):
         return max(reversed(every), key=lambda members: len({run.system for run in members}))
 
     def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
-        labels, members = variants(runs), runs
+        labels, members, load = variants(runs), runs, offered_load(runs)
         models = sorted({model for run in members for model in run.metrics_by_model})
         rows = []
         for variant in style.order(labels[run.run_id] for run in members):
@@ -41,7 +52,7 @@ class TBTByModel(FigureExhibit):
                     found = stats.interval([run.metrics_by_model.get(model, {}).get(metric) for run in same])
                     rows.append(
                         {
-                            "system": variant, "model": model, "metric": metric,
+                            "system": variant, "model": model, "metric": metric, "load": load,
                             "mean": found.mean, "ci_low": found.low, "ci_high": found.high, "n": found.n,
                         }
                     )  # fmt: skip
@@ -55,6 +66,7 @@ class TBTByModel(FigureExhibit):
     def draw(self, rows: pd.DataFrame, figure: Figure) -> None:
         models, systems = sorted(rows["model"].unique()), list(dict.fromkeys(rows["system"]))
         axes = figure.subplots(len(_METRICS), 1, sharex=True)
+        axes[0].set_title(rows["load"].iloc[0])
         for axis, (metric, label) in zip(axes, _METRICS.items(), strict=True):
             for number, system in enumerate(systems):
                 shown = rows[(rows["metric"] == metric) & (rows["system"] == system)].set_index("model").loc[models]

@@ -1,12 +1,13 @@
-"""Machine code for few rows on the CPU: products with packed weights and the whole routed FFN, each one call.
+"""Machine code for the CPU, made for few rows: products with packed weights and the whole routed FFN, each one call.
 
 With one to a few rows a product is a stream of weights, and what counts is how near to the memory's speed it is read.
 oneDNN's kernels reach half to three quarters of it; the loop here (a block of 64 outputs in registers, the packed weights
 read once and in order) 80 to 95 %. A whole FFN in one call also leaves no Python that grows with the number of experts.
 
-The weights stay in oneDNN's layout, so that products of many rows go on using its kernels: `[N/64][K][64]` in float32,
-`[N/64][K/2][64][2]` in bfloat16. :func:`available` packs a matrix and looks; where the layout is another one (a machine
-without AVX-512), everything here is left alone. The tile is LLVM code by way of Numba. One thread, and the interpreter lock is released.
+The weights stay in oneDNN's layout, so that bfloat16 products of many rows, and all where this does not serve, go on using
+its kernels: `[N/64][K][64]` in float32, `[N/64][K/2][64][2]` in bfloat16. :func:`available` packs a matrix and looks; where the
+layout is another one (a machine without AVX-512), everything here is left alone. The tile is LLVM code by way of Numba. One
+thread, and the interpreter lock is released.
 Without Numba, too, everything here is left alone.
 """
 

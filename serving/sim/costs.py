@@ -32,6 +32,11 @@ class Neighbourly:
 ALONE = Neighbourly()
 
 
+def drawn_factor(spread: Sequence[float], generator: random.Random) -> float:
+    """By how much one step is to differ from its like, one of `spread`; 1 where there is none."""
+    return generator.choice(spread) if spread else 1
+
+
 class StageTimes:
     """Nanoseconds of the stages of one model on one device. Where both pools share a card (`shares_card`), stages of the two
     sides run at once there and slow each other as kernels of two engines do (`share`, serving/cost/contention.py)."""
@@ -51,8 +56,8 @@ class StageTimes:
         self.ffns_ns = functools.lru_cache(maxsize=None)(self._ffns_ns)
 
     def factor(self, generator: random.Random) -> float:
-        """By how much one step is to differ from its like; 1 where steps do not."""
-        return generator.choice(self.spread) if self.spread else 1
+        """See :func:`drawn_factor`."""
+        return drawn_factor(self.spread, generator)
 
     def attention_ns(self, query_lens: Sequence[int], kv_lens: Sequence[int]) -> int:
         """One attention layer of a step whose sequences have so many rows, and tokens once it is done."""

@@ -20,6 +20,7 @@ from serving.parallel.costs import GroupCosts, StepShape
 from serving.scheduler import StepPlan, StepScheduler
 from serving.sequence import Sequence as LiveSequence
 from serving.sim.clock import VirtualClock
+from serving.sim.costs import drawn_factor
 from serving.sim.shared import SharedDevice
 from serving.sim.workers import SIMULATED_TOKEN, SimulatedWorker
 from serving.workers.config import GroupSeat, GroupWorkerConfig
@@ -117,12 +118,8 @@ class SimulatedGroup:
         self._compute(demand)
 
     def _compute(self, demand: Stages) -> None:
-        factor = self._factor()
+        factor = drawn_factor(self._costs.spread, self._random)
         self._run(deque(demand if factor == 1 else [[seconds * factor for seconds in stage] for stage in demand]))
-
-    def _factor(self) -> float:
-        """By how much the step that begins is to differ from its like; 1 where steps do not."""
-        return self._random.choice(self._costs.spread) if self._costs.spread else 1
 
     def _demand(self, shapes: Sequence[StepShape], wanted: Sequence[int]) -> Stages:
         """Seconds by rank of each stage up to the next exchange of all."""

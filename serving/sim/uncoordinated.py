@@ -10,6 +10,7 @@ from serving.growth import Claim, grow_or_preempt
 from serving.idle import IdleWeights
 from serving.parallel.costs import GroupCosts, StepShape
 from serving.sim.clock import VirtualClock
+from serving.sim.costs import drawn_factor
 from serving.sim.groups import SimulatedGroup
 from serving.sim.idle_weights import SimulatedWeights
 from serving.sim.shared import Crowd, SharedDevice
@@ -69,7 +70,7 @@ class UncoordinatedGroup(SimulatedGroup):
         return self._costs.step_load(shapes)
 
     def _compute(self, demand: Load) -> None:
-        self._crowd.start(demand, self._plan.devices, self._complete, self._factor())
+        self._crowd.start(demand, self._plan.devices, self._complete, drawn_factor(self._costs.spread, self._random))
 
     def _release(self, replica: int, request_id: int) -> None:
         pages = self._held[replica].pop(request_id)

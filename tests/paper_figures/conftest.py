@@ -160,6 +160,7 @@ def _metrics(rows: list[dict], scale: float) -> dict:
         "slo_attainment": 0.9, "offered_rate_rps": 2.0, "peak_kv_share": 0.5,
     }  # fmt: skip
     for name, values in (("itl_ms", gaps), ("ttft_ms", ttft)):
+        metrics[f"mean_{name}"] = float(np.mean(values))
         for stat, level in (("median", 50), ("p95", 95), ("p99", 99)):
             metrics[f"{stat}_{name}"] = float(np.percentile(values, level))
     return metrics

@@ -14,6 +14,8 @@ from paper_figures.__main__ import main
 from paper_figures.exhibit import TableExhibit
 from paper_figures.records import read_run
 from paper_figures.registry import EXHIBITS
+from paper_figures.validation import METRICS
+from runner.validation import BOUNDS
 
 pytestmark = pytest.mark.cpu
 
@@ -157,6 +159,8 @@ def test_simulated_against_measured_takes_the_median_over_rounds_of_the_error(wr
     assert (row["rounds"], row["measured"], row["simulated"]) == (3, 100.0, 130.0)
     assert list(row[["error", "least", "most"]]) == pytest.approx([0.05, 0.02, 0.3])
     assert "n = 1 seed (0), 4 times" in (tmp_path / "out" / "made-up" / "validation.caption.txt").read_text()
+    assert set(rows["metric"]) == set(BOUNDS)
+    assert {metric: bound for metric, (_, bound) in METRICS.items()} == BOUNDS, "the figure shows what the table judges"
 
 
 @pytest.mark.parametrize("num_systems", [1, 2, 9])
@@ -170,6 +174,14 @@ def test_any_number_of_systems_is_drawn_each_with_its_own_look(write_run, tmp_pa
         assert draw(tmp_path, exhibit) == 0
         rows = pd.read_csv(tmp_path / "out" / "made-up" / f"{exhibit}.csv")
         assert set(rows["system"]) == set(names)
+
+
+def test_tbt_of_each_model_says_which_load_it_is_of(write_run, tmp_path):
+    for rate in (1.0, 2.5):
+        write_run(rate=rate)
+    assert draw(tmp_path, "tbt_by_model") == 0
+    rows = pd.read_csv(tmp_path / "out" / "made-up" / "tbt_by_model.csv")
+    assert set(rows["load"]) == {"2.5 req/s in all"}
 
 
 def test_what_could_not_run_is_shown_and_named(write_run, tmp_path):
