@@ -18,11 +18,14 @@ def step():
     parts = [torch.ones(250_000) for _ in range(12)]  # 1 MB each
     return kept
 
-before = 0
-for _ in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+step()
+before = page_faults()
+for _ in range(5):
     step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(page_faults() - before)
 """
 
 
@@ -33,6 +36,8 @@ def faults(*arguments):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_activations_of_a_step_are_no_new_pages():
-    page_faults_of_12_mb = 12 * 1_000_000 // 4096
-    assert faults() > page_faults_of_12_mb / 2, "without it the memory went back: else this test shows nothing"
-    assert faults("keep") < page_faults_of_12_mb / 20
+    """Five steps of 12 MB after a first one: malloc by itself gives them back at least once before it learns to keep them."""
+    pages_of_a_step = 12 * 1_000_000 // 4096
+    given_back, kept = faults(), faults("keep")
+    assert given_back > pages_of_a_step * 0.9, "else this test shows nothing"
+    assert kept < pages_of_a_step / 2
