@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from paper_figures.exhibit import Exhibit
 from paper_figures.records import Run
-from paper_figures.selection import differing, flatten, variants
+from paper_figures.selection import differing, flatten, scenario, variants
 
 _BACKENDS = {"real": "Measured", "sim": "SIMULATED (cost model, virtual clock)", "offline": "Calculated"}
 
@@ -72,7 +73,14 @@ def stamp(runs: Sequence[Run]) -> str:
     backends = "+".join(sorted({_IN_SHORT.get(run.backend, run.backend) for run in runs}))
     hardware = sorted({run.hardware for run in runs})
     more = f" and {len(hardware) - 1} more" if len(hardware) > 1 else ""
-    seeds = len({(run.seed, run.repeat) for run in runs})
-    return f"{backends} on {_in_short(hardware[0])}{more}" + (
-        f"; n = {seeds}" if any(run.config for run in runs) else ""
-    )
+    number = f"; n = {_runs_of_a_cell(runs)}" if any(run.config for run in runs) else ""
+    return f"{backends} on {_in_short(hardware[0])}{more}{number}"
+
+
+def _runs_of_a_cell(runs: Sequence[Run]) -> str:
+    """By how many seeds and repetitions a cell was run: one system, one scenario. Where that differs, least and most."""
+    labels, cells = variants(runs), defaultdict(set)
+    for run in runs:
+        cells[labels[run.run_id], str(sorted(scenario(run, ("backend.",)).items()))].add((run.seed, run.repeat))
+    least, most = min(map(len, cells.values())), max(map(len, cells.values()))
+    return str(most) if least == most else f"{least} to {most}"

@@ -13,6 +13,7 @@ from paper_figures.records import Run
 from paper_figures.selection import panels, variants
 
 _MOST_NAMED = 10  # models whose names fit below an axis
+_ROOM = 1.6  # by how much the axis reaches beyond the least and the largest mean
 _METRICS = {"p95_itl_ms": "TBT p95 (ms)", "p99_itl_ms": "TBT p99 (ms)"}
 
 
@@ -79,9 +80,11 @@ class TBTByModel(FigureExhibit):
                     linestyle="", marker=look.marker, color=look.color, elinewidth=0.8, capsize=1.5, label=label_of,
                 )  # fmt: skip
             axis.set_ylabel(label)
-            if (rows["mean"] > 0).any():
+            means = rows.loc[(rows["metric"] == metric) & (rows["mean"] > 0), "mean"]
+            if len(means):
                 axis.set_yscale("log")
-                axis.margins(y=0.12)  # whole markers at the edge
+                # An interval of two seeds may reach from nothing to ten times the mean: it is cut off at the edge.
+                axis.set_ylim(means.min() / _ROOM, means.max() * _ROOM)
                 style.plain_log_ticks(axis.yaxis)
         if len(models) <= _MOST_NAMED:
             axes[-1].set_xticks(range(len(models)), models, rotation=20, ha="right")

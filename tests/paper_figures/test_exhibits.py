@@ -11,6 +11,7 @@ import pytest
 
 from paper_figures import style
 from paper_figures.__main__ import main
+from paper_figures.caption import stamp
 from paper_figures.exhibit import TableExhibit
 from paper_figures.records import read_run
 from paper_figures.registry import EXHIBITS
@@ -182,6 +183,14 @@ def test_tbt_of_each_model_says_which_load_it_is_of(write_run, tmp_path):
     assert draw(tmp_path, "tbt_by_model") == 0
     rows = pd.read_csv(tmp_path / "out" / "made-up" / "tbt_by_model.csv")
     assert set(rows["load"]) == {"2.5 req/s in all"}
+
+
+def test_a_stamp_says_how_often_cells_were_run_at_least_and_at_most(write_run):
+    once = [read_run(write_run(system)) for system in ("crosspool", "static")]
+    again = [read_run(write_run("static", seed=seed)) for seed in (1, 2)]
+    assert stamp(once).endswith("; n = 1")
+    assert stamp([*once, *again]).endswith("; n = 1 to 3")
+    assert stamp([once[1], *again]).endswith("; n = 3")
 
 
 def test_what_could_not_run_is_shown_and_named(write_run, tmp_path):
