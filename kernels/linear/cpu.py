@@ -11,9 +11,9 @@ _COLUMN_BLOCK = {torch.float32: 16, torch.bfloat16: 32, torch.float16: 32}
 _reorder = torch.ops.mkldnn._reorder_linear_weight.default
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
 
-# Up to here both take the same, from here on oneDNN multiplies bfloat16 up to a third faster. In float32 it is never faster (0.90
-# to 1.08 times as fast, 65 to 512 rows of seven shapes), and prepares itself anew for each number of rows, 1 ms a shape: every
-# prompt of a length not met before would pay that for each of its shapes.
+# From here on oneDNN multiplies bfloat16 faster, our loop takes up to 1.4 times as long. In float32 both take the same (the loop 0.90
+# to 1.08 times as long, 65 to 512 rows of seven shapes), but oneDNN prepares itself anew for each number of rows, 1 ms a shape:
+# every prompt of a length not met before would pay that for each of its shapes.
 _MOST_NATIVE_ROWS = {torch.bfloat16: 64}
 
 # oneDNN's kernels for 3 to 6 rows stream packed weights faster than those for 1 or 2 (float32 on an AVX-512 core: 16 GB/s
