@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes of a suite: 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Triton decides at its first import whether kernels compile or are interpreted, and `transformers` imports it: so here,
 # before any test module. Nothing but tests/kernels computes with it; those who compile do so in a process of their own.
@@ -22,7 +22,8 @@ os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # on a card, nothing may 
 
 sys.path.insert(0, str(Path(__file__).parent))  # judges.py and reference_deepseek.py
 
-settings.register_profile("beside others", deadline=None)  # who waits for a core has not become slow
+# Who waits for a core has not become slow.
+settings.register_profile("beside others", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 if "PYTEST_XDIST_WORKER" in os.environ:
     settings.load_profile("beside others")
 

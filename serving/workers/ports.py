@@ -16,7 +16,7 @@ _LONGEST_REST_S = 0.001  # new requests come through the control ring, which rin
 
 
 class FFNPort(Protocol):
-    """One exchange a lane at a time: `send`, then `done` until true, then `result`."""
+    """One exchange a lane at a time: `send`, then `done` until true and as often as one likes, then `result` once."""
 
     bytes_crossed: int
     crosses: bool  # whether rows leave this process
@@ -97,10 +97,11 @@ class RelayedFFN(RemoteFFN):
 
     def done(self, lane: int) -> bool:
         self._answered.update(answered(self._from_relay, timeout_s=0.0))
-        if lane not in self._answered:
-            return False
+        return lane in self._answered
+
+    def result(self, lane: int) -> torch.Tensor:
         self._answered.discard(lane)
-        return True
+        return super().result(lane)
 
     def rest(self) -> None:
         self._answered.update(answered(self._from_relay, timeout_s=_LONGEST_REST_S))
