@@ -17,10 +17,10 @@ _OUTCOMES = {"completed": ("#009E73", ""), "rejected": ("#E69F00", "///"), "fail
 
 
 class Outcomes(FigureExhibit):
-    """One bar a system and scenario: requests completed, rejected and failed, summed over seeds."""
+    """One bar a system and scenario: requests completed, rejected and failed in a run, mean over seeds. The table has sums."""
 
     name = "outcomes"
-    title = "Requests completed, rejected and failed (unfinished ones are failed), summed over seeds"
+    title = "Requests of a run completed, rejected and failed (unfinished ones are failed), mean over seeds"
 
     def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
         labels = variants(runs)
@@ -49,13 +49,14 @@ class Outcomes(FigureExhibit):
         positions = list(range(len(rows)))
         left = [0] * len(rows)
         for outcome, (color, hatch) in _OUTCOMES.items():
-            axis.barh(positions, rows[outcome], 0.7, left, color=color, hatch=hatch, edgecolor="white", label=outcome)
-            left = [start + count for start, count in zip(left, rows[outcome], strict=True)]
+            of_a_run = rows[outcome] / rows["runs"].clip(lower=1)  # cells may have been run more or less often
+            axis.barh(positions, of_a_run, 0.7, left, color=color, hatch=hatch, edgecolor="white", label=outcome)
+            left = [start + count for start, count in zip(left, of_a_run, strict=True)]
         for position, row in zip(positions, rows.itertuples(index=False), strict=True):
             if not row.runs:
                 axis.text(0, position, " could not run", va="center", fontsize=6)
         axis.set_yticks(positions, names)
         axis.invert_yaxis()
-        axis.set_xlabel("Requests")
+        axis.set_xlabel("Requests of a run")
         axis.grid(axis="y", visible=False)
         legend_above(figure, [axis], columns=3)

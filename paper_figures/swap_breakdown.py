@@ -13,6 +13,14 @@ from paper_figures.records import Run
 from paper_figures.selection import panels, variants
 
 _PREFIX = "switch_ms/"
+_NAMES = {
+    "queue": "queue",
+    "evict": "eviction",
+    "checkpoint": "checkpoint",
+    "weights": "weights",
+    "kv": "KV",
+    "warm_up": "first step",
+}  # in the order in which they come; parts that are not here come last
 
 
 class SwapBreakdown(FigureExhibit):
@@ -29,16 +37,18 @@ class SwapBreakdown(FigureExhibit):
 
     def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
         labels, rows = variants(runs), []
-        parts = dict.fromkeys(key for run in runs for key in run.metrics if key.startswith(_PREFIX))
+        found = dict.fromkeys(
+            key.removeprefix(_PREFIX) for run in runs for key in run.metrics if key.startswith(_PREFIX)
+        )
+        parts = [part for part in _NAMES if part in found] + [part for part in found if part not in _NAMES]
         for panel, members in panels(runs, most=6):
             for variant in style.order(labels[run.run_id] for run in members):
                 same = [run for run in members if labels[run.run_id] == variant and run.ok]
                 swaps = sum(run.metric("swaps") for run in same)
                 for part in parts:
-                    mean = stats.interval([run.metric(part) for run in same]).mean
-                    name = part.removeprefix(_PREFIX)
+                    mean = stats.interval([run.metric(_PREFIX + part) for run in same]).mean
                     rows.append(
-                        {"panel": panel, "system": variant, "part": name, "ms": mean, "swaps": swaps, "n": len(same)}
+                        {"panel": panel, "system": variant, "part": part, "ms": mean, "swaps": swaps, "n": len(same)}
                     )
         return pd.DataFrame(rows)
 
@@ -54,7 +64,7 @@ class SwapBreakdown(FigureExhibit):
             widths = [float(shown.get((bar.panel, bar.system), 0)) for bar in bars]
             axis.barh(
                 range(len(bars)), widths, 0.66, left, color=style.MODEL_COLORS[number % 8], edgecolor="white",
-                hatch=style.MODEL_HATCHES[number % 8], label=part,
+                hatch=style.MODEL_HATCHES[number % 8], label=_NAMES.get(part, part),
             )  # fmt: skip
             left = [start + width for start, width in zip(left, widths, strict=True)]
         names = [style.look(bar.system).label + (f"\n{bar.panel}" if bar.panel else "") for bar in bars]
