@@ -1,6 +1,6 @@
 """DeepSeek-MoE (arXiv 2401.06066) written out plainly: the judge of an architecture that `transformers` does not have.
 
-Whole sequences, no cache, one token's experts at a time, float32, straight from the safetensors files. It shares no code
+Whole sequences, no cache, one expert at a time, float32, straight from the safetensors files. It shares no code
 with the engine.
 """
 
@@ -71,9 +71,8 @@ class ReferenceDeepseek:
     def moe(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
         probabilities = (x @ self.tensors[f"{prefix}gate.weight"].T).softmax(-1)
         out = self.mlp(x, f"{prefix}shared_experts.")
-        for token in range(x.shape[0]):
-            best = probabilities[token].sort(descending=True).indices[: self.config["num_experts_per_tok"]]
-            for expert in best.tolist():
-                row = self.mlp(x[token : token + 1], f"{prefix}experts.{expert}.")
-                out[token] += probabilities[token, expert] * row[0]
+        best = probabilities.sort(dim=-1, descending=True).indices[:, : self.config["num_experts_per_tok"]]
+        for expert in best.unique().tolist():
+            rows = (best == expert).any(dim=-1)
+            out[rows] += probabilities[rows, expert, None] * self.mlp(x[rows], f"{prefix}experts.{expert}.")
         return out
