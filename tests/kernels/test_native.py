@@ -22,7 +22,8 @@ pytestmark = [
     pytest.mark.skipif(not native.available(torch.float32), reason="oneDNN packs weights in another way here"),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
-BOUND = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+# Of results of which one value may be the whole norm: sums of some hundred terms that cancel, and three roundings to bfloat16.
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 3 * 2**-8}
 
 
 @pytest.fixture(autouse=True)
