@@ -22,8 +22,9 @@ pytestmark = [
     pytest.mark.skipif(not native.available(torch.float32), reason="oneDNN packs weights in another way here"),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
-# Of results of which one value may be the whole norm: sums of some hundred terms that cancel, and three roundings to bfloat16.
-BOUND = {torch.float32: 1e-5, torch.bfloat16: 3 * 2**-8}
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+# Activations are rounded, and results, of which one may be nearly all.
+BOUND_OF_ROUTED = BOUND | {torch.bfloat16: 2 * 2**-8}
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +35,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def near(actual, expected, dtype, usual_norm=1e-20):
+def near(actual, expected, dtype, usual_norm=1e-20, bounds=BOUND):
     """`usual_norm`: of such results, so that few values whose terms happen to cancel are not held to their own smallness."""
     assert actual.dtype == dtype and actual.shape == expected.shape
     gap = (actual.float() - expected.float()).norm() / expected.float().norm().clamp_min(usual_norm)
-    assert gap <= BOUND[dtype], f"relative error {gap:.1e}"
+    assert gap <= bounds[dtype], f"relative error {gap:.1e}"
 
 
 @settings(max_examples=60, deadline=None)
@@ -69,12 +70,10 @@ def test_routed_ffn_of_any_size(rows, pairs, depth, experts, data, dtype):
     expected = moe_reference.moe_ffn(x.float(), ExpertWeights(*(part.float() for part in plain)), share, chosen)
     gate, up = torch.einsum("rd,rkwd->rkw", x.float(), plain.gate_up.float()[chosen]).chunk(2, dim=-1)
     terms = share[..., None] * torch.nn.functional.silu(gate) * up  # each weighed by N(0, 1 / width) in every column
-    near(
-        moe_ffn(x, PackedExperts.pack(plain), share, chosen),
-        expected,
-        dtype,
-        float(terms.norm() * (depth / width) ** 0.5),
-    )
+    # The same where gate and up are as large as x usually makes them: theirs are sums that may cancel, too.
+    usual_terms = share * x.float().square().mean(dim=1, keepdim=True) / 2
+    usual_norm = float(max(terms.norm(), usual_terms.norm() * width**0.5) * (depth / width) ** 0.5)
+    near(moe_ffn(x, PackedExperts.pack(plain), share, chosen), expected, dtype, usual_norm, BOUND_OF_ROUTED)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
