@@ -13,7 +13,8 @@ import torch
 from serving.cuda import driver
 from serving.errors import UserError
 
-_MOST_SPARE_PAGES = 256  # 512 MiB; as many as a few sequences of 64 layers grow by at once
+_MOST_SPARE_PAGES = 128  # 256 MiB; as many as a few sequences of 64 layers grow by at once
+_MOST_KEPT_PAGES = 256  # 512 MiB; what two or three requests of a few hundred tokens leave behind
 
 
 class PhysicalPages:
@@ -27,8 +28,8 @@ class PhysicalPages:
         smallest = driver.granularity_bytes(device.index)
         if page_bytes <= 0 or page_bytes % smallest:
             raise UserError(f"KV page of {page_bytes} bytes is not a multiple of {device}'s {smallest}")
-        self.num_pages, self.page_bytes = num_pages, page_bytes
-        self._index = device.index
+        self.num_pages = self.most_kept = num_pages  # a free page that stays mapped costs nothing
+        self.page_bytes, self._index = page_bytes, device.index
         self._handles: dict[int, int] = {}  # by page
         try:
             for page in range(0 if self._on_demand else num_pages):
@@ -53,17 +54,24 @@ class PhysicalPages:
 
 class LentPages(PhysicalPages):
     """Pages that a ledger lends to engines of several processes. Memory of one process is not seen by another, so each creates what
-    it maps, and destroys what it lets go of but for `most_spare` pages, which it keeps ready as kvcached's engines do. The ledger
-    bounds what is mapped by the device's budget; spare pages lie beyond it, in what the card has more."""
+    it maps, and destroys what it lets go of but for `most_spare` pages. As kvcached's engines do, it has some ready beside: up to
+    `most_kept` that a request has left stay mapped for the next one. The ledger bounds what requests have by the device's budget;
+    spare and kept pages lie beyond it, in what the card has more."""
 
     _on_demand = True
 
     def __init__(
-        self, num_pages: int, page_bytes: int, device: torch.device, most_spare: int = _MOST_SPARE_PAGES
+        self,
+        num_pages: int,
+        page_bytes: int,
+        device: torch.device,
+        most_spare: int = _MOST_SPARE_PAGES,
+        most_kept: int = _MOST_KEPT_PAGES,
     ) -> None:
         self._spare: list[int] = []  # handles
         self._most_spare = most_spare
         super().__init__(num_pages, page_bytes, device)
+        self.most_kept = most_kept
 
     def handle(self, page: int) -> int:
         if page not in self._handles and self._spare:

@@ -8,7 +8,7 @@ moment, even while it decides, leaves the table whole and nobody waiting.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -84,7 +84,13 @@ class SharedBudget(_Shared):
 
 
 class SharedPageLender(_Shared):
-    """A :class:`serving.memory.pages.PageLender` over pages that other engines borrow too."""
+    """A :class:`serving.memory.pages.PageLender` over pages that other engines borrow too. What one keeps is free to all; only
+    it prefers others to them, and each begins to look where no other does."""
+
+    def __init__(self, region: SharedRegion, shape: LentShape, engine: int) -> None:
+        super().__init__(region, shape, engine)
+        self._kept = np.zeros(shape.num_pages, bool)
+        self._first = engine * shape.num_pages // shape.engines
 
     @property
     def num_pages(self) -> int:
@@ -111,23 +117,49 @@ class SharedPageLender(_Shared):
         """Pages that this engine has."""
         return int(np.count_nonzero(self._owners == self._engine + 1))
 
+    def require(self, count: int) -> None:
+        """Raises CapacityError when fewer than `count` pages are free."""
+        if count > self.free_pages:
+            raise CapacityError(f"KV pages: {count} asked for, {self.free_pages} of {self.num_pages} are free")
+
     def lend(self, count: int) -> list[int]:
-        """`count` free pages, ascending. Raises CapacityError, lending none, when fewer are free."""
+        """`count` free pages, from this engine's first place upwards and around, kept ones last. Raises CapacityError, lending
+        none, when fewer are free."""
         with self.deciding():
+            self.require(count)
             free = np.flatnonzero(self._owners == 0)
-            if count > len(free):
-                raise CapacityError(f"KV pages: {count} asked for, {len(free)} of {self.num_pages} are free")
-            pages = free[:count]
+            free = np.roll(free, -int(np.searchsorted(free, self._first)))
+            kept = self._kept[free]
+            pages = np.concatenate((free[~kept], free[kept]))[:count]
             self._owners[pages] = self._engine + 1
+            self._kept[pages] = False
         return pages.tolist()
 
-    def give_back(self, pages: list[int]) -> None:
+    def take(self, pages: Sequence[int]) -> bool:
+        """Lend `pages`, which were kept, if nobody has one of them; else none."""
+        with self.deciding():
+            if np.any(self._owners[pages]):
+                return False
+            self._owners[pages] = self._engine + 1
+            self._kept[pages] = False
+        return True
+
+    def give_back(self, pages: Sequence[int]) -> None:
         """Return lent pages, unmapped before. Raises ValueError, returning none, for a page that this engine has not."""
         with self.deciding():
             foreign = [page for page in pages if self._owners[page] != self._engine + 1]
             if foreign:
                 raise ValueError(f"pages {foreign} are not lent to this engine")
             self._owners[pages] = 0
+
+    def keep(self, pages: Sequence[int]) -> None:
+        """Return lent pages, as :meth:`give_back` does, that one would rather have again."""
+        self.give_back(pages)
+        self._kept[pages] = True
+
+    def forget(self, pages: Sequence[int]) -> None:
+        """Prefer others to `pages` no longer."""
+        self._kept[pages] = False
 
 
 class LentMemory(HostMemory):

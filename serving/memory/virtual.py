@@ -53,7 +53,8 @@ class PhysicalPages:
     def __init__(self, num_pages: int, page_bytes: int, fd: int | None = None) -> None:
         if page_bytes <= 0 or page_bytes % mmap.PAGESIZE:
             raise UserError(f"KV page of {page_bytes} bytes is not a multiple of the system's {mmap.PAGESIZE}")
-        self.num_pages, self.page_bytes = num_pages, page_bytes
+        self.num_pages = self.most_kept = num_pages  # a free page that stays mapped costs nothing
+        self.page_bytes = page_bytes
         if fd is not None:
             self._fd = fd
             return

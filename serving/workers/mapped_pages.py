@@ -27,10 +27,10 @@ class MappedPages:
         return self._lender.unclaimed_pages
 
     def grow(self, sequence: Sequence, pages: int) -> None:
-        started_ns, before = time.monotonic_ns(), len(sequence.run.pages)
-        self._models[sequence.model].grow(sequence.run, len(sequence.tokens))
+        started_ns = time.monotonic_ns()
+        mapped = self._models[sequence.model].grow(sequence.run, len(sequence.tokens))
         self._counters.add("mapping_ns", time.monotonic_ns() - started_ns)
-        self._counters.add("pages_mapped", len(sequence.run.pages) - before)
+        self._counters.add("pages_mapped", mapped)
 
     def drop(self, sequence: Sequence) -> None:
         self._models[sequence.model].release(sequence.run)

@@ -292,11 +292,13 @@ class ModelWorker:
             if sequence.run.mapped_tokens < wanted:
                 self._map_ahead.append((step.model, sequence))
 
-    def _grow(self, model: HostedModel, sequence: Sequence, tokens: int) -> None:
-        started_ns, before = time.monotonic_ns(), len(sequence.run.pages)
-        model.kv.grow(sequence.run, tokens)
+    def _grow(self, model: HostedModel, sequence: Sequence, tokens: int) -> int:
+        """How many pages had to be mapped."""
+        started_ns = time.monotonic_ns()
+        mapped = model.kv.grow(sequence.run, tokens)
         self._counters.add("mapping_ns", time.monotonic_ns() - started_ns)
-        self._counters.add("pages_mapped", len(sequence.run.pages) - before)
+        self._counters.add("pages_mapped", mapped)
+        return mapped
 
     def _map_one_ahead(self) -> bool:
         """Idle time spent on a sequence that will soon need pages, so that its own step need not map them."""
@@ -304,9 +306,8 @@ class ModelWorker:
             return False
         model, sequence = self._map_ahead.popleft()
         if self._scheduler.holds(sequence):
-            before = len(sequence.run.pages)
-            self._grow(model, sequence, min(len(sequence.tokens) + _MAP_AHEAD_TOKENS, sequence.most_cached))
-            self._counters.add("mapped_ahead", len(sequence.run.pages) - before)
+            mapped = self._grow(model, sequence, min(len(sequence.tokens) + _MAP_AHEAD_TOKENS, sequence.most_cached))
+            self._counters.add("mapped_ahead", mapped)
         return True
 
     # -- reports -------------------------------------------------------------------------------------------------------

@@ -32,10 +32,11 @@ class ReplicaKV:
         self._runs[run.index] = others
         return run
 
-    def grow(self, run: Run, tokens: int) -> None:
-        self._first.grow(run, tokens)
+    def grow(self, run: Run, tokens: int) -> int:
+        mapped = self._first.grow(run, tokens)
         for kv, other in zip(self._others, self._runs[run.index], strict=True):
             kv.grow(other, tokens)
+        return mapped
 
     def release(self, run: Run) -> None:
         self._first.release(run)
@@ -61,10 +62,10 @@ class ReplicaPages:
         return min(lender.unclaimed_pages for lender in self._lenders)
 
     def grow(self, sequence: Sequence, pages: int) -> None:
-        started_ns, before = time.monotonic_ns(), len(sequence.run.pages)
-        self._kv.grow(sequence.run, len(sequence.tokens))
+        started_ns = time.monotonic_ns()
+        mapped = self._kv.grow(sequence.run, len(sequence.tokens))
         self._counters.add("mapping_ns", time.monotonic_ns() - started_ns)
-        self._counters.add("pages_mapped", len(sequence.run.pages) - before)
+        self._counters.add("pages_mapped", mapped)
 
     def drop(self, sequence: Sequence) -> None:
         self._kv.release(sequence.run)

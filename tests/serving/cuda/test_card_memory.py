@@ -134,11 +134,11 @@ def narrow_spec(name):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2), st.integers(0, 4000)), max_size=25))
-def test_engines_create_no_more_than_they_are_lent_and_their_spare(host_driver, actions):
-    spare, pages = 2, 14
+def test_engines_create_no_more_than_they_are_lent_and_have_ready(host_driver, actions):
+    spare, kept, pages = 2, 3, 14
     region, lenders = ledger(pages, 2)
     memory = CardMemory(HERE, lent=True)
-    memory.pages = lambda count, page_bytes: LentPages(count, page_bytes, HERE, spare)
+    memory.pages = lambda count, page_bytes: LentPages(count, page_bytes, HERE, spare, kept)
     pools = [KVPool(pages, PAGE_BYTES, [(narrow_spec("m"), "float32")], 3, memory, lender) for lender in lenders]
     runs = [[pool.models["m"].open_run() for _ in range(3)] for pool in pools]
     marks = {}
@@ -155,7 +155,8 @@ def test_engines_create_no_more_than_they_are_lent_and_their_spare(host_driver, 
                     layer[run.start_slot : run.start_slot + tokens] = mark
         lent = pages - lenders[0].free_pages
         anchors = len(pools)
-        assert (lent + anchors) * PAGE_BYTES <= host_driver.created_bytes <= (lent + anchors + spare * 2) * PAGE_BYTES
+        least, ready = lent + anchors, 2 * (spare + kept)
+        assert least * PAGE_BYTES <= host_driver.created_bytes <= (least + ready) * PAGE_BYTES
     for (engine, place), mark in marks.items():
         for layer in pools[engine].models["m"].layers:
             assert layer[runs[engine][place].start_slot].eq(mark).all()
@@ -163,6 +164,22 @@ def test_engines_create_no_more_than_they_are_lent_and_their_spare(host_driver, 
         pool.close()
     assert host_driver.created_bytes == 0
     region.close()
+
+
+def test_the_next_request_in_a_place_needs_no_call_of_the_driver(host_driver, monkeypatch):
+    pool = KVPool(14, PAGE_BYTES, [(narrow_spec("m"), "float32")], 3, CardMemory(HERE))
+    kv = pool.models["m"]
+    first = kv.open_run()
+    assert kv.grow(first, 2500) == 6
+    kv.close_run(first)
+    for call in ("create", "map_memory", "allow", "unmap"):
+        monkeypatch.setattr(host_driver, call, None)
+    second = kv.open_run()
+    assert kv.grow(second, 1) == 0 and second.num_pages == 2
+    assert kv.grow(second, 2500) == 0 and pool.lender.lent_pages == 6
+    kv.close_run(second)
+    assert pool.lender.lent_pages == 0
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "glm4_moe_lite"])

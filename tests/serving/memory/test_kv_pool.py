@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from serving.errors import CapacityError, UserError
 from serving.memory.kv_pool import KVGeometry, KVPool
-from serving.memory.virtual import HostMemory
+from serving.memory.lent import LentShape, SharedPageLender
+from serving.memory.virtual import HostMemory, PhysicalPages, VirtualRange
+from serving.shm.region import SharedRegion
 from serving.spec import spec_from_config
 
 pytestmark = pytest.mark.cpu
@@ -76,12 +78,131 @@ def test_runs_keep_their_values_and_pages_are_conserved(actions):
         run, kv = runs[model, key], pool.models[model]
         for layer, cache in enumerate(kv.layers):
             assert torch.all(cache[run.start_slot : run.start_slot + tokens] == value + layer)
-        assert len(run.pages) >= kv.geometry.pages(tokens, PAGE_BYTES)
-    assert pool.lender.lent_pages == sum(len(run.pages) for run in runs.values())
+        assert run.num_pages >= kv.geometry.pages(tokens, PAGE_BYTES)
+    assert pool.lender.lent_pages == sum(run.num_pages for run in runs.values())
     for (model, _), run in runs.items():
         pool.models[model].close_run(run)
     assert pool.lender.free_pages == pool.num_pages
     kv = None
+    pool.close()
+
+
+class Watched(VirtualRange):
+    """Which places of it are mapped, and that nothing is mapped over anything or unmapped twice."""
+
+    def __init__(self, length_bytes):
+        super().__init__(length_bytes)
+        self.mapped = {}
+
+    def map(self, offset_bytes, physical, first_page, count):
+        for number in range(count):
+            place = offset_bytes // physical.page_bytes + number
+            assert place not in self.mapped
+            self.mapped[place] = first_page + number
+        super().map(offset_bytes, physical, first_page, count)
+
+    def unmap(self, offset_bytes, length_bytes):
+        for place in range(offset_bytes // PAGE_BYTES, (offset_bytes + length_bytes) // PAGE_BYTES):
+            del self.mapped[place]
+        super().unmap(offset_bytes, length_bytes)
+
+
+class WatchedMemory(HostMemory):
+    def __init__(self, fds, most_kept):
+        self.fds, self.most_kept = fds, most_kept
+
+    def pages(self, num_pages, page_bytes):
+        made = PhysicalPages(num_pages, page_bytes, next(self.fds))
+        if self.most_kept is not None:
+            made.most_kept = self.most_kept
+        return made
+
+    def reserve(self, length_bytes):
+        return Watched(length_bytes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 1), st.sampled_from(["gqa", "mla"]), st.integers(0, 2), st.sampled_from(["grow", "close", "release"]),
+            st.integers(1, 180),
+        ),
+        max_size=60,
+    ),
+    st.sampled_from([None, 0, 7]),
+)  # fmt: skip
+def test_pages_stay_mapped_until_somebody_else_has_them(actions, most_kept):
+    """Two engines over one ledger: what a request has is mapped in its place, page by page, and nothing twice; no page is two
+    requests', and values last, whatever was kept, taken again or taken away in between."""
+    num_pages = 30
+    shape = LentShape(num_pages, 2, 0)
+    region, made = SharedRegion(shape.region_bytes), PhysicalPages(num_pages, PAGE_BYTES)
+    models = [(mha_spec(), "float32"), (mla_spec(), "bfloat16")]
+    fds = iter([os.dup(made.fd), os.dup(made.fd)])
+    memory = WatchedMemory(fds, most_kept)
+    pools = [
+        KVPool(num_pages, PAGE_BYTES, models, 3, memory, SharedPageLender(region, shape, engine)) for engine in (0, 1)
+    ]
+    runs, written = {}, {}
+    for engine, model, place, action, tokens in actions:
+        kv, key = pools[engine].models[model], (engine, model, place)
+        if action == "grow":
+            run = runs[key] = runs.get(key) or kv.open_run()
+            had, free = run.num_pages, pools[0].lender.free_pages
+            try:
+                mapped = kv.grow(run, tokens)
+            except CapacityError:
+                assert (run.num_pages, pools[0].lender.free_pages) == (had, free)
+                continue
+            assert 0 <= mapped <= run.num_pages - had == free - pools[0].lender.free_pages
+            written[key] = (tokens, float(len(written) + 1))
+            for layer in kv.layers:
+                layer[run.start_slot : run.start_slot + tokens] = written[key][1]
+        elif key in runs:
+            written.pop(key, None)
+            if action == "close":
+                kv.close_run(runs.pop(key))
+            else:
+                kv.release(runs[key])
+        held = [page for run in runs.values() for column in run.columns for page in column]
+        assert len(held) == len(set(held)) == num_pages - pools[0].lender.free_pages
+        if most_kept is not None:
+            for which, pool in enumerate(pools):
+                its = sum(run.num_pages for (engine, *_), run in runs.items() if engine == which)
+                mapped = sum(len(kv._range.mapped) for kv in pool.models.values())
+                assert its <= mapped <= its + most_kept
+    for (engine, model, place), (tokens, value) in written.items():
+        kv, run = pools[engine].models[model], runs[engine, model, place]
+        assert all(torch.all(layer[run.start_slot : run.start_slot + tokens] == value) for layer in kv.layers)
+        for number, column in enumerate(run.columns):
+            for layer, page in enumerate(column):
+                at = (layer * kv._layer_bytes + run.index * kv._run_bytes) // PAGE_BYTES + number
+                assert kv._range.mapped[at] == page
+    for pool in pools:
+        pool.unmap_kept()
+        its = sum(run.num_pages for (engine, *_), run in runs.items() if pools[engine] is pool)
+        assert sum(len(kv._range.mapped) for kv in pool.models.values()) == its
+        kv = layer = None
+        pool.close()
+    made.close()
+    region.close()
+
+
+def test_what_a_request_left_is_there_for_the_next_one_and_free_for_all():
+    pool = open_pool(num_pages=12)
+    kv, other = pool.models["gqa"], pool.models["mla"]
+    run = kv.open_run()
+    assert kv.grow(run, 76) == 9
+    kv.close_run(run)
+    assert pool.lender.free_pages == 12
+    run = kv.open_run()
+    assert kv.grow(run, 26) == 0, "all that it needs was still mapped"
+    assert pool.lender.lent_pages == pool.pages_by_model()["gqa"] == 6
+    long = other.open_run()
+    assert other.grow(long, 180) == 6, "the three that were kept behind them are free"
+    with pytest.raises(CapacityError, match="3 pages asked for, 0 of 12 are free"):
+        kv.grow(run, 76)
     pool.close()
 
 
@@ -91,7 +212,7 @@ def test_growth_maps_exactly_the_pages_that_admission_counts():
     run = kv.open_run()
     for tokens in (1, 25, 26, 77, 150):
         kv.grow(run, tokens)
-        assert len(run.pages) == kv.geometry.pages(tokens, PAGE_BYTES)
+        assert run.num_pages == kv.geometry.pages(tokens, PAGE_BYTES)
         assert run.mapped_tokens >= tokens
     pool.close()
 

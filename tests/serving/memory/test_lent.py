@@ -28,16 +28,31 @@ def region():
     made.close()
 
 
-@given(st.lists(st.tuples(st.integers(0, ENGINES - 1), st.integers(0, 9), st.booleans()), max_size=40))
+ACTIONS = st.sampled_from(["lend", "give back", "keep", "take", "forget"])
+
+
+@given(st.lists(st.tuples(st.integers(0, ENGINES - 1), st.integers(0, 9), ACTIONS), max_size=40))
 def test_whatever_engines_ask_for_no_page_is_lent_twice_or_lost(calls):
     region = SharedRegion(SHAPE.region_bytes)
     lenders = [SharedPageLender(region, SHAPE, engine) for engine in range(ENGINES)]
-    held = [[] for _ in lenders]
-    for engine, count, give in calls:
+    held: list[list[int]] = [[] for _ in lenders]
+    kept: list[list[list[int]]] = [[] for _ in lenders]
+    for engine, count, action in calls:
         lender = lenders[engine]
-        if give:
+        if action in ("give back", "keep"):
             back, held[engine] = held[engine][:count], held[engine][count:]
-            lender.give_back(back)
+            if action == "keep":
+                lender.keep(back)
+                kept[engine].append(back)
+            else:
+                lender.give_back(back)
+        elif action == "forget":
+            lender.forget(kept[engine].pop() if kept[engine] else [])
+        elif action == "take":
+            wanted = kept[engine].pop(0) if kept[engine] else []
+            free = not {page for pages in held for page in pages} & set(wanted)
+            assert lender.take(wanted) == free, "what is kept is free to all until somebody has it"
+            held[engine] += wanted if free else []
         elif count > lender.free_pages:
             with pytest.raises(CapacityError, match="are free"):
                 lender.lend(count)
@@ -47,6 +62,17 @@ def test_whatever_engines_ask_for_no_page_is_lent_twice_or_lost(calls):
         assert len(set(everyone)) == len(everyone) == PAGES - lender.free_pages
         assert [lender.lent_pages for lender in lenders] == [len(pages) for pages in held]
     region.close()
+
+
+def test_engines_begin_in_places_of_their_own_and_keep_out_of_each_others_way(region):
+    lenders = [SharedPageLender(region, SHAPE, engine) for engine in range(ENGINES)]
+    pages = [lender.lend(4) for lender in lenders]
+    assert pages == [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19]]
+    lenders[1].keep(pages[1])
+    assert lenders[1].lend(2) == [12, 13], "others before those that are kept"
+    assert lenders[0].lend(5) == [4, 5, 6, 7, 8], "nobody's are kept from others"
+    assert not lenders[1].take(pages[1])
+    assert lenders[2].lend(6) == [20, 21, 22, 23, 9, 10], "and around"
 
 
 def test_an_engine_returns_only_what_it_has(region):

@@ -12,23 +12,55 @@ from serving.memory.pages import PageLender, contiguous_runs
 pytestmark = pytest.mark.cpu
 
 
-@given(st.integers(0, 40), st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=60))
+@given(
+    st.integers(0, 40),
+    st.lists(
+        st.tuples(st.sampled_from(["lend", "give back", "keep", "take", "forget"]), st.integers(0, 12)), max_size=60
+    ),
+)
 def test_no_page_is_lost_or_lent_twice(num_pages, actions):
     lender = PageLender(num_pages)
     held: list[list[int]] = []
-    for lend, amount in actions:
-        if lend:
+    kept: list[list[int]] = []
+    for action, amount in actions:
+        if action == "lend":
             if amount > lender.free_pages:
                 with pytest.raises(CapacityError):
                     lender.lend(amount)
             else:
                 held.append(lender.lend(amount))
-        elif held:
-            lender.give_back(held.pop(amount % len(held)))
+        elif action in ("give back", "keep") and held:
+            pages = held.pop(amount % len(held))
+            if action == "keep":
+                lender.keep(pages)
+                kept.append(pages)
+            else:
+                lender.give_back(pages)
+        elif action in ("take", "forget") and kept:
+            pages = kept.pop(amount % len(kept))
+            if action == "forget":
+                lender.forget(pages)
+            elif lender.take(pages):
+                held.append(pages)
         lent = [page for pages in held for page in pages]
         assert len(lent) == len(set(lent)) == lender.lent_pages
         assert lender.free_pages + lender.lent_pages == num_pages
         assert all(0 <= page < num_pages for page in lent)
+
+
+def test_what_is_kept_is_lent_last_and_can_be_had_again_until_then():
+    lender = PageLender(6)
+    first, second = lender.lend(2), lender.lend(2)
+    lender.keep(first)
+    assert lender.free_pages == 4
+    assert lender.lend(2) == [4, 5], "others before those that are kept"
+    assert lender.take(first) and lender.free_pages == 0
+    lender.keep(second)
+    lender.keep(first)
+    assert lender.lend(1) == [2], "the one that has been kept for longest"
+    assert not lender.take(second) and lender.take(first)
+    with pytest.raises(ValueError, match="not lent"):
+        lender.keep([3])
 
 
 def test_a_page_cannot_be_returned_twice():
