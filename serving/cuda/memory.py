@@ -13,8 +13,8 @@ import torch
 from serving.cuda import driver
 from serving.errors import UserError
 
-_MOST_SPARE_PAGES = 128  # 256 MiB; as many as a few sequences of 64 layers grow by at once
-_MOST_KEPT_PAGES = 256  # 512 MiB; what two or three requests of a few hundred tokens leave behind
+_MOST_SPARE_PAGES = 64  # 128 MiB; what a sequence of 64 layers grows by at once
+_MOST_KEPT_PAGES = 192  # 384 MiB; what two or three requests of a few hundred tokens leave behind
 
 
 class PhysicalPages:
