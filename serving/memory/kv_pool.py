@@ -103,6 +103,10 @@ class ModelKV:
         self._kept: dict[int, _Kept] = {}  # by run
         self.pages_in_use = 0
 
+    @property
+    def free_runs(self) -> int:
+        return len(self._free_runs)
+
     def open_run(self) -> Run:
         """A run without pages, the last one that was closed. Raises CapacityError when all are taken."""
         if not self._free_runs:
@@ -239,6 +243,22 @@ class KVPool:
             del self._kept[page]
         self.lender.forget(pages)
         self.physical.let_go(pages)
+
+    def map_first_pages(self, runs: int) -> None:
+        """Have the first pages mapped that the next `runs` runs of each model will need, as far as free pages go round, so that the
+        requests that come first find them as later ones do."""
+        opened, left = [], min(self.lender.free_pages, self.physical.most_kept)
+        for _ in range(runs):
+            for kv in self.models.values():
+                if kv.free_runs and kv.geometry.num_layers <= left:
+                    left -= kv.geometry.num_layers
+                    opened.append((kv, kv.open_run()))
+        with self.lender.deciding():
+            for kv, run in opened:
+                if kv.geometry.num_layers <= self.lender.free_pages:
+                    kv.grow(run, 1)
+            for kv, run in reversed(opened):
+                kv.close_run(run)
 
     def unmap_kept(self) -> None:
         """Unmap all that is free."""

@@ -107,6 +107,8 @@ class ModelWorker:
         self._next_sample_ns = 0
         self._map_ahead: deque[tuple[HostedModel, Sequence]] = deque()
         self._stopping = False
+        for _, pool in self._pools:
+            pool.map_first_pages(lanes * limits.max_batch)
 
     def run(self) -> None:
         """Serve until a Stop message. Every iteration does what can be done now and waits for nothing."""

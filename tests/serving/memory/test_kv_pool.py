@@ -206,6 +206,22 @@ def test_what_a_request_left_is_there_for_the_next_one_and_free_for_all():
     pool.close()
 
 
+@pytest.mark.parametrize("num_pages", [0, 1, 4, 5, 13, 40])
+def test_the_first_requests_find_pages_mapped_too(num_pages):
+    pool = open_pool(num_pages)
+    gqa, mla = pool.models["gqa"], pool.models["mla"]
+    pool.map_first_pages(3)
+    assert pool.lender.free_pages == num_pages and gqa.free_runs == mla.free_runs == 4
+    left = num_pages
+    for number in range(4):
+        for kv in (gqa, mla):
+            if left >= kv.geometry.num_layers:
+                found = number < 3
+                assert kv.grow(kv.open_run(), 1) == (0 if found else kv.geometry.num_layers)
+                left -= kv.geometry.num_layers
+    pool.close()
+
+
 def test_growth_maps_exactly_the_pages_that_admission_counts():
     pool = open_pool(num_pages=64)
     kv = pool.models["gqa"]
