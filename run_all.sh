@@ -3,6 +3,7 @@
 #   ./run_all.sh smoke          minutes: what to try first
 #   ./run_all.sh [fast]         the default
 #   ./run_all.sh full           hours: more seeds, more points, larger models
+#   ./run_all.sh MODE NAME...   only these experiments of the mode
 #   ./run_all.sh figures [NAME...]   redraw from records, nothing is run
 # Runs that are done are not run again. `--plan` says what a mode would do and stops.
 set -u

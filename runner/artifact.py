@@ -1,4 +1,4 @@
-"""`./run_all.sh smoke|fast|full`, and `figures [names]`: the whole artifact, from preflight to the table at the end.
+"""`./run_all.sh smoke|fast|full [experiments]`, and `figures [names]`: the artifact, from preflight to the table at the end.
 
 Experiments run through `bench.py`, which skips what is done; figures and claims are drawn from the records it leaves. A
 failed experiment does not stop the others. The status is non-zero when anything failed.
@@ -93,13 +93,19 @@ def why_skipped(experiment: Experiment, machine: Machine) -> str:
     return ""
 
 
-def chosen(mode: str) -> list[Experiment]:
-    """The experiments to run in `mode`."""
-    return of_mode(mode)[:1] if is_short() else of_mode(mode)
+def chosen(mode: str, names: Sequence[str] = ()) -> list[Experiment]:
+    """The experiments to run in `mode`: all of it, or those of `names`. Raises UserError for a name that it does not have."""
+    experiments = of_mode(mode)
+    known = [experiment.name for experiment in experiments]
+    for name in names:
+        if name not in known:
+            raise UserError(f"mode {mode} has no experiment {name!r}; it has {', '.join(known)}")
+    wanted = [experiment for experiment in experiments if not names or experiment.name in names]
+    return wanted[:1] if is_short() else wanted
 
 
-def preflight(mode: str, machine: Machine) -> None:
-    """Say what there is, what will run and for how long, and what will not. Raises UserError where nothing can."""
+def preflight(mode: str, experiments: Sequence[Experiment], machine: Machine) -> None:
+    """Say what there is, what of `experiments` will run and for how long, and what will not. Raises UserError where nothing can."""
     gpus = ", ".join(gpu.name for gpu in machine.gpus) or "none"
     print(
         f"Machine: {machine.cores} cores, {machine.memory_gib:.0f} GiB of memory, {machine.disk_gib:.0f} GiB of disk free, "
@@ -120,7 +126,7 @@ def preflight(mode: str, machine: Machine) -> None:
     if missing:
         raise UserError(f"this machine cannot run the CPU backend: {'; '.join(missing)}")
     total = 0.0
-    for experiment in chosen(mode):
+    for experiment in experiments:
         why = why_skipped(experiment, machine)
         minutes = 0.0 if why else experiment.minutes(mode)
         total += minutes
@@ -211,13 +217,13 @@ def table(lines: Sequence[Line]) -> int:
     return 1 if failed else 0
 
 
-def run_mode(mode: str) -> int:
-    """Run the experiments of `mode`, draw, check claims, and say how each came out."""
+def run_mode(mode: str, experiments: Sequence[Experiment]) -> int:
+    """Run `experiments` as `mode` has them, draw, check claims, and say how each came out."""
     machine = Machine.here()
-    preflight(mode, machine)
+    preflight(mode, experiments, machine)
     lines: list[Line] = []
     interrupted = False
-    for experiment in chosen(mode):
+    for experiment in experiments:
         why = why_skipped(experiment, machine)
         if interrupted:
             lines.append(Line(experiment.name, SKIPPED, 0, "interrupted; start again to go on where it stopped"))
@@ -286,17 +292,16 @@ def run_figures(names: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./run_all.sh", description=__doc__.splitlines()[0])
     parser.add_argument("mode", nargs="?", default="fast", choices=[*MODES, "figures"])
-    parser.add_argument("names", nargs="*", help="with figures: which (default: all)")
+    parser.add_argument("names", nargs="*", help="experiments, or with figures which of them (default: all)")
     parser.add_argument("--plan", action="store_true", help="say what would run and stop")
     arguments = parser.parse_args(argv)
     if arguments.mode == "figures":
         return run_figures(arguments.names)
-    if arguments.names:
-        raise UserError(f"mode {arguments.mode} takes no names, got {', '.join(arguments.names)}")
+    experiments = chosen(arguments.mode, arguments.names)
     if arguments.plan:
-        preflight(arguments.mode, Machine.here())
+        preflight(arguments.mode, experiments, Machine.here())
         return 0
-    return run_mode(arguments.mode)
+    return run_mode(arguments.mode, experiments)
 
 
 if __name__ == "__main__":

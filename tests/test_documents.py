@@ -92,6 +92,8 @@ def test_a_documented_command_exists(command):
         assert os.access(script, os.X_OK), f"{script} cannot be executed"
         if words[0] == "./run_all.sh" and len(words) > 1:
             assert words[1] in (*MODES, "figures", "MODE")
+            names = [word for word in words[2:] if not word.startswith("-") and words[1] in MODES]
+            assert {*names} <= {experiment.name for experiment in EXPERIMENTS}
 
 
 CANNOT_RUN = {

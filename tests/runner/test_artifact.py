@@ -83,13 +83,13 @@ class Commands:
 
 @pytest.fixture
 def ran(monkeypatch, tmp_path):
-    def mode(name: str, **kwargs) -> tuple[int, Commands]:
+    def mode(*arguments: str, **kwargs) -> tuple[int, Commands]:
         commands = Commands(**kwargs)
         monkeypatch.setattr(artifact, "LOCAL", tmp_path)
         monkeypatch.setattr(artifact, "run_child", commands.run)
         monkeypatch.setattr(artifact.Machine, "here", classmethod(lambda cls: BIG))
         monkeypatch.setattr(artifact.doctor, "examine", list)
-        return artifact.main([name]), commands
+        return artifact.main(arguments), commands
 
     return mode
 
@@ -114,6 +114,26 @@ def test_claims_expect_what_ran(ran):
     _, commands = ran("smoke")
     claims = next(command for command in commands.called if "paper_figures.claims" in command)
     assert claims[-2:] == ["--expect", "smoke"]
+
+
+def test_named_experiments_are_all_that_runs(ran, capsys):
+    status, commands = ran("fast", "skew", "rate")
+    assert status == 0
+    measured = [word for command in commands.called if "bench.py" in command for word in command]
+    assert [word for word in measured if word.startswith("experiment=")] == ["experiment=rate", "experiment=skew"]
+    claims = next(command for command in commands.called if "paper_figures.claims" in command)
+    assert claims[-4:] == ["--expect", "rate", "--expect", "skew"]
+    capsys.readouterr()
+    status, commands = ran("fast", "skew", "--plan")
+    planned = capsys.readouterr().out
+    assert status == 0 and not commands.called
+    assert "  skew " in planned and "  rate " not in planned
+
+
+def test_an_experiment_that_the_mode_has_not_is_one_clear_line(ran, capsys):
+    status, commands = ran("smoke", "gpu-one")
+    assert status == 2 and not commands.called
+    assert capsys.readouterr().err == "error: mode smoke has no experiment 'gpu-one'; it has smoke\n"
 
 
 def test_figures_without_records_is_one_clear_line(monkeypatch, tmp_path, capsys):
