@@ -25,8 +25,8 @@ def caption(exhibit: Exhibit, runs: Sequence[Run]) -> str:
         return " ".join([*parts, "From the models' shapes; nothing was run."])
     for backend in sorted({run.backend for run in runs}):
         of_backend = [run for run in runs if run.backend == backend]
-        hardware = sorted({run.hardware for run in of_backend})
-        if len(hardware) > _MOST_HARDWARE:  # a calibration for each of many runs
+        hardware = _hardware(of_backend)
+        if len(hardware) > _MOST_HARDWARE:
             hardware = [hardware[0], f"and {len(hardware) - 1} more, which the records name"]
         parts.append(f"{_BACKENDS.get(backend, backend)} on {'; '.join(hardware)}.")
     if exhibit.study:
@@ -60,6 +60,30 @@ def _seeds(runs: Sequence[Run]) -> str:
     return (f"{count} seeds ({told})" if told else f"1 seed ({runs[0].seed})") + times
 
 
+def _hardware(runs: Sequence[Run]) -> list[str]:
+    """What computed or was modelled, each once; where only calibrations differ, how many there are."""
+    calibrations = defaultdict(set)
+    for run in runs:
+        calibrations[_but_for_calibration(run, "")].add(_calibration(run))
+    return sorted(
+        {
+            run.hardware if len(found := calibrations[_but_for_calibration(run, "")]) == 1
+            else _but_for_calibration(run, f"hardware by {len(found)} calibrations")
+            for run in runs
+        }
+    )  # fmt: skip
+
+
+def _calibration(run: Run) -> str:
+    return (run.config.get("backend") or {}).get("calibration") or ""
+
+
+def _but_for_calibration(run: Run, instead: str) -> str:
+    """The hardware of `run` in words, with `instead` for its calibration, if it has one."""
+    path = _calibration(run)
+    return run.hardware.replace(f"; simulated {path}", "").replace(path, instead) if path else run.hardware
+
+
 def _in_short(hardware: str) -> str:
     """`hardware` as it is where there is room for it, else its name and the number of its devices."""
     name, _, devices = hardware.partition(" [")
@@ -71,7 +95,7 @@ def stamp(runs: Sequence[Run]) -> str:
     if not runs:
         return "from model shapes, no run"
     backends = "+".join(sorted({_IN_SHORT.get(run.backend, run.backend) for run in runs}))
-    hardware = sorted({run.hardware for run in runs})
+    hardware = _hardware([run for run in runs if run.backend == "real"] or runs)
     more = f" and {len(hardware) - 1} more" if len(hardware) > 1 else ""
     number = f"; n = {_runs_of_a_cell(runs)}" if any(run.config for run in runs) else ""
     return f"{backends} on {_in_short(hardware[0])}{more}{number}"

@@ -277,6 +277,22 @@ def test_a_caption_names_the_card_of_the_devices_and_counts_many(write_run, tmp_
     assert "on modelled h200 [9 devices of 10 MiB; simulated h200]" in told and "a100" not in told
 
 
+def test_a_caption_counts_calibrations_and_a_stamp_names_what_measured(write_run, tmp_path):
+    write_run("static")
+    for number in range(3):
+        directory = write_run("static", seed=number, backend="sim")
+        content = json.loads((directory / "record.json").read_text())
+        content["config"]["backend"] = {"name": "sim", "calibration": f"made/{number}.json"}
+        content["hardware"] = f"cpu:0 (10 MiB); simulated made/{number}.json"
+        (directory / "record.json").write_text(json.dumps(content))
+    assert draw(tmp_path, "outcomes") == 0
+    told = (tmp_path / "out" / "made-up" / "outcomes.caption.txt").read_text()
+    assert "on modelled hardware by 3 calibrations [cpu:0 (10 MiB)]." in told
+    runs = [read_run(path.parent) for path in tmp_path.rglob("record.json")]
+    assert stamp(runs).startswith("measured+simulated on made-up test machine [")
+    assert "more" not in stamp(runs)
+
+
 def test_beside_an_arena_any_model_can_use_all_kv(write_run, tmp_path):
     directory = write_run("swap")
     content = json.loads((directory / "record.json").read_text())
