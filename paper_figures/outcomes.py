@@ -42,8 +42,7 @@ class Outcomes(FigureExhibit):
     def draw(self, rows: pd.DataFrame, figure: Figure) -> None:
         axis = figure.subplots()
         names = [
-            textwrap.shorten(style.look(row.system).label, 36, placeholder=" ...")
-            + (f"\n{row.panel}" if row.panel else "")
+            textwrap.fill(style.look(row.system).label, 30) + (f"\n{row.panel}" if row.panel else "")
             for row in rows.itertuples(index=False)
         ]
         positions = list(range(len(rows)))

@@ -25,7 +25,8 @@ _SHORT = {
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as {dotted key: value}; lists of mappings stay as their length and names, which is what differs."""
+    """Nested mappings as {dotted key: value}; lists of mappings stay as their length and names, which is what differs,
+    other lists as their members."""
     if not isinstance(config, dict):
         if isinstance(config, list) and config and all(isinstance(item, dict) for item in config):
             return {prefix[:-1]: ",".join(str(item.get("name", item)) for item in config)} | {
@@ -33,7 +34,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
                 for number, item in enumerate(config)
                 for key, value in flatten(item).items()
             }
-        return {prefix[:-1]: str(config) if isinstance(config, list) else config}
+        return {prefix[:-1]: ", ".join(map(str, config)) if isinstance(config, list) else config}
     flat = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.")
