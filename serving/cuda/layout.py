@@ -65,7 +65,7 @@ def fill_numbers(part: Part, shape: Shape, out: torch.Tensor) -> None:
         chunk_ids, chunk_positions, chunk_slots, length, block = _chunk(part, shape.chunk)
         token_ids, positions, slots = token_ids + chunk_ids, positions + chunk_positions, slots + chunk_slots
         lens, first = [*lens, length], [*first, block]
-    out.copy_(torch.tensor([*token_ids, *positions, *slots, *lens, *first]))
+    out.numpy()[:] = [*token_ids, *positions, *slots, *lens, *first]
 
 
 def _decode_row(sequence: Sequence) -> tuple[int, int, int, int, int]:

@@ -10,7 +10,7 @@ from serving.cuda.runner import StepRunner
 from serving.memory.kv_pool import KVPool
 from serving.residency.lent_weights import LentWeights
 from serving.scheduler import StepPlan
-from serving.workers.model_worker import HostedModel, ModelWorker
+from serving.workers.model_worker import HostedModel, ModelWorker, Produced
 from serving.workers.swap_worker import Swapping
 from serving.workers.timeline import ATTENTION
 
@@ -41,7 +41,10 @@ class LaunchingWorker(ModelWorker):
                 progressed |= self._begin(lane)
             elif self._done(lane):
                 self._lanes[lane] = None
-                self._end(lane, step)
+                ended = self._end(lane, step)
+                self._begin(lane)  # first: meanwhile the card waits for nothing
+                for produced in ended:
+                    self._tell(produced)
                 progressed = True
         return progressed
 
@@ -55,8 +58,8 @@ class LaunchingWorker(ModelWorker):
             self._busy_since_ns = now_ns
         self._lanes[lane] = step
 
-    def _end(self, lane: int, step: object) -> None:
-        """Take what the step gave, which is done."""
+    def _end(self, lane: int, step: object) -> list[list[Produced]]:
+        """Take what the step gave, which is done: what is to be told of it, by model."""
         raise NotImplementedError
 
     def _count_busy(self) -> int:
@@ -104,12 +107,12 @@ class CardWorker(LaunchingWorker):
         self._runner.launch(lane, plan.model, plan)
         return True
 
-    def _end(self, lane: int, step: Launched) -> None:
+    def _end(self, lane: int, step: Launched) -> list[list[Produced]]:
         ended_ns = self._count_busy()
         if self._recorder is not None:
             rows = sum(step.plan.query_lens)
             self._recorder.add(step.started_ns, ended_ns, ATTENTION, lane, step.model.index, 0, rows)
-        self._conclude(step, self._runner.result(lane) if step.plan.logit_rows else [])
+        return [self._complete(step, self._runner.result(lane) if step.plan.logit_rows else [])]
 
 
 class CardSwapWorker(Swapping, CardWorker):

@@ -52,6 +52,9 @@ class HostedModel:
     num_layers: int
 
 
+Produced = tuple[Sequence, int, bool]  # a sequence, its new token, whether that was its last
+
+
 @dataclass(slots=True)
 class InFlight:
     """One in-flight batch: its step, and how far it has come."""
@@ -259,20 +262,25 @@ class ModelWorker:
         sampled: list[int] = []
         if step.layout.logit_rows:
             sampled = step.model.half.logits(step.hidden, ffn_out, step.layout).argmax(dim=-1).tolist()
-        self._conclude(step, sampled)
+        self._tell(self._complete(step, sampled))
 
-    def _conclude(self, step: InFlight, sampled: list[int]) -> None:
-        model = step.model
+    def _complete(self, step: InFlight, sampled: list[int]) -> list[Produced]:
+        """`step` has ended with these tokens; what its sequences have of it, which is to be told."""
         produced = self._scheduler.complete(step.plan, iter(sampled))
-        ended = [sequence for sequence, _, last in produced if last]
-        for sequence in ended:
+        for sequence, _, last in produced:
+            if not last:
+                continue
             if self._growth:
                 self._growth.remove(sequence)
-            model.kv.close_run(sequence.run)
+            step.model.kv.close_run(sequence.run)
         self._plan_mapping(step)
+        return produced
+
+    def _tell(self, produced: list[Produced]) -> None:
+        """Report what a step produced."""
         now_ns = time.monotonic_ns()
-        if ended:  # first: whoever is told that a request has ended is not to see its pages in use
-            self._sample(now_ns)
+        if any(last for _, _, last in produced):
+            self._sample(now_ns)  # first: whoever is told that a request has ended is not to see its pages in use
         if produced:
             self._report(Tokens(now_ns, tuple((s.request_id, token, last) for s, token, last in produced)))
         if now_ns >= self._next_sample_ns:

@@ -16,7 +16,7 @@ from serving.residency.loader import Loaded
 from serving.scheduler import StepPlan
 from serving.sequence import Sequence
 from serving.workers.messages import Expired
-from serving.workers.model_worker import InFlight, ModelWorker
+from serving.workers.model_worker import InFlight, ModelWorker, Produced
 from serving.workers.ports import LocalFFN
 
 LANES = 2
@@ -122,12 +122,13 @@ class Swapping:
         self._begun_ns[id(self._lanes[lane])] = started_ns
         return True
 
-    def _conclude(self, step: InFlight, sampled: list[int]) -> None:
-        super()._conclude(step, sampled)
+    def _complete(self, step: InFlight, sampled: list[int]) -> list[Produced]:
+        produced = super()._complete(step, sampled)
         now_ns = time.monotonic_ns()
         took_ns = now_ns - self._begun_ns.pop(id(step))
         self._controller.ended(step.plan, self._seated.ended(), now_ns, took_ns)
         self._count()
+        return produced
 
     def _carry_out(self, action: Action) -> None:
         started_ns = time.monotonic_ns()

@@ -10,7 +10,7 @@ from serving.cuda.groups.runner import GroupRunner
 from serving.cuda.worker import Launched, LaunchingWorker
 from serving.memory.kv_pool import KVPool
 from serving.scheduler import StepPlan
-from serving.workers.model_worker import HostedModel
+from serving.workers.model_worker import HostedModel, Produced
 from serving.workers.timeline import ATTENTION
 
 
@@ -69,12 +69,13 @@ class CardGroupWorker(LaunchingWorker):
             plans[plan.model] = plan
         return tuple(plans.get(number) for number in replicas)
 
-    def _end(self, lane: int, step: _Step) -> None:
-        ended_ns = self._count_busy()
+    def _end(self, lane: int, step: _Step) -> list[list[Produced]]:
+        ended_ns, ended = self._count_busy(), []
         for plan, tokens in zip(step.plans, self._runners[lane].result(), strict=True):
             if plan is None:
                 continue
             if self._recorder is not None:
                 rows = sum(plan.query_lens)
                 self._recorder.add(step.started_ns, ended_ns, ATTENTION, lane, plan.model, 0, rows)
-            self._conclude(Launched(self._models[plan.model], plan, step.started_ns), tokens)
+            ended.append(self._complete(Launched(self._models[plan.model], plan, step.started_ns), tokens))
+        return ended
