@@ -3,7 +3,7 @@ full results under DIR, one short table last.
 
 Sections, in this order: `doctor`, `kernels` (correctness of every kernel, by its tests), `tokens` (every system on tiny
 checkpoints against the judge), `cards` (the same over two cards), `scarce` (multiplexed engines where KV is scarce and weights come
-and go), `memory` (page mapping and crossing), `engine` (the ablation of
+and go), `memory` (page mapping and crossing), `loop` (what a worker does between two steps, the driver's calls apart), `engine` (the ablation of
 control and lanes, real configurations with seeded values), `apart` (the same with FFN halves on a second card), `steps` (prompts in
 chunks and decode batches of such configurations, for the simulator), `group_steps` (what one rank of a group takes of such steps),
 `side_by_side` (what two such steps in flight on one card cost each other), `serve` (two such models under open-loop load on one card,
@@ -51,6 +51,7 @@ SECTIONS = {
         (*_PYTEST, "tests/serving/cuda/test_card_scarce.py", "tests/serving/cuda/test_card_idle.py"), 400
     ),
     "memory": Section(("-m", "serving.gpu_suite.memory", "--out", "{out}/memory.json"), 60),
+    "loop": Section(("-m", "serving.bench_loop"), 60),
     "engine": Section(("-m", "serving.gpu_suite.engine", "--out", "{out}/engine.json"), 400),
     "apart": Section(("-m", "serving.gpu_suite.engine", "--apart", "--out", "{out}/apart.json"), 400, cards=2),
     "steps": Section(("-m", "serving.gpu_suite.steps", "--out", "{out}/steps.json"), 300),
