@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from paper_figures import style
 from paper_figures.exhibit import FigureExhibit, NothingToDraw, legend_above
 from paper_figures.records import Run
-from paper_figures.selection import panels, variants
+from paper_figures.selection import fullest, variants
 
 _MIB, _GIB = 1 << 20, 1 << 30
 
 
 class KVCapacity(FigureExhibit):
-    """From the placements that the runs were started with; the last scenario of the experiment."""
+    """From the placements that the runs were started with, of the scenario that most systems served."""
 
     name = "kv_capacity"
     title = (
@@ -27,7 +27,7 @@ class KVCapacity(FigureExhibit):
     def select(self, runs: Sequence[Run]) -> list[Run]:
         if not any(run.ok and run.placement for run in runs):
             raise NothingToDraw(f"{self.name}: no complete run that says where things lie")
-        return panels(runs)[-1][1]
+        return fullest(runs)
 
     def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
         labels, rows = variants(runs), []

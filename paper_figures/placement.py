@@ -10,13 +10,13 @@ from paper_figures import style
 from paper_figures.exhibit import NothingToDraw, TableExhibit
 from paper_figures.paper import facts
 from paper_figures.records import Run
-from paper_figures.selection import panels, variants
+from paper_figures.selection import fullest, variants
 
 _GIB = 1 << 30
 
 
 class Placement(TableExhibit):
-    """The last scenario's first complete run of each system; the paper's rows are its own five A100 40 GB."""
+    """The first complete run of each system in the scenario that most of them served; the paper's rows are its own five A100 40 GB."""
 
     name = "placement"
     title = "Weights (models) and KV budget of each device by system; `paper` rows are the paper's evaluation"
@@ -27,7 +27,7 @@ class Placement(TableExhibit):
         if not placed:
             raise NothingToDraw(f"{self.name}: no complete run that says where things lie")
         labels = variants(placed)
-        _, members = panels(placed)[-1]
+        members = fullest(placed)
         return [
             next(run for run in members if labels[run.run_id] == variant)
             for variant in style.order(labels[run.run_id] for run in members)

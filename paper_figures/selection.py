@@ -88,6 +88,13 @@ def panels(runs: Sequence[Run], without: Iterable[str] = (), most: int = 4) -> l
     return [(label, groups[values]) for label, values in zip(distinct, ordered, strict=True)]
 
 
+def fullest(runs: Sequence[Run]) -> list[Run]:
+    """The runs of one scenario: of those that most systems were asked for, the last."""
+    labels = variants(runs)
+    scenarios = [members for _, members in panels(runs, most=max(len(runs), 2))]
+    return max(reversed(scenarios), key=lambda members: len({labels[run.run_id] for run in members}))
+
+
 def sortable(value: Any) -> tuple:
     """A key that sorts numbers before words, each by its own order."""
     return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))

@@ -277,6 +277,21 @@ def test_a_caption_names_the_card_of_the_devices_and_counts_many(write_run, tmp_
     assert "on modelled h200 [9 devices of 10 MiB; simulated h200]" in told and "a100" not in told
 
 
+def test_what_lies_where_is_of_the_scenario_that_most_systems_served(write_run, tmp_path):
+    for rate, systems in (
+        (1.0, ("crosspool", "static")),
+        (2.0, ("crosspool", "static", "swap")),
+        (4.0, ("crosspool",)),
+    ):
+        for system in systems:
+            write_run(system, rate=rate)
+    assert draw(tmp_path, "kv_capacity", "placement") == 0
+    out = tmp_path / "out" / "made-up"
+    assert list(pd.read_csv(out / "kv_capacity.csv")["system"]) == ["crosspool", "static", "swap"]
+    placed = [name for name in pd.read_csv(out / "placement.csv")["system"] if not name.startswith("paper")]
+    assert placed == ["crosspool", "static", "swap"]
+
+
 def test_a_caption_counts_calibrations_and_a_stamp_names_what_measured(write_run, tmp_path):
     write_run("static")
     for number in range(3):
