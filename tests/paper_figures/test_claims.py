@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,8 @@ from paper_figures.paper import paper
 from paper_figures.shapes import shapes
 
 pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).parents[2]
 
 
 def verdicts(tmp_path, *arguments: str) -> tuple[int, dict[str, dict]]:
@@ -96,3 +101,15 @@ def test_every_claim_names_a_known_check_or_says_why_not():
         assert ("not_run" in claim) != (claim.get("check") in CHECKS), claim["name"]
         if "check" in claim:
             assert claim["low"] <= claim["high"], claim["name"]
+
+
+def test_the_readme_counts_the_claims_of_the_shipped_records(tmp_path, capsys):
+    report = tmp_path / "claims.json"
+    assert main(["--records", str(ROOT / "results" / "shipped"), "--json", str(report)]) == 0
+    verdicts = Counter(claim["verdict"].split(":")[0] for claim in json.loads(report.read_text()))
+    told = re.search(
+        r"Of (\d+) claims .* (\d+) came out alike, (\d+) differently, and (\d+) were not run",
+        (ROOT / "README.md").read_text(),
+    )
+    counted = [verdicts.total(), verdicts["reproduced"], verdicts["different"], verdicts["not run"]]
+    assert [int(number) for number in told.groups()] == counted
