@@ -14,6 +14,7 @@ from crosspool.expectation import Expectation, RecentUse, compare, expect
 from crosspool.planner.from_trace import ServiceModel
 from crosspool.weights_pool import Held, Legs, from_plain, legs_of, require_known, share_out, to_plain
 from serving.admission import RULES as ADMISSIONS
+from serving.batching import StepLimits
 from serving.capacity import (
     attention_bytes,
     attention_workspace_bytes,
@@ -63,9 +64,13 @@ class CrossPoolOptions(EngineOptions):
 
     `chunks_in_flight` chunks of one prompt at most are in flight at once, each a layer or more behind the one before it, whose
     KV it reads: a lone prompt so keeps both pools busy. With 1, one chunk has left the pipeline before the next enters (always
-    so on cuda devices, whose steps are whole graphs, and with admission=quantile)."""
+    so on cuda devices, whose steps are whole graphs, and with admission=quantile).
+
+    `lanes_of_model` batches of one model at most are in flight at once; with 0, a model that is asked alone has all lanes. More of
+    its requests run then, but each batch reads the experts again, and they get in each other's way where pools share a card."""
 
     lanes: int = 2
+    lanes_of_model: int = 0
     control: str = "lowered"
     kv_devices: int = 1
     kv_share: float | None = 1.0
@@ -81,6 +86,7 @@ class CrossPoolOptions(EngineOptions):
         super().__post_init__()
         if not isinstance(self.lanes, int) or self.lanes < 1:
             raise UserError(f"option lanes is {self.lanes!r}; at least one batch must be in flight")
+        _ = self.limits  # refuses what its limits refuse
         if not isinstance(self.chunks_in_flight, int) or self.chunks_in_flight < 1:
             raise UserError(
                 f"option chunks_in_flight is {self.chunks_in_flight!r}; it must be a whole number of at least 1"
@@ -106,6 +112,10 @@ class CrossPoolOptions(EngineOptions):
                 f"option quantile is {self.quantile!r} and planned_token_s {self.planned_token_s!r}; the one lies between 0 "
                 "and 1 (0.99 is usual), the other above 0"
             )
+
+    @property
+    def limits(self) -> StepLimits:
+        return StepLimits(self.max_batch, self.prefill_chunk, self.lanes_of_model)
 
     @property
     def service(self) -> ServiceModel:

@@ -15,14 +15,20 @@ from serving.errors import UserError
 
 @dataclass(frozen=True)
 class StepLimits:
-    """Of one step: at most `max_batch` sequences, and `prefill_chunk` rows of prompt beside the decode rows."""
+    """Of one step: at most `max_batch` sequences, and `prefill_chunk` rows of prompt beside the decode rows. Of one model: at
+    most `lanes_of_model` steps under way at once; 0: as many as there are lanes."""
 
     max_batch: int = 8
     prefill_chunk: int = 128
+    lanes_of_model: int = 0
 
     def __post_init__(self) -> None:
         if self.max_batch < 1 or self.prefill_chunk < 1:
             raise UserError(f"max_batch {self.max_batch} and prefill_chunk {self.prefill_chunk} must be at least 1")
+        if not isinstance(self.lanes_of_model, int) or self.lanes_of_model < 0:
+            raise UserError(
+                f"option lanes_of_model is {self.lanes_of_model!r}; it must be a whole number, 0 for all lanes"
+            )
 
     @property
     def max_rows(self) -> int:

@@ -7,6 +7,7 @@ ones. Any number of steps may be under way at once.
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -117,7 +118,8 @@ class StepScheduler:
     def next_step(self, may_step: Callable[[Sequence], bool] | None = None) -> StepPlan | None:
         """The next step, of sequences that `may_step` where that is given, marked in flight; None when nothing is ready."""
         sequences, taken = self._sequences, self._taken
-        ready = [model for model in self._occupied if len(sequences[model]) > taken[model]]
+        most, under_way = self._limits.lanes_of_model or math.inf, self._under_way
+        ready = [m for m in self._occupied if len(sequences[m]) > taken[m] and under_way[m] < most]
         if may_step is not None:
             ready = [m for m in ready if any(may_step(one) for one in sequences[m] if self._available(one))]
         if not ready:

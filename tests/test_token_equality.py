@@ -31,6 +31,7 @@ SYSTEMS = {
     "crosspool": ("crosspool", {**OPTIONS, "chunks_in_flight": 2}),
     "crosspool-1-lane": ("crosspool", {**OPTIONS, "lanes": 1}),
     "crosspool-3-lanes": ("crosspool", {**OPTIONS, "lanes": 3, "max_batch": 2, "chunks_in_flight": 3}),
+    "crosspool-a-lane-a-model": ("crosspool", {**OPTIONS, "lanes": 3, "lanes_of_model": 1}),
     "crosspool-host-driven": ("crosspool", {**OPTIONS, "control": "host", "chunks_in_flight": 2}),
     "elastic": ("elastic", OPTIONS),
     "static": ("static", OPTIONS),

@@ -65,12 +65,16 @@ def test_any_number_of_lanes_finishes_every_sequence(wanted, lanes, max_batch, p
     st.integers(1, 4),
     st.integers(1, 16),
     st.integers(1, 3),
+    st.integers(0, 2),
     st.randoms(use_true_random=False),
 )
-def test_rows_are_conserved_order_is_kept_and_no_model_or_lane_starves(wanted, lanes, prefill_chunk, chunks, rng):
+def test_rows_are_conserved_order_is_kept_and_no_model_or_lane_starves(
+    wanted, lanes, prefill_chunk, chunks, lanes_of_model, rng
+):
     """Every row of every sequence is computed once and in order; prompts of a model begin in order of arrival; a free lane
-    gets a step where any sequence could have one; a ready model is passed over by each other one once. Some are cancelled."""
-    scheduler = StepScheduler(3, StepLimits(4, prefill_chunk), chunks_in_flight=chunks)
+    gets a step where any sequence could have one; a ready model is passed over by each other one once, and none has more lanes
+    than it may. Some are cancelled."""
+    scheduler = StepScheduler(3, StepLimits(4, prefill_chunk, lanes_of_model), chunks_in_flight=chunks)
     sequences = [sequence(i, *request[:3]) for i, request in enumerate(wanted)]
     for one in sequences:
         scheduler.add(one)
@@ -81,11 +85,16 @@ def test_rows_are_conserved_order_is_kept_and_no_model_or_lane_starves(wanted, l
             if wanted[one.request_id][3] and rng.random() < 0.05:
                 assert scheduler.cancel(one.request_id, one.model) == (one.request_id not in ended)
         if len(in_flight) < lanes and rng.random() < 0.7:
+            full = {
+                model
+                for model in range(3)
+                if lanes_of_model and sum(p.model == model for p in in_flight) >= lanes_of_model
+            }
             ready = {
                 one.model
                 for one in sequences
                 if scheduler.holds(one) and (not one.in_flight or 0 < one.unscheduled and one.in_flight < chunks)
-            }
+            } - full
             plan = scheduler.next_step()
             assert (plan is not None) == bool(ready), "a lane stays empty beside work, or has a step without"
             if plan is None:
