@@ -125,18 +125,14 @@ class ModelKV:
             )
         page_bytes, num_layers = self._pool.page_bytes, self.geometry.num_layers
         wanted, before = -(-tokens * self.geometry.token_bytes // page_bytes), len(run.columns)
+        lent: list[int] = []
         with self._pool.lender.deciding():  # what is free now still is below
             self._pool.lender.require((wanted - before) * num_layers)
             self._take_kept(run, wanted)
-            added = wanted - len(run.columns)
-            lent = self._pool.lend(added * num_layers)
-        first_byte = run.index * self._run_bytes + len(run.columns) * page_bytes
-        for layer in range(num_layers):
-            offset = layer * self._layer_bytes + first_byte
-            for page, count in contiguous_runs(lent[layer * added : (layer + 1) * added]):
-                self._range.map(offset, self._pool.physical, page, count)
-                offset += count * page_bytes
-        run.columns.extend(lent[column::added] for column in range(added))
+            if added := wanted - len(run.columns):
+                lent = self._pool.lend(added * num_layers)
+        if added:
+            self._map(run, lent, added)
         run.mapped_tokens = wanted * page_bytes // self.geometry.token_bytes
         self.pages_in_use += (wanted - before) * num_layers
         return len(lent)
@@ -166,6 +162,17 @@ class ModelKV:
         if not stay:
             del self._kept[index]
         self._pool.unmapped(gone)
+
+    def _map(self, run: Run, lent: list[int], added: int) -> None:
+        """Map `lent` under `run`, behind what it has: `added` pages of the first layer, then of the next, and so on."""
+        page_bytes = self._pool.page_bytes
+        first_byte = run.index * self._run_bytes + len(run.columns) * page_bytes
+        for layer in range(self.geometry.num_layers):
+            offset = layer * self._layer_bytes + first_byte
+            for page, count in contiguous_runs(lent[layer * added : (layer + 1) * added]):
+                self._range.map(offset, self._pool.physical, page, count)
+                offset += count * page_bytes
+        run.columns.extend(lent[column::added] for column in range(added))
 
     def _take_kept(self, run: Run, wanted: int) -> None:
         """Give `run` what is kept under it, up to `wanted` columns. If others have a part of that, the rest makes room for them."""
@@ -247,16 +254,15 @@ class KVPool:
     def map_first_pages(self, runs: int) -> None:
         """Have the first pages mapped that the next `runs` runs of each model will need, as far as free pages go round, so that the
         requests that come first find them as later ones do."""
-        opened, left = [], min(self.lender.free_pages, self.physical.most_kept)
-        for _ in range(runs):
-            for kv in self.models.values():
-                if kv.free_runs and kv.geometry.num_layers <= left:
-                    left -= kv.geometry.num_layers
-                    opened.append((kv, kv.open_run()))
+        opened = []
         with self.lender.deciding():
-            for kv, run in opened:
-                if kv.geometry.num_layers <= self.lender.free_pages:
-                    kv.grow(run, 1)
+            left = min(self.lender.free_pages, self.physical.most_kept)
+            for kv in [*self.models.values()] * runs:
+                needed = kv.geometry.pages(1, self.page_bytes)
+                if kv.free_runs and needed <= left:
+                    left -= needed
+                    opened.append((kv, kv.open_run()))
+                    kv.grow(opened[-1][1], 1)
             for kv, run in reversed(opened):
                 kv.close_run(run)
 

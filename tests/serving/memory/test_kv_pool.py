@@ -222,6 +222,19 @@ def test_the_first_requests_find_pages_mapped_too(num_pages):
     pool.close()
 
 
+@pytest.mark.parametrize("num_pages", [3, 5, 6, 11, 12])
+def test_first_pages_of_tokens_larger_than_a_page_are_mapped_whole_or_not(num_pages):
+    pool = KVPool(num_pages, PAGE_BYTES, [(mha_spec(kv_heads=4, head_dim=200), "float32")], 4)
+    kv = pool.models["gqa"]
+    pool.map_first_pages(4)
+    assert pool.lender.free_pages == num_pages
+    for _ in range(num_pages // 6):
+        assert kv.grow(kv.open_run(), 1) == 0
+    with pytest.raises(CapacityError, match="6 pages asked for"):
+        kv.grow(kv.open_run(), 1)
+    pool.close()
+
+
 def test_growth_maps_exactly_the_pages_that_admission_counts():
     pool = open_pool(num_pages=64)
     kv = pool.models["gqa"]
