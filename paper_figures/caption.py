@@ -62,16 +62,14 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 def _hardware(runs: Sequence[Run]) -> list[str]:
     """What computed or was modelled, each once; where only calibrations differ, how many there are."""
-    calibrations = defaultdict(set)
+    alike = defaultdict(list)
     for run in runs:
-        calibrations[_but_for_calibration(run, "")].add(_calibration(run))
-    return sorted(
-        {
-            run.hardware if len(found := calibrations[_but_for_calibration(run, "")]) == 1
-            else _but_for_calibration(run, f"hardware by {len(found)} calibrations")
-            for run in runs
-        }
-    )  # fmt: skip
+        alike[_but_for_calibration(run, "")].append(run)
+    told = []
+    for first, *others in alike.values():
+        count = len({_calibration(run) for run in (first, *others)})
+        told.append(_but_for_calibration(first, f"hardware by {count} calibrations") if count > 1 else first.hardware)
+    return sorted(told)
 
 
 def _calibration(run: Run) -> str:

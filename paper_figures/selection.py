@@ -91,7 +91,7 @@ def panels(runs: Sequence[Run], without: Iterable[str] = (), most: int = 4) -> l
 def fullest(runs: Sequence[Run]) -> list[Run]:
     """The runs of one scenario: of those that most systems were asked for, the last."""
     labels = variants(runs)
-    scenarios = [members for _, members in panels(runs, most=max(len(runs), 2))]
+    scenarios = [members for _, members in panels(runs, most=len(runs))]
     return max(reversed(scenarios), key=lambda members: len({labels[run.run_id] for run in members}))
 
 

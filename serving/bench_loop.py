@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import torch
 
 from serving.batching import StepLimits
-from serving.cuda.layout import fill_numbers
+from serving.cuda.layout import fill_parts
 from serving.cuda.worker import CardWorker
 from serving.errors import UserError, command
 from serving.memory.kv_pool import KVGeometry, KVPool
-from serving.part_shapes import parts_of, shapes_of, smallest
+from serving.part_shapes import shapes_of
 from serving.scheduler import StepPlan
 from serving.shm.bell import Bell
 from serving.shm.region import SharedRegion
@@ -62,11 +62,7 @@ class TimedSteps:
 
     def launch(self, lane: int, model: int, plan: StepPlan) -> None:
         """What :class:`serving.cuda.runner.StepRunner` does before it calls the driver."""
-        self._wanted = 0
-        for number, part in enumerate(parts_of(plan)):
-            shape = smallest(self._shapes, len(part.decoding), part.rows)
-            fill_numbers(part, shape, self._numbers[number, : shape.numbers])
-            self._wanted += len(part.wanted(shape))
+        self._wanted = sum(len(wanted) for _, _, wanted in fill_parts(plan, self._shapes, self._numbers))
         now_s = time.perf_counter()
         if self._ends_s:
             self.gaps_s.append(now_s - self._ends_s)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 
 from kernels.paged_kv import PagedKV
-from serving.part_shapes import Part, Shape
+from serving.part_shapes import Part, Shape, parts_of, smallest
+from serving.scheduler import StepPlan
 from serving.sequence import Sequence
 
 BLOCK_TOKENS = 64  # one look-up of the block table serves a tile of keys
@@ -66,6 +69,15 @@ def fill_numbers(part: Part, shape: Shape, out: torch.Tensor) -> None:
         token_ids, positions, slots = token_ids + chunk_ids, positions + chunk_positions, slots + chunk_slots
         lens, first = [*lens, length], [*first, block]
     out.numpy()[:] = [*token_ids, *positions, *slots, *lens, *first]
+
+
+def fill_parts(plan: StepPlan, shapes: Seq[Shape], out: torch.Tensor) -> Iterator[tuple[int, Shape, list[int]]]:
+    """Fill a row of `out` [parts, numbers] int64 for each part of a step, in the smallest of `shapes` that holds it: its number, its
+    shape, and which of its sequences get a new token."""
+    for number, part in enumerate(parts_of(plan)):
+        shape = smallest(shapes, len(part.decoding), part.rows)
+        fill_numbers(part, shape, out[number, : shape.numbers])
+        yield number, shape, part.wanted(shape)
 
 
 def _decode_row(sequence: Sequence) -> tuple[int, int, int, int, int]:

@@ -16,8 +16,8 @@ from serving.batching import StepLimits
 from serving.cuda.capture import Capture, CardModel, Launches
 from serving.cuda.exchange import ByEvents, CutBoundary, Mailboxes, Residents, bytes_crossed
 from serving.cuda.lane import Lane
-from serving.cuda.layout import CardLayout, fill_numbers
-from serving.part_shapes import IDLE, Shape, parts_of, shapes_of, smallest
+from serving.cuda.layout import CardLayout, fill_numbers, fill_parts
+from serving.part_shapes import IDLE, Shape, shapes_of
 from serving.scheduler import StepPlan
 
 
@@ -143,12 +143,9 @@ class StepRunner:
     def _parts(self, lane_index: int, model_index: int, plan: StepPlan) -> Iterator[_Ready]:
         lane, shapes = self.lanes[lane_index], self._shapes[model_index]
         launches = self._launches if self._arriving(model_index) is None else self._by_layer
-        for number, part in enumerate(parts_of(plan)):
-            shape = smallest(shapes, len(part.decoding), part.rows)
-            host = lane.numbers_host[number, : shape.numbers]
-            fill_numbers(part, shape, host)
-            numbers = host, lane.numbers[: shape.numbers]
-            yield _Ready(number, shape, launches[lane_index, model_index, shape], numbers, part.wanted(shape))
+        for number, shape, wanted in fill_parts(plan, shapes, lane.numbers_host):
+            numbers = lane.numbers_host[number, : shape.numbers], lane.numbers[: shape.numbers]
+            yield _Ready(number, shape, launches[lane_index, model_index, shape], numbers, wanted)
 
     def _next_stage(self, lane_index: int) -> None:
         lane, under_way = self.lanes[lane_index], self._under_way[lane_index]

@@ -3,11 +3,11 @@ full results under DIR, one short table last.
 
 Sections, in this order: `doctor`, `kernels` (correctness of every kernel, by its tests), `tokens` (every system on tiny
 checkpoints against the judge), `cards` (the same over two cards), `scarce` (multiplexed engines where KV is scarce and weights come
-and go), `memory` (page mapping and crossing), `loop` (what a worker does between two steps, the driver's calls apart), `engine` (the ablation of
-control and lanes, real configurations with seeded values), `apart` (the same with FFN halves on a second card), `steps` (prompts in
-chunks and decode batches of such configurations, for the simulator), `group_steps` (what one rank of a group takes of such steps),
-`side_by_side` (what two such steps in flight on one card cost each other), `serve` (two such models under open-loop load on one card,
-system after system). What needs two cards is skipped where there is one.
+and go), `memory` (page mapping and crossing), `loop` (what a worker does between two steps, the driver's calls apart), `engine`
+(the ablation of control and lanes, real configurations with seeded values), `apart` (the same with FFN halves on a second card),
+`steps` (prompts in chunks and decode batches of such configurations, for the simulator), `group_steps` (what one rank of a group
+takes of such steps), `side_by_side` (what two such steps in flight on one card cost each other), `serve` (two such models under
+open-loop load on one card, system after system). What needs two cards is skipped where there is one.
 """
 
 from __future__ import annotations

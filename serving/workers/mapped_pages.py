@@ -5,14 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 from serving.growth import PreemptingGrowth, preempting_growth
 from serving.idle import IdleWeights
-from serving.memory.kv_pool import KVPool, ModelKV
+from serving.memory.kv_pool import KVPool, ModelKV, Run
 from serving.pausing import PausedGrowth, growth_of
 from serving.sequence import Sequence
 from serving.workers.config import ModelWorkerConfig
 from serving.workers.counters import Counters
+
+
+class KVOfRuns(Protocol):
+    """A model's KV on one device, or a replica's on several."""
+
+    def grow(self, run: Run, tokens: int) -> int: ...
+
+
+def grow_counted(kv: KVOfRuns, run: Run, tokens: int, counters: Counters) -> int:
+    """`kv.grow`, with its time and the pages that had to be mapped in `counters`; how many those were."""
+    started_ns = time.monotonic_ns()
+    mapped = kv.grow(run, tokens)
+    counters.add("mapping_ns", time.monotonic_ns() - started_ns)
+    counters.add("pages_mapped", mapped)
+    return mapped
 
 
 class MappedPages:
@@ -27,10 +43,7 @@ class MappedPages:
         return self._lender.unclaimed_pages
 
     def grow(self, sequence: Sequence, pages: int) -> None:
-        started_ns = time.monotonic_ns()
-        mapped = self._models[sequence.model].grow(sequence.run, len(sequence.tokens))
-        self._counters.add("mapping_ns", time.monotonic_ns() - started_ns)
-        self._counters.add("pages_mapped", mapped)
+        grow_counted(self._models[sequence.model], sequence.run, len(sequence.tokens), self._counters)
 
     def drop(self, sequence: Sequence) -> None:
         self._models[sequence.model].release(sequence.run)

@@ -27,6 +27,7 @@ from serving.scheduler import Profiles, StepPlan, StepScheduler
 from serving.sequence import Sequence
 from serving.shm.ring import BelledRing, Ring
 from serving.workers.counters import Counters
+from serving.workers.mapped_pages import grow_counted
 from serving.workers.messages import Cancel, Expired, PoolUse, Preempted, Stop, Submit, Tokens, decode, encode
 from serving.workers.ports import FFNPort
 from serving.workers.timeline import A2F, ATTENTION, FINISH, Recorder
@@ -292,7 +293,7 @@ class ModelWorker:
     def _map_for(self, model: HostedModel, plan: StepPlan) -> None:
         for (sequence, _), tokens in zip(plan.items, plan.kv_lens, strict=True):
             if tokens > sequence.run.mapped_tokens:
-                self._grow(model, sequence, tokens)
+                grow_counted(model.kv, sequence.run, tokens, self._counters)
 
     def _plan_mapping(self, step: InFlight) -> None:
         if self._growth:
@@ -302,22 +303,14 @@ class ModelWorker:
             if sequence.run.mapped_tokens < wanted:
                 self._map_ahead.append((step.model, sequence))
 
-    def _grow(self, model: HostedModel, sequence: Sequence, tokens: int) -> int:
-        """How many pages had to be mapped."""
-        started_ns = time.monotonic_ns()
-        mapped = model.kv.grow(sequence.run, tokens)
-        self._counters.add("mapping_ns", time.monotonic_ns() - started_ns)
-        self._counters.add("pages_mapped", mapped)
-        return mapped
-
     def _map_one_ahead(self) -> bool:
         """Idle time spent on a sequence that will soon need pages, so that its own step need not map them."""
         if not self._map_ahead:
             return False
         model, sequence = self._map_ahead.popleft()
         if self._scheduler.holds(sequence):
-            mapped = self._grow(model, sequence, min(len(sequence.tokens) + _MAP_AHEAD_TOKENS, sequence.most_cached))
-            self._counters.add("mapped_ahead", mapped)
+            wanted = min(len(sequence.tokens) + _MAP_AHEAD_TOKENS, sequence.most_cached)
+            self._counters.add("mapped_ahead", grow_counted(model.kv, sequence.run, wanted, self._counters))
         return True
 
     # -- reports -------------------------------------------------------------------------------------------------------

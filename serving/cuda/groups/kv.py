@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack, contextmanager
@@ -12,6 +11,7 @@ from serving.memory.kv_pool import KVPool, ModelKV, Run
 from serving.scheduler import StepPlan
 from serving.sequence import Sequence
 from serving.workers.counters import Counters
+from serving.workers.mapped_pages import grow_counted
 
 
 class ReplicaKV:
@@ -62,10 +62,7 @@ class ReplicaPages:
         return min(lender.unclaimed_pages for lender in self._lenders)
 
     def grow(self, sequence: Sequence, pages: int) -> None:
-        started_ns = time.monotonic_ns()
-        mapped = self._kv.grow(sequence.run, len(sequence.tokens))
-        self._counters.add("mapping_ns", time.monotonic_ns() - started_ns)
-        self._counters.add("pages_mapped", mapped)
+        grow_counted(self._kv, sequence.run, len(sequence.tokens), self._counters)
 
     def drop(self, sequence: Sequence) -> None:
         self._kv.release(sequence.run)
