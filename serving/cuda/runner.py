@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -165,16 +165,19 @@ class StepRunner:
 
     # -- warm-up -------------------------------------------------------------------------------------------------------
     def _warm_up(self) -> None:
-        """Compile what steps launch, several kernels at a time, run each once, then capture every shape in every lane: of all
-        models together where their weights are there to stay, else of one after the other."""
+        """Compile what steps launch, several kernels at a time, run each once, then capture every shape in every lane and launch
+        it once: of all models together where their weights are there to stay, else of one after the other."""
         if self._residency is None:
             self._prepare(range(len(self._models)))
+            if self._residents is not None:
+                self._residents.start()
+            self._launch_once(self._launches)
         else:
             for model_index in range(len(self._models)):
                 with self._residency.present(model_index):
                     self._prepare([model_index])
-        if self._residents is not None:
-            self._residents.start()
+                    for launches in (self._launches, self._by_layer):
+                        self._launch_once({key: made for key, made in launches.items() if key[1] == model_index})
 
     def _prepare(self, models: Seq[int]) -> None:
         with compiling_ahead():
@@ -187,6 +190,22 @@ class StepRunner:
                 if self._residency is not None:
                     self._by_layer[key] = Capture(self.lanes[lane_index], self._models[model_index], shape).layers()
         torch.cuda.synchronize(self.device)
+
+    def _launch_once(self, launches: Mapping[tuple[int, int, Shape], Launches]) -> None:
+        """Each of `launches`, by lane, model and shape, with all rows idle: the driver brings a graph to the card when it is
+        launched for the first time, for which no request should wait."""
+        for (lane_index, _, shape), made in launches.items():
+            lane = self.lanes[lane_index]
+            host = lane.numbers_host[0, : shape.numbers]
+            fill_numbers(IDLE, shape, host)
+            with torch.cuda.stream(lane.stream):  # only that is waited for: a resident executor never ends
+                lane.numbers[: shape.numbers].copy_(host, non_blocking=True)
+            for beside in made.stages:
+                for graph, stream in beside:
+                    with torch.cuda.stream(stream):
+                        graph.replay()
+                for _, stream in beside:
+                    stream.synchronize()
 
     def _run_every_shape(self, lanes: Seq[Lane], models: Seq[int]) -> None:
         """Each model's parts of each shape, all rows idle, kernel by kernel."""

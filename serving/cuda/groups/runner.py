@@ -85,7 +85,8 @@ class GroupRunner:
 
     # -- warm-up -------------------------------------------------------------------------------------------------------
     def _warm_up(self) -> None:
-        """On each card compile what steps launch, several kernels at a time, and run it once; then capture every shape."""
+        """On each card compile what steps launch, several kernels at a time, and run it once; then capture every shape and
+        launch it once."""
         alone = AloneRows(self._plan)
         for rank, held in enumerate(self._ranks):
             with torch.cuda.device(held.device):
@@ -105,6 +106,19 @@ class GroupRunner:
                     lane, lane.stream, lambda rank=rank, shape=shape, rows=rows: self._step(rank, shape, rows)
                 )
             torch.cuda.synchronize(lane.device)
+        self._launch_every_shape()
+
+    def _launch_every_shape(self) -> None:
+        """Each graph once, on all cards: the driver brings it there when it is launched for the first time, for which no request
+        should wait."""
+        for shape in self._shapes:
+            for rank in range(len(self._ranks)):
+                self._idle(rank, shape)
+            for rank, lane in enumerate(self._lanes):
+                with torch.cuda.stream(lane.stream):
+                    self._graphs[rank, shape].replay()
+            for lane in self._lanes:
+                lane.stream.synchronize()
 
     def _run_every_shape(self, rank: int, rows: Rows) -> None:
         for shape in self._shapes:
