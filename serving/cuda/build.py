@@ -10,7 +10,7 @@ import torch
 
 from serving.checkpoints import open_weights
 from serving.checkpoints.weights import Weights
-from serving.cuda import driver
+from serving.cuda import driver, mps
 from serving.cuda.capture import CardModel
 from serving.cuda.config import CardWorkerConfig
 from serving.cuda.dummy import CardDummyWeights
@@ -18,7 +18,6 @@ from serving.cuda.ffn_parts import FFNParts
 from serving.cuda.layers import CardAttentionHalf, CardFFNHalf
 from serving.cuda.layout import BLOCK_TOKENS
 from serving.cuda.memory import CardMemory
-from serving.cuda.mps import PIPE_VARIABLE
 from serving.cuda.runner import StepRunner
 from serving.cuda.worker import CardWorker
 from serving.errors import UserError
@@ -39,7 +38,7 @@ def prepare_process(mps_pipe_dir: str = "") -> None:
     """What must be set before the driver starts: nothing may load beside a kernel that waits, and streams that wait for
     each other must not share a hardware queue. With `mps_pipe_dir` the process is a client of that service."""
     if mps_pipe_dir:
-        os.environ[PIPE_VARIABLE] = mps_pipe_dir
+        mps.join(mps_pipe_dir)
     os.environ["CUDA_MODULE_LOADING"] = "EAGER"
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
     if not torch.cuda.is_available():

@@ -11,13 +11,23 @@ from pathlib import Path
 
 from serving.errors import UserError
 
-PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
+_PIPE_VARIABLE, _VISIBLE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_VISIBLE_DEVICES"
 _CONTROL = "nvidia-cuda-mps-control"
 _TIMEOUT_S = 30.0
 
 
+def join(pipe_dir: str) -> None:
+    """Make this process, whose driver has not started, a client of the service at `pipe_dir`. The server numbers the cards that
+    were visible to it from 0 (NVIDIA's MPS documentation, on CUDA_VISIBLE_DEVICES), so a client that has inherited their numbers
+    would look for cards that are not there; those that are named by UUID keep their names."""
+    os.environ[_PIPE_VARIABLE] = pipe_dir
+    visible = [card.strip() for card in os.environ.get(_VISIBLE_VARIABLE, "").split(",")]
+    if all(card.isdigit() for card in visible):
+        os.environ[_VISIBLE_VARIABLE] = ",".join(map(str, range(len(visible))))
+
+
 class MultiProcessService:
-    """Runs from construction to `stop`; processes with `pipe_dir` in PIPE_VARIABLE before their driver starts are its clients."""
+    """Runs from construction to `stop`; processes that :func:`join` it at `pipe_dir` are its clients."""
 
     def __init__(self) -> None:
         """Raises UserError where the control program is missing or does not start."""
@@ -34,7 +44,7 @@ class MultiProcessService:
             raise
 
     def _control(self, arguments: list[str], commands: str) -> None:
-        environment = {**os.environ, PIPE_VARIABLE: self.pipe_dir, "CUDA_MPS_LOG_DIRECTORY": str(self._root / "log")}
+        environment = {**os.environ, _PIPE_VARIABLE: self.pipe_dir, "CUDA_MPS_LOG_DIRECTORY": str(self._root / "log")}
         # Its output goes to a file: a daemon would hold a pipe open, and its caller with it.
         with (self._root / "output").open("w+") as output:
             done = subprocess.run(

@@ -7,7 +7,7 @@ import pytest
 from served import served
 
 from serving import registry
-from serving.cuda.mps import MultiProcessService
+from serving.cuda.mps import MultiProcessService, join
 from serving.errors import UserError
 from serving.generate import cpu_cluster
 from serving.interface import Demand
@@ -58,6 +58,21 @@ def test_a_machine_without_it_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="is not on this machine"):
         MultiProcessService()
+
+
+@pytest.mark.parametrize(
+    "visible, seen",
+    [("1", "0"), ("3, 1", "0,1"), ("GPU-4f2c,GPU-77", "GPU-4f2c,GPU-77"), ("", ""), (None, None)],
+)
+def test_a_client_numbers_cards_as_the_server_does(monkeypatch, visible, seen):
+    """One that inherited CUDA_VISIBLE_DEVICES=1 found no card behind a server that had inherited it too."""
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    join("/somewhere")
+    assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "/somewhere"
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen
 
 
 def test_it_is_of_cards(tiny_checkpoints):
