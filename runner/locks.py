@@ -29,11 +29,12 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def computing(cores: Iterable[int], cards: Iterable[int] = ()) -> Iterator[None]:
-    """Hold these cores and cards of this machine against other runs of this user. Always in the same order, so none deadlock."""
+def computing(cores: Iterable[int], cards: Iterable[str] = ()) -> Iterator[None]:
+    """Hold these cores, by number, and cards, by UUID, of this machine against other runs of this user. Always in the same order, so
+    none deadlock."""
     folder = Path(tempfile.gettempdir()) / f"crosspool-{os.getuid()}"
     with ExitStack() as held:
-        for kind, numbers in (("core", cores), ("card", cards)):
-            for number in sorted(set(numbers)):
-                held.enter_context(exclusive(folder / f"{kind}-{number}.lock", f"{kind} {number}"))
+        for kind, names in (("core", cores), ("card", cards)):
+            for name in sorted(set(names)):
+                held.enter_context(exclusive(folder / f"{kind}-{name}.lock", f"{kind} {name}"))
         yield

@@ -22,9 +22,10 @@ KINDS = ("cpu", "cuda")
 class Card:
     """A CUDA card of this machine."""
 
-    index: int
+    index: int  # among those that this process sees
     name: str
     memory_mib: int
+    uuid: str  # the same for every process, whatever CUDA_VISIBLE_DEVICES lets it see
 
 
 def cores_of(devices: Sequence[DeviceEntry], oversubscribe: bool = False) -> tuple[int, ...]:
@@ -76,7 +77,9 @@ def cards_here() -> tuple[Card, ...]:
     import torch
 
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return tuple(Card(index, found.name, found.total_memory >> 20) for index, found in enumerate(properties))
+    return tuple(
+        Card(index, found.name, found.total_memory >> 20, str(found.uuid)) for index, found in enumerate(properties)
+    )
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def _observe(config: BenchConfig) -> tuple[Observation, dict[str, Any]]:
     system: System = registry.create(config.system.name, options)
     computing, cards = tuple(dict.fromkeys(_cores(config))), _cards(config)
     placement = system.plan(cluster, models, demand)
-    with locks.computing(computing, (card.index for card in cards)):
+    with locks.computing(computing, (card.uuid for card in cards)):
         try:
             backend = _backend(config.backend)
             system.start(placement, backend)

@@ -1,5 +1,6 @@
 """A record names the hardware that computed, runs do not share cores, and what others took of them is seen."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_devices_share_cores_only_when_asked():
 
 @pytest.fixture
 def two_cards(monkeypatch):
-    cards = (Card(0, "a card", 1000), Card(1, "a card", 1000))
+    cards = (Card(0, "a card", 1000, "a"), Card(1, "a card", 1000, "b"))
     monkeypatch.setattr(machine, "cards_here", lambda: cards)
     return cards
 
@@ -106,3 +107,13 @@ def test_a_lock_makes_the_second_wait_and_ends_with_its_process(tmp_path, capfd)
         killer.wait()
     assert waited_s > 0.2
     assert "waiting for the thing, which another run is using" in capfd.readouterr().err
+
+
+def test_runs_on_different_cards_do_not_wait_and_on_the_same_one_do(tmp_path, monkeypatch):
+    """Cards are locked by UUID: number 0 of two processes are two cards where CUDA_VISIBLE_DEVICES says so."""
+    monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
+    with locks.computing((), ["a"]), locks.computing((), ["b"]):
+        (folder,) = tmp_path.iterdir()
+        assert {path.name for path in folder.iterdir()} == {"card-a.lock", "card-b.lock"}
+        with (folder / "card-a.lock").open() as held, pytest.raises(BlockingIOError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
