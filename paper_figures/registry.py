@@ -18,6 +18,7 @@ from paper_figures.model_table import ModelTable
 from paper_figures.outcomes import Outcomes
 from paper_figures.pipeline_timeline import PipelineTimeline
 from paper_figures.placement import Placement
+from paper_figures.places import Places
 from paper_figures.planner_overflow import PlannerOverflow
 from paper_figures.popularity import Popularity
 from paper_figures.rate_by_context import RateByContext
@@ -36,7 +37,7 @@ EXHIBITS: dict[str, Exhibit] = {
     kind.name: kind()
     for kind in (
         Summary, TBTCDF, TTFTCDF, KVPagesOverTime, Outcomes, TBTByModel, LatencyVsRate, Goodput, Skew, ModelCount,
-        Context, Ablation, KVShare, ModelTable, Popularity, ActiveKV, RateByContext, TBTVsRate, Placement, KVCapacity,
+        Context, Ablation, KVShare, ModelTable, Popularity, ActiveKV, RateByContext, TBTVsRate, Placement, KVCapacity, Places,
         Comparison, ComparisonByModel, ComparisonByRate, RateEstimate, PipelineTimeline, PlannerOverflow, SwapBreakdown, Validation, Sensitivity, KernelRoofline,
     )
 }  # fmt: skip

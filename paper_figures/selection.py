@@ -47,15 +47,15 @@ def differing(configs: Sequence[dict[str, Any]]) -> list[str]:
     return [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
 
 
-def variants(runs: Sequence[Run]) -> dict[str, str]:
+def variants(runs: Sequence[Run], without: Iterable[str] = ()) -> dict[str, str]:
     """run id -> the system's name (:func:`paper_figures.style.named`), with the options that tell it from other runs of the
-    same name where any do."""
+    same name where any but those `without` do."""
     options = {run.run_id: (run.config.get("system") or {}).get("options") or {} for run in runs}
     names = {run.run_id: style.named(run.system, options[run.run_id]) for run in runs}
     labels = {}
     for name in set(names.values()):
         same = {run_id: flatten(options[run_id]) for run_id, own in names.items() if own == name}
-        keys = differing(list(same.values()))
+        keys = [key for key in differing(list(same.values())) if key not in without]
         for run_id, values in same.items():
             told = ", ".join(f"{key} {values.get(key)}" for key in keys)
             labels[run_id] = f"{name} ({told})" if told else name
@@ -122,9 +122,11 @@ def short_key(key: str) -> str:
     return key
 
 
-def by_cell(runs: Sequence[Run], x: Callable[[Run], Any]) -> dict[tuple[str, Any], list[Run]]:
-    """(variant, x) -> its runs, which differ in their seed."""
-    labels = variants(runs)
+def by_cell(
+    runs: Sequence[Run], x: Callable[[Run], Any], without: Iterable[str] = ()
+) -> dict[tuple[str, Any], list[Run]]:
+    """(variant, x) -> its runs, which differ in their seed. Options `without` tell no variants apart."""
+    labels = variants(runs, without)
     cells: dict[tuple[str, Any], list[Run]] = {}
     for run in runs:
         cells.setdefault((labels[run.run_id], x(run)), []).append(run)

@@ -38,6 +38,7 @@ class Look:
 
 _LOOKS = {
     "crosspool": Look("CrossPool", "#0072B2", "o", "-"),
+    "crosspool-one-batch": Look("CrossPool, one batch a model", "#0072B2", "8", (0, (2, 1))),
     "static": Look("Static partition", "#E69F00", "s", "--"),
     "static-searched": Look("Static, searched", "#E69F00", "p", (0, (4, 1, 1, 1))),
     "elastic": Look("Elastic (kvcached)", "#D55E00", "^", "-."),
@@ -63,6 +64,7 @@ PERCENTILE_LINES = {"p50": ":", "p95": "--", "p99": "-"}
 # Settings of a system that are systems of their own to a reader: (system, option, value) -> what their name ends in. They
 # are those of the presets in conf/system, which the record does not name.
 _ENDINGS = {
+    ("crosspool", "lanes_of_model", 1): "one-batch",
     ("static", "placement", "searched"): "searched",
     ("elastic", "mps", True): "mps",
     ("swap", "mode", "token"): "token",

@@ -41,6 +41,14 @@ def skew(run: Run) -> float | None:
     return None if alpha is None else float(alpha)
 
 
+def places(run: Run) -> int | None:
+    """Sequences of one model that can be in steps at once: those of a batch, times the batches that a model may have in flight.
+    None where a model has replicas, whose number is the placement's."""
+    options = (run.config.get("system") or {}).get("options") or {}
+    most, lanes = options.get("max_batch"), options.get("lanes", 1)
+    return None if most is None or options.get("groups") else most * (options.get("lanes_of_model") or lanes)
+
+
 def context(run: Run) -> float | None:
     """Most tokens, prompt and output together, that a request of the workload may come to hold."""
     kind, scale = _workload(run, "lengths", "kind"), float(_workload(run, "lengths", "scale") or 1.0)

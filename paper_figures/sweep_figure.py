@@ -37,6 +37,7 @@ class SweepFigure(FigureExhibit):
     x_label: ClassVar[str]
     x_log: ClassVar[bool] = False
     x_keys: ClassVar[tuple[str, ...]] = ()  # of the configuration, left out of what tells scenarios apart
+    x_options: ClassVar[tuple[str, ...]] = ()  # of a system, left out of what tells its variants apart
 
     @abstractmethod
     def x(self, run: Run) -> Any:
@@ -57,7 +58,7 @@ class SweepFigure(FigureExhibit):
         return members
 
     def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
-        rows = [row for cell in by_cell(runs, self.x).items() for row in self._cell(*cell)]
+        rows = [row for cell in by_cell(runs, self.x, self.x_options).items() for row in self._cell(*cell)]
         order = {name: rank for rank, name in enumerate(style.order(row["system"] for row in rows))}
         return pd.DataFrame(sorted(rows, key=lambda row: (order[row["system"]], row["x"], row["metric"])))
 

@@ -39,6 +39,8 @@ _GPU_ONE = (
     "gpu-quota",
     "gpu-swap",
 )
+_PLACES_SYSTEMS = ("gpu1-crosspool", "gpu1-crosspool-one-batch", "gpu-static", "gpu-elastic-mps")
+_PLACES_SWEEP = {"system.options.max_batch": (2, 4, 8), _SEED: (0, 1, 2)}
 _PAPER_RATES = (0.2, 0.5, 0.8, 1.0)
 
 
@@ -254,6 +256,15 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         systems=("paper-crosspool", "paper-elastic"),
     ),
     Experiment(
+        name="places",
+        question="What is due to how many sequences of a model are served at once? Two models on one H200, simulated.",
+        base=("conf=places",),
+        sweeps={"full": _PLACES_SWEEP},
+        figures=("places", "outcomes", "summary"),
+        cell_s=4,
+        systems=_PLACES_SYSTEMS,
+    ),
+    Experiment(
         name="paper-active-kv",
         question="Active KV of four models at 0.2 requests a second each, simulated.",
         base=("conf=paper-active-kv",),
@@ -391,6 +402,18 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         gpus=1,
         gpu_gib=128,
         systems=("gpu1-crosspool", "gpu-static", "gpu-elastic", "gpu-elastic-mps"),
+    ),
+    Experiment(
+        name="gpu-places",
+        question="What is due to how many sequences of a model are served at once? Two models on one GPU of 80 GB, measured.",
+        base=("conf=gpu-one", "workload.rate=1.5"),
+        sweeps={"full": _PLACES_SWEEP},
+        figures=("places", "outcomes", "summary"),
+        cell_s=65,
+        memory_gib=16,
+        gpus=1,
+        gpu_gib=75,
+        systems=_PLACES_SYSTEMS,
     ),
     Experiment(
         name="gpu-pair",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paper_figures import stats
 from paper_figures.records import Run
 from paper_figures.selection import panels, variants
-from paper_figures.sweep_axes import context, rate, skew
+from paper_figures.sweep_axes import context, places, rate, skew
 
 pytestmark = pytest.mark.cpu
 
@@ -46,6 +46,21 @@ def test_rate_is_the_total_over_models_and_skew_is_of_power_laws_only():
     assert rate(run(arrivals={"rate_rps": 2.0, "rate_of": "model"})) == 4.0
     assert skew(run(popularity={"kind": "power_law", "alpha": 0.9})) == 0.9
     assert skew(run(popularity={"kind": "dirichlet", "alpha": 0.9})) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "of_a_model"),
+    [
+        ({"max_batch": 4}, 4),
+        ({"max_batch": 4, "lanes": 2}, 8),
+        ({"max_batch": 4, "lanes": 3, "lanes_of_model": 1}, 4),
+        ({"max_batch": 4, "lanes": 3, "lanes_of_model": 0}, 12),
+        ({"max_batch": 4, "groups": {"a": {"devices": [0, 1]}}}, None),
+        ({}, None),
+    ],
+)
+def test_places_are_those_of_all_batches_that_a_model_may_have(options, of_a_model):
+    assert places(run(options=options)) == of_a_model
 
 
 def test_variants_name_only_the_options_that_differ():

@@ -46,6 +46,10 @@ def everything(write_run, write_study):
                 write_run(system, "by-context", prompt=prompt, rate=rate, scale=scale)
         for num_models in (2, 3):
             write_run(system, "by-models", num_models=num_models, scale=scale)
+    for most in (2, 4):
+        for options in ({"lanes": 2}, {"lanes": 2, "lanes_of_model": 1}):
+            write_run(experiment="by-places", options={"max_batch": most, **options}, scale=most)
+        write_run("static", "by-places", options={"max_batch": most}, scale=2 * most)
     for lanes in (1, 2):
         for control in ("host", "lowered"):
             options = {"lanes": lanes, "control": control}
@@ -81,7 +85,7 @@ OVERFLOW = [
 
 EXPERIMENT_OF = {
     "latency_vs_rate": "by-rate", "goodput": "by-rate", "skew": "by-skew", "context": "by-context",
-    "model_count": "by-models", "ablation": "by-option", "pipeline_timeline": "by-option", "rate_by_context": "by-context",
+    "model_count": "by-models", "places": "by-places", "ablation": "by-option", "pipeline_timeline": "by-option", "rate_by_context": "by-context",
     "sensitivity": "assumptions", "validation": "both", "popularity": "many", "swap_breakdown": "swaps",
     "kernel_roofline": "kernels", "rate_estimate": "rate-estimate", "planner_overflow": "planner-overflow", "kv_share": "models", "model_table": "models",
 }  # fmt: skip
@@ -147,6 +151,13 @@ def test_sweeps_and_tables_hold_the_records_numbers(everything, tmp_path):
     outcomes = pd.read_csv(tmp_path / "out" / "by-models" / "outcomes.csv")
     assert list(outcomes["completed"]) == [11] * 4
     assert list(outcomes["rejected"]) == [1] * 4
+
+
+def test_batches_and_lanes_make_places_and_no_variants(everything, tmp_path):
+    draw(tmp_path, "places", "--experiment", "by-places")
+    rows = pd.read_csv(tmp_path / "out" / "by-places" / "places.csv")
+    lines = rows[rows["metric"] == "p99_itl_ms"].groupby("system")["x"].apply(list).to_dict()
+    assert lines == {"crosspool": [4, 8], "crosspool-one-batch": [2, 4], "static": [2, 4]}
 
 
 def test_simulated_against_measured_takes_the_median_over_rounds_of_the_error(write_run, tmp_path):
