@@ -38,7 +38,7 @@ class Look:
 
 _LOOKS = {
     "crosspool": Look("CrossPool", "#0072B2", "o", "-"),
-    "crosspool-one-batch": Look("CrossPool, one batch a model", "#0072B2", "8", (0, (2, 1))),
+    "crosspool-one-batch": Look("CrossPool, one batch a model", "#0072B2", "d", (0, (2, 1))),
     "static": Look("Static partition", "#E69F00", "s", "--"),
     "static-searched": Look("Static, searched", "#E69F00", "p", (0, (4, 1, 1, 1))),
     "elastic": Look("Elastic (kvcached)", "#D55E00", "^", "-."),

@@ -261,7 +261,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         base=("conf=places",),
         sweeps={"full": _PLACES_SWEEP},
         figures=("places", "outcomes", "summary"),
-        cell_s=4,
+        cell_s=2,
         systems=_PLACES_SYSTEMS,
     ),
     Experiment(
@@ -325,7 +325,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "The same with the baselines' models over both GPUs, as the paper spreads them over several.",
         gpus=2,
         gpu_gib=102,
-        systems=("gpu-crosspool", "gpu2-static", "gpu2-elastic"),
+        systems=("gpu-crosspool", "gpu-crosspool-one-batch", "gpu2-static", "gpu2-elastic"),
     ),
     Experiment(
         name="gpu-tbt-mps",
