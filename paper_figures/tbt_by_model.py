@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from paper_figures import stats, style
 from paper_figures.exhibit import FigureExhibit, NothingToDraw, legend_above
 from paper_figures.records import Run
-from paper_figures.selection import panels, variants
+from paper_figures.selection import fullest, variants
+from paper_figures.sweep_axes import skew
 
 _MOST_NAMED = 10  # models whose names fit below an axis
 _ROOM = 1.6  # by how much the axis reaches beyond the least and the largest mean
@@ -18,10 +19,15 @@ _METRICS = {"p95_itl_ms": "TBT p95 (ms)", "p99_itl_ms": "TBT p99 (ms)"}
 
 
 def offered_load(runs: Sequence[Run]) -> str:
-    """What runs of one scenario were offered, to be read above a figure; empty where they say no rate, or several."""
+    """What runs of one scenario were offered, to be read above a figure; empty where they say no rate, or several. A skew is told
+    where there is one."""
     asked = {(arrivals.get("rate_rps"), arrivals.get("rate_of")) for arrivals in map(_arrivals, runs)}
     rate_rps, of = asked.pop() if len(asked) == 1 else (None, None)
-    return "" if rate_rps is None else f"{rate_rps:g} req/s {'a model' if of == 'model' else 'in all'}"
+    if rate_rps is None:
+        return ""
+    skews = {skew(run) for run in runs}
+    skewed = f", skew {skews.pop():g}" if len(skews) == 1 and any(skews) else ""
+    return f"{rate_rps:g} req/s {'a model' if of == 'model' else 'in all'}{skewed}"
 
 
 def _arrivals(run: Run) -> dict[str, object]:
@@ -39,8 +45,7 @@ class TBTByModel(FigureExhibit):
     def select(self, runs: Sequence[Run]) -> list[Run]:
         if not runs:
             raise NothingToDraw(f"{self.name}: no runs")
-        every = [members for _, members in panels(runs)]
-        return max(reversed(every), key=lambda members: len({run.system for run in members}))
+        return fullest(runs)
 
     def rows(self, runs: Sequence[Run]) -> pd.DataFrame:
         labels, members, load = variants(runs), runs, offered_load(runs)

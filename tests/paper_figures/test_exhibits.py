@@ -196,6 +196,18 @@ def test_tbt_of_each_model_says_which_load_it_is_of(write_run, tmp_path):
     assert set(rows["load"]) == {"2.5 req/s in all"}
 
 
+def test_tbt_of_each_model_is_of_the_skew_that_most_variants_ran(write_run, tmp_path):
+    options = {"max_batch": 4}
+    for alpha, variants in ((0.9, ({}, {"mps": True})), (2.1, ({"mps": True},))):
+        write_run(alpha=alpha, options=options)
+        for own in variants:
+            write_run("elastic", alpha=alpha, options={**options, **own})
+    assert draw(tmp_path, "tbt_by_model") == 0
+    rows = pd.read_csv(tmp_path / "out" / "made-up" / "tbt_by_model.csv")
+    assert set(rows["load"]) == {"2 req/s in all, skew 0.9"}
+    assert set(rows["system"]) == {"crosspool", "elastic", "elastic-mps"}
+
+
 def test_a_stamp_says_how_often_cells_were_run_at_least_and_at_most(write_run):
     once = [read_run(write_run(system)) for system in ("crosspool", "static")]
     again = [read_run(write_run("static", seed=seed)) for seed in (1, 2)]
