@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
+from paper_figures.exhibit import NothingToDraw
 from paper_figures.records import Run
+from paper_figures.selection import variants
 from paper_figures.sweep_axes import places
 from paper_figures.sweep_figure import Metric, SweepFigure
 
@@ -27,3 +31,13 @@ class Places(SweepFigure):
 
     def x(self, run: Run) -> Any:
         return places(run)
+
+    def select(self, runs: Sequence[Run]) -> list[Run]:
+        """Systems differ in their places anyway, so one of them at least has to have been swept."""
+        members = super().select(runs)
+        labels, found = variants(members, self.x_options), defaultdict(set)
+        for run in members:
+            found[labels[run.run_id]].add(places(run))
+        if max(map(len, found.values())) < 2:
+            raise NothingToDraw(f"{self.name}: needs a system at two or more numbers of places a model")
+        return members

@@ -160,6 +160,13 @@ def test_batches_and_lanes_make_places_and_no_variants(everything, tmp_path):
     assert lines == {"crosspool": [4, 8], "crosspool-one-batch": [2, 4], "static": [2, 4]}
 
 
+def test_systems_that_differ_in_places_are_no_sweep_of_them(write_run, tmp_path, capsys):
+    write_run(options={"max_batch": 4, "lanes": 2})
+    write_run("static", options={"max_batch": 4})
+    assert draw(tmp_path, "places") == 2
+    assert "needs a system at two or more numbers of places a model" in capsys.readouterr().err
+
+
 def test_simulated_against_measured_takes_the_median_over_rounds_of_the_error(write_run, tmp_path):
     for repeat, (measured, simulated) in enumerate([(100.0, 130.0), (200.0, 210.0), (50.0, 51.0)], start=1):
         write_run(repeat=repeat, p99_itl_ms=measured)
