@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from paper_figures.exhibit import NothingToDraw
 from paper_figures.records import Run
-from paper_figures.selection import variants
+from paper_figures.selection import by_cell
 from paper_figures.sweep_axes import places
 from paper_figures.sweep_figure import Metric, SweepFigure
 
@@ -35,9 +35,7 @@ class Places(SweepFigure):
     def select(self, runs: Sequence[Run]) -> list[Run]:
         """Systems differ in their places anyway, so one of them at least has to have been swept."""
         members = super().select(runs)
-        labels, found = variants(members, self.x_options), defaultdict(set)
-        for run in members:
-            found[labels[run.run_id]].add(places(run))
-        if max(map(len, found.values())) < 2:
+        swept = Counter(variant for variant, _ in by_cell(members, self.x, self.x_options))
+        if max(swept.values()) < 2:
             raise NothingToDraw(f"{self.name}: needs a system at two or more numbers of places a model")
         return members

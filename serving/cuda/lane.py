@@ -38,6 +38,11 @@ class Lane:
         """A new step: none of its tokens is wanted so far."""
         self._wanted = []
 
+    def bring_numbers(self, part: int, shape: Shape) -> None:
+        """Have the numbers of part number `part`, which are written, come to the card before what the stream is given next."""
+        with torch.cuda.stream(self.stream):
+            self.numbers[: shape.numbers].copy_(self.numbers_host[part, : shape.numbers], non_blocking=True)
+
     def bring_tokens(self, part: int, shape: Shape, wanted: list[int]) -> None:
         """Have the tokens of those sequences of part number `part`, launched last, come to the host; after those of earlier parts."""
         if wanted:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import chain, product
 from typing import Protocol
 
 import torch
@@ -23,13 +23,11 @@ from serving.scheduler import StepPlan
 
 @dataclass(frozen=True)
 class _Ready:
-    """Part `number` of a step, ready to run: its graphs, its numbers on the host and on the card, and which of its sequences get a
-    new token."""
+    """Part `number` of a step, whose numbers are written: its graphs, and which of its sequences get a new token."""
 
     number: int
     shape: Shape
     launches: Launches
-    numbers: tuple[torch.Tensor, torch.Tensor]
     wanted: list[int]
 
 
@@ -113,14 +111,9 @@ class StepRunner:
             return
         arrivals = self._arriving(model_index)
         for part in parts:
-            with torch.cuda.stream(lane.stream):
-                part.numbers[1].copy_(part.numbers[0], non_blocking=True)
+            lane.bring_numbers(part.number, part.shape)
             for place, beside in enumerate(part.launches.stages):
-                for graph, stream in beside:
-                    with torch.cuda.stream(stream):
-                        if arrivals is not None:
-                            stream.wait_event(arrivals[place])
-                        graph.replay()
+                _replay(beside, None if arrivals is None else arrivals[place])
             lane.bring_tokens(part.number, part.shape, part.wanted)
         lane.mark(lane.stream)
 
@@ -144,18 +137,15 @@ class StepRunner:
         lane, shapes = self.lanes[lane_index], self._shapes[model_index]
         launches = self._launches if self._arriving(model_index) is None else self._by_layer
         for number, shape, wanted in fill_parts(plan, shapes, lane.numbers_host):
-            numbers = lane.numbers_host[number, : shape.numbers], lane.numbers[: shape.numbers]
-            yield _Ready(number, shape, launches[lane_index, model_index, shape], numbers, wanted)
+            yield _Ready(number, shape, launches[lane_index, model_index, shape], wanted)
 
     def _next_stage(self, lane_index: int) -> None:
         lane, under_way = self.lanes[lane_index], self._under_way[lane_index]
         part = under_way.parts[0]
         beside = part.launches.stages[under_way.stage]
-        for graph, stream in beside:
-            with torch.cuda.stream(stream):
-                if under_way.stage == 0:
-                    part.numbers[1].copy_(part.numbers[0], non_blocking=True)
-                graph.replay()
+        if under_way.stage == 0:
+            lane.bring_numbers(part.number, part.shape)
+        _replay(beside)
         under_way.stage += 1
         if under_way.stage == len(part.launches.stages):
             lane.bring_tokens(part.number, part.shape, part.wanted)
@@ -171,13 +161,12 @@ class StepRunner:
             self._prepare(range(len(self._models)))
             if self._residents is not None:
                 self._residents.start()
-            self._launch_once(self._launches)
+            self._launch_once(range(len(self._models)))
         else:
             for model_index in range(len(self._models)):
                 with self._residency.present(model_index):
                     self._prepare([model_index])
-                    for launches in (self._launches, self._by_layer):
-                        self._launch_once({key: made for key, made in launches.items() if key[1] == model_index})
+                    self._launch_once([model_index])
 
     def _prepare(self, models: Seq[int]) -> None:
         with compiling_ahead():
@@ -191,19 +180,17 @@ class StepRunner:
                     self._by_layer[key] = Capture(self.lanes[lane_index], self._models[model_index], shape).layers()
         torch.cuda.synchronize(self.device)
 
-    def _launch_once(self, launches: Mapping[tuple[int, int, Shape], Launches]) -> None:
-        """Each of `launches`, by lane, model and shape, with all rows idle: the driver brings a graph to the card when it is
-        launched for the first time, for which no request should wait."""
-        for (lane_index, _, shape), made in launches.items():
+    def _launch_once(self, models: Seq[int]) -> None:
+        """Every graph of `models`, all rows idle: the driver brings a graph to the card when it is launched for the first time, for
+        which no request should wait. Only streams are waited for: a resident executor never ends."""
+        for (lane_index, model_index, shape), launches in chain(self._launches.items(), self._by_layer.items()):
+            if model_index not in models:
+                continue
             lane = self.lanes[lane_index]
-            host = lane.numbers_host[0, : shape.numbers]
-            fill_numbers(IDLE, shape, host)
-            with torch.cuda.stream(lane.stream):  # only that is waited for: a resident executor never ends
-                lane.numbers[: shape.numbers].copy_(host, non_blocking=True)
-            for beside in made.stages:
-                for graph, stream in beside:
-                    with torch.cuda.stream(stream):
-                        graph.replay()
+            fill_numbers(IDLE, shape, lane.numbers_host[0, : shape.numbers])
+            lane.bring_numbers(0, shape)
+            for beside in launches.stages:
+                _replay(beside)
                 for _, stream in beside:
                     stream.synchronize()
 
@@ -246,3 +233,12 @@ class StepRunner:
             executor.stop()
         for boundary in (*self._mailboxes.values(), *self._boundaries.values()):
             boundary.check()
+
+
+def _replay(beside: Seq[tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]], after: torch.cuda.Event | None = None) -> None:
+    """Launch the graphs of one stage, each on its stream and `after` that event, if there is one."""
+    for graph, stream in beside:
+        with torch.cuda.stream(stream):
+            if after is not None:
+                stream.wait_event(after)
+            graph.replay()
