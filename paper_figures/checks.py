@@ -64,10 +64,10 @@ def preemptions(runs: Sequence[Run], system: str) -> Measured:
 
 
 def metric_ratio(runs: Sequence[Run], metric: str, numerator: str, denominator: str) -> Measured:
-    """The median over scenarios (loads) of the ratio of two systems' means over seeds."""
+    """The median over scenarios (loads) of the ratio of two systems' means over the seeds that both completed."""
     ratios, used = [], []
     for _, members in panels(runs, most=10**6):
-        sides = [_complete(members, system, required=False) for system in (numerator, denominator)]
+        sides = _same_requests([_complete(members, system, required=False) for system in (numerator, denominator)])
         if all(sides):
             ratios.append(_mean(sides[0], metric) / _mean(sides[1], metric))
             used += [*sides[0], *sides[1]]
@@ -79,9 +79,11 @@ def metric_ratio(runs: Sequence[Run], metric: str, numerator: str, denominator: 
 def model_metric_ratio(
     runs: Sequence[Run], metric: str, model: str, rate_a_model_rps: float, numerator: str, denominator: str
 ) -> Measured:
-    """The ratio of two systems' means of one model's metric at one rate."""
+    """The ratio of two systems' means of one model's metric at one rate, over the seeds that both completed."""
     at_rate = [run for run in runs if abs((rate(run) or 0) / max(1, model_count(run)) - rate_a_model_rps) < 1e-9]
-    sides = [_complete(at_rate, system) for system in (numerator, denominator)]
+    sides = _same_requests([_complete(at_rate, system) for system in (numerator, denominator)])
+    if not all(sides):
+        raise NotRun(f"no requests that both {numerator} and {denominator} were given", expected=True)
     means = [interval([run.metrics_by_model.get(model, {}).get(metric) for run in side]).mean for side in sides]
     return Measured(means[0] / means[1], (*sides[0], *sides[1]))
 
@@ -158,12 +160,18 @@ def overflow_ratio(runs: Sequence[Study], promised: float) -> Measured:
 
 
 def _complete(runs: Sequence[Run], system: str, required: bool = True) -> list[Run]:
-    mine = [run for run in runs if run.system == system]
+    mine = [run for run in runs if run.named == system]  # not those that a setting makes another system of
     complete = [run for run in mine if run.ok]
     if required and not complete:
         failed = f"; {len(mine)} failed: {mine[0].reason}" if mine else ""
         raise NotRun(f"no complete run of {system}{failed}", expected=bool(mine))
     return complete
+
+
+def _same_requests(sides: Sequence[Sequence[Run]]) -> list[list[Run]]:
+    """Of each side the runs whose seed every side has: a load's seeds differ by more than systems sometimes do."""
+    shared = set.intersection(*({run.seed for run in side} for side in sides))
+    return [[run for run in side if run.seed in shared] for side in sides]
 
 
 def _mean(runs: Sequence[Run], metric: str) -> float:

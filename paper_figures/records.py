@@ -18,6 +18,8 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
+from paper_figures.naming import named
+
 SCHEMA_VERSION = 1
 _MOST_DEVICES_NAMED = 8
 _REQUIRED = ("run_id", "status", "config", "system", "backend", "metrics", "provenance")
@@ -45,6 +47,11 @@ class Run:
     @property
     def system(self) -> str:
         return self.content["system"]
+
+    @property
+    def named(self) -> str:
+        """What the system goes by with the options of this run."""
+        return named(self.system, (self.config.get("system") or {}).get("options") or {})
 
     @property
     def backend(self) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from paper_figures import style
 from paper_figures.records import Run
 
 _NOT_A_SCENARIO = (
@@ -48,10 +47,10 @@ def differing(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def variants(runs: Sequence[Run], without: Iterable[str] = ()) -> dict[str, str]:
-    """run id -> the system's name (:func:`paper_figures.style.named`), with the options that tell it from other runs of the
+    """run id -> the system's name (:attr:`Run.named`), with the options that tell it from other runs of the
     same name where any but those `without` do."""
     options = {run.run_id: (run.config.get("system") or {}).get("options") or {} for run in runs}
-    names = {run.run_id: style.named(run.system, options[run.run_id]) for run in runs}
+    names = {run.run_id: run.named for run in runs}
     labels = {}
     for name in set(names.values()):
         same = {run_id: flatten(options[run_id]) for run_id, own in names.items() if own == name}
@@ -89,10 +88,10 @@ def panels(runs: Sequence[Run], without: Iterable[str] = (), most: int = 4) -> l
 
 
 def fullest(runs: Sequence[Run]) -> list[Run]:
-    """The runs of one scenario: of those that most systems were asked for, the last."""
+    """The runs of one scenario: of those that most systems were asked for, the one with most runs, of these the last."""
     labels = variants(runs)
     scenarios = [members for _, members in panels(runs, most=len(runs))]
-    return max(reversed(scenarios), key=lambda members: len({labels[run.run_id] for run in members}))
+    return max(reversed(scenarios), key=lambda members: (len({labels[run.run_id] for run in members}), len(members)))
 
 
 def sortable(value: Any) -> tuple:

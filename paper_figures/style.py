@@ -7,9 +7,7 @@ column of a two-column paper.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 from matplotlib.axis import Axis
@@ -59,24 +57,6 @@ _SPARE_LINES = ((0, (1, 1)), (0, (5, 3)), (0, (3, 1, 1, 1)), (0, (7, 2)))
 MODEL_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
 MODEL_HATCHES = ("", "///", "...", "\\\\\\", "xxx", "ooo", "+++", "---")
 PERCENTILE_LINES = {"p50": ":", "p95": "--", "p99": "-"}
-
-
-# Settings of a system that are systems of their own to a reader: (system, option, value) -> what their name ends in. They
-# are those of the presets in conf/system, which the record does not name.
-_ENDINGS = {
-    ("crosspool", "lanes_of_model", 1): "one-batch",
-    ("static", "placement", "searched"): "searched",
-    ("elastic", "mps", True): "mps",
-    ("swap", "mode", "token"): "token",
-    ("swap", "zero_cost", True): "zero-cost",
-    **{(system, "admission", "cap"): "cap" for system in ("elastic", "elastic-placement", "quota")},
-}
-
-
-def named(system: str, options: Mapping[str, Any]) -> str:
-    """The name that `system` goes by with these options: `swap-token` for swap in its token mode."""
-    endings = [word for (name, key, value), word in _ENDINGS.items() if name == system and options.get(key) == value]
-    return "-".join([system, *endings])
 
 
 def look(system: str) -> Look:

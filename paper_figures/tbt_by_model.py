@@ -35,8 +35,8 @@ def _arrivals(run: Run) -> dict[str, object]:
 
 
 class TBTByModel(FigureExhibit):
-    """Of the scenarios that most systems ran the last (in a rate sweep: the heaviest), one group a model; mean over seeds and its
-    95 % interval."""
+    """Of the scenarios that most systems ran the one with most runs, then the last (in a rate sweep: the heaviest), one group a
+    model; mean over seeds and its 95 % interval."""
 
     name = "tbt_by_model"
     title = "P95 and P99 time between tokens (TBT) of each model by system (mean over seeds, 95 % confidence interval)"

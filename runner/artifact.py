@@ -11,11 +11,12 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from runner import ship, tracking
@@ -23,6 +24,7 @@ from runner.children import run_child
 from runner.config import TRACKING_MODES, Tracking
 from runner.experiment import Experiment
 from runner.experiments import MODES, of_mode
+from runner.machine import cards_here
 from runner.short import is_short
 from serving import doctor
 from serving.errors import UserError, command
@@ -59,23 +61,17 @@ class Machine:
     memory_gib: float
     disk_gib: float
     gpus: tuple[GPU, ...]
+    findings: tuple[doctor.Finding, ...] = ()
 
     @classmethod
     def here(cls) -> Machine:
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         disk = shutil.disk_usage(ROOT).free / 2**30
-        return cls(len(os.sched_getaffinity(0)), memory_bytes / 2**30, disk, _gpus())
-
-
-def _gpus() -> tuple[GPU, ...]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return tuple(
-        GPU(name.strip(), float(mib) / 1024) for name, mib in (line.split(",") for line in done.stdout.splitlines())
-    )
+        # In a process that ends: whoever has looked at a card keeps some of its memory, or all of it where cards are exclusive.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+            findings, cards = apart.submit(doctor.examine), apart.submit(cards_here)
+            gpus = tuple(GPU(card.name, card.memory_mib / 1024) for card in cards.result())
+            return cls(len(os.sched_getaffinity(0)), memory_bytes / 2**30, disk, gpus, tuple(findings.result()))
 
 
 def why_skipped(experiment: Experiment, machine: Machine) -> str:
@@ -114,7 +110,7 @@ def preflight(mode: str, experiments: Sequence[Experiment], machine: Machine) ->
     if machine.disk_gib < 0.5:
         raise UserError(f"{ROOT} has {machine.disk_gib:.2f} GiB of disk free; records and figures need 0.5 GiB")
     _require_writable(LOCAL)
-    findings = [finding for finding in doctor.examine() if finding.verdict != doctor.OK]
+    findings = [finding for finding in machine.findings if finding.verdict != doctor.OK]
     for finding in findings:
         print(f"  {finding.verdict}: {finding.what}: {finding.detail}")
     load = os.getloadavg()[0]
@@ -167,6 +163,8 @@ def run_experiment(experiment: Experiment, mode: str) -> Line:
         return Line(
             experiment.name, FAILED, seconds, f"{arguments[0]} ended with status {status}; above it says which run"
         )
+    if drawn and is_short():
+        return Line(experiment.name, PASS, seconds, "one short cell; exhibits that need more are not drawn")
     if drawn:
         return Line(experiment.name, FAILED, seconds, f"paper_figures ended with status {drawn}")
     return Line(experiment.name, PASS, seconds)

@@ -32,6 +32,7 @@ _GPU_TBT_FIGURES = (
 _GPU_THREE = ("gpu-crosspool", "gpu-static", "gpu-elastic")
 _GPU_ONE = (
     "gpu1-crosspool",
+    "gpu1-crosspool-one-batch",
     "gpu-static",
     "gpu-elastic",
     "gpu-elastic-mps",
@@ -322,22 +323,10 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     _gpu_tbt(
         "gpu-tbt-groups",
-        "The same with the baselines' models over both GPUs, as the paper spreads them over several.",
+        "The same with the baselines' models over both GPUs, as the paper spreads them over several; engines in turns and through MPS.",
         gpus=2,
         gpu_gib=102,
-        systems=("gpu-crosspool", "gpu-crosspool-one-batch", "gpu2-static", "gpu2-elastic"),
-    ),
-    Experiment(
-        name="gpu-tbt-mps",
-        question="What becomes of those engines when the kernels of all of them may run at once on a GPU (MPS)?",
-        base=("conf=gpu-tbt-mps",),
-        sweeps={"full": {_RATE: (0.5, 0.8, 1.0), _SEED: (0, 1, 2)}},
-        figures=("tbt_by_model", "outcomes", "summary"),
-        cell_s=75,
-        memory_gib=16,
-        gpus=2,
-        gpu_gib=102,
-        systems=("gpu2-elastic-mps",),
+        systems=("gpu-crosspool", "gpu-crosspool-one-batch", "gpu2-static", "gpu2-elastic", "gpu2-elastic-mps"),
     ),
     _gpu_tbt(
         "gpu4-tbt",

@@ -70,9 +70,11 @@ def _identified(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
 
 def _seen(record: Record) -> dict[str, Any]:
     names = [name for name, _, _ in _SHOWN] + [_OTHERS]
-    clipped = record.content["trace"].get("summary", {}).get("clipped", 0)
+    trace = record.content["trace"]
+    clipped = trace.get("summary", {}).get("clipped", 0)
     return {
         "path": str(record.path),
+        "requests": trace.get("requests"),
         "metrics": {name: record.metrics.get(name) for name in names},
         "clipped": clipped,
     }
@@ -100,6 +102,7 @@ def report(log: Path) -> int:
         print("times in ms; records:")
         for row in good:
             print(f"  {row['state']:<12} {row['path']}")
+        _warn_of_nothing(good)
         _warn_of_clipping(good)
         _warn_of_others(good)
     complaints = [row for row in rows if row["why"]]
@@ -116,6 +119,16 @@ def _label(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         own = [part for part in row["overrides"] if part not in common] if len(rows) > 1 else []
         row["label"] = " ".join(own) or row["name"]
+
+
+def _warn_of_nothing(rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        if row["requests"] == 0:
+            print(
+                f"note: {row['label']}: no request arrived, so nothing was measured; a longer workload.duration_s or a higher "
+                "workload.rate brings some",
+                file=sys.stderr,
+            )
 
 
 def _warn_of_clipping(rows: Sequence[Mapping[str, Any]]) -> None:

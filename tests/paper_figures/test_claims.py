@@ -68,6 +68,11 @@ def test_per_model_ratio_is_taken_at_its_rate(write_run, tmp_path):
     for system, scale in (("elastic", 9.0), ("crosspool", 1.0)):
         write_run(system, "paper-tbt", rate=1.6, scale=scale)
         write_run(system, "paper-tbt", rate=4.0, scale=1.0)
+    write_run(
+        "crosspool", "paper-tbt", rate=1.6, scale=3.0, options={"lanes": 3, "lanes_of_model": 1}
+    )  # another system
+    write_run("elastic", "paper-tbt", rate=1.6, scale=2.0, options={"mps": True})
+    write_run("crosspool", "paper-tbt", rate=1.6, scale=5.0, seed=1)  # requests that elastic engines were not given
     check = {"metric": "p99_itl_ms", "model": "model-0", "rate_a_model_rps": 0.8}
     from paper_figures.records import read_records
 

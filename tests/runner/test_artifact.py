@@ -88,7 +88,6 @@ def ran(monkeypatch, tmp_path):
         monkeypatch.setattr(artifact, "LOCAL", tmp_path)
         monkeypatch.setattr(artifact, "run_child", commands.run)
         monkeypatch.setattr(artifact.Machine, "here", classmethod(lambda cls: BIG))
-        monkeypatch.setattr(artifact.doctor, "examine", list)
         return artifact.main(arguments), commands
 
     return mode
@@ -108,6 +107,31 @@ def test_different_is_said_and_is_no_failure(ran, capsys):
     status, _ = ran("smoke", different=("smoke",))
     assert status == 0
     assert "DIFFERENT (not as in the paper: claim-of-smoke)" in capsys.readouterr().out
+
+
+def test_exhibits_that_one_short_cell_cannot_fill_are_no_failure(ran, capsys, monkeypatch):
+    assert ran("smoke", failing="paper_figures")[0] == 1
+    monkeypatch.setenv("CROSSPOOL_SHORT", "1")
+    capsys.readouterr()
+    ran("smoke", failing="--experiment")
+    assert "PASS (one short cell; exhibits that need more are not drawn)" in capsys.readouterr().out
+
+
+def test_what_a_machine_cannot_run_at_all_is_one_clear_line(ran, capsys, monkeypatch):
+    lacking = dataclasses.replace(
+        BIG, findings=(artifact.doctor.Finding("torch", artifact.doctor.MISSING, "not installed"),)
+    )
+    ran("smoke", "--plan")  # sets the others up
+    monkeypatch.setattr(artifact.Machine, "here", classmethod(lambda cls: lacking))
+    capsys.readouterr()
+    assert artifact.main(["smoke"]) == 2
+    assert capsys.readouterr().err == "error: this machine cannot run the CPU backend: torch: not installed\n"
+
+
+def test_the_machine_is_looked_at_by_a_process_that_ends():
+    machine = artifact.Machine.here()
+    assert machine.cores >= 1 and machine.memory_gib > 0
+    assert {"python", "torch", "cores"} <= {finding.what for finding in machine.findings}
 
 
 def test_claims_expect_what_ran(ran):

@@ -326,6 +326,14 @@ def test_the_command_of_a_record_runs_that_cell_again(tmp_path, bench_here):
         assert status == 0 and f"done already {record.path}" in printed.out
 
 
+def test_a_run_without_requests_says_that_nothing_was_measured(tmp_path, bench_here):
+    common = ["backend=sim", *QUICK, "tracking=disabled", f"results_dir={tmp_path}/results"]
+    status, printed = bench_here(*common, "workload.rate=0.001")
+    assert status == 0 and "no request arrived, so nothing was measured" in printed.err
+    status, printed = bench_here(*common)
+    assert status == 0 and "nothing was measured" not in printed.err
+
+
 def test_a_run_whose_wandb_dies_is_done_and_says_so(tmp_path, bench_here, monkeypatch):
     import wandb
 
