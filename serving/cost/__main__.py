@@ -189,7 +189,7 @@ def _card(options: argparse.Namespace) -> int:
         for own, other, value in (
             (own, *each) for own, row in rates["interference_of"].items() for each in row.items()
         ):
-            print(f"a {own} step waits for {value:.2f} of each layer of a {other} step beside it")
+            print(f"a {own} step waits for {value:.2f} of each kernel of a {other} step beside it")
     if options.out:
         write_calibration(Path(options.out), found, rates)
         print(f"wrote {options.out}")

@@ -7,7 +7,8 @@ shares itself between them:
   keeps the part of its time that no common resource bounds (launch, latency chains); the part that memory bandwidth or
   arithmetic bounds is stretched by the total demand on that resource once it exceeds the device. On top, each further
   active engine costs every other `interference` (row-buffer and cache conflicts, blocks that wait for a free SM): a part of
-  its time or, on cards where that was measured, of the other's, layer by layer.
+  its time or, on cards where that was measured, of the other's, kernel by kernel (then what bandwidth or arithmetic would cost
+  is in it, and counts only where it is more).
 - `time_slice`: one engine at a time owns the device for a slice, in turn (separate processes without MPS; processes on
   one core). With n engines active each runs at 1/n, less the switches, and a kernel shorter than a slice waits, on
   average, for half of what the others hold.
@@ -17,6 +18,7 @@ Demands come from the cost model, never from outcomes: nothing here is tuned to 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,18 +33,19 @@ KINDS = DECODE, PROMPT = ("decode", "prompt")
 class Load:
     """A kernel, stage or step that is active now: its time alone on the device, and what it moves and computes in it. `beside_stream`
     is its slowdown beside a core that streams memory, where devices are cores that share it. It is one of :data:`KINDS`, `prompt`
-    with any row of one, and of so many `layers`, one after the other."""
+    with any row of one, and made of so many `kernels`, one after the other."""
 
     alone_s: float
     bytes: float
     flops: float
     beside_stream: float = 1.0
     kind: str = DECODE
-    layers: int = 1
+    kernels: int = 1
 
     @property
-    def layer_s(self) -> float:
-        return self.alone_s / self.layers
+    def kernel_s(self) -> float:
+        """What one of its kernels takes, in the mean."""
+        return self.alone_s / self.kernels
 
 
 @dataclass(frozen=True)
@@ -81,19 +84,22 @@ def slowdowns(
     compute = [_demand(load.flops, load.alone_s, hardware.flops(dtype)) for load in loads]
     stretch = (max(1.0, sum(bandwidth)), max(1.0, sum(compute)))
     crowds = [1.0 + _interference(place, loads, hardware, contention) for place in range(len(loads))]
-    return [crowd * _stretched(b, f, stretch) for crowd, b, f in zip(crowds, bandwidth, compute, strict=True)]
+    bounds = [_stretched(b, f, stretch) for b, f in zip(bandwidth, compute, strict=True)]
+    # Kernels that were measured waiting for each other waited for bandwidth too.
+    both = max if hardware.interference_of and contention.interference is None else operator.mul
+    return [both(crowd, bound) for crowd, bound in zip(crowds, bounds, strict=True)]
 
 
 def _interference(place: int, loads: Sequence[Load], hardware: Hardware, contention: Contention) -> float:
-    """What the others cost the load at `place` beyond bandwidth and arithmetic, as a part of its time alone. Where it was measured:
-    kernels of both come by turns, so a layer waits for a part of each other's layer, which long layers make longer."""
+    """What the others cost the load at `place`, as a part of its time alone: beyond bandwidth and arithmetic or, where it was measured,
+    in all. There kernels of both come by turns, so each waits for a part of one of each other's, which many short ones beside long ones feel most."""
     if contention.interference is not None:
         return contention.interference * (len(loads) - 1)
     own, others = loads[place], [*loads[:place], *loads[place + 1 :]]
     measured = hardware.interference_of.get(own.kind)
     if not measured:
         return hardware.interference * len(others)
-    return sum(measured[other.kind] * other.layer_s for other in others) / own.layer_s
+    return sum(measured[other.kind] * other.kernel_s for other in others) / own.kernel_s
 
 
 def _demand(amount: float, seconds: float, rate: float) -> float:

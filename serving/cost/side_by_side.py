@@ -14,6 +14,7 @@ import numpy as np
 
 from serving.cost.card_steps import DTYPE, MeasuredStep, result
 from serving.cost.contention import DECODE, KINDS, PROMPT, Contention, Load, slowdowns
+from serving.cost.engine_kernels import step_kernels
 from serving.cost.hardware import Hardware, load_hardware
 from serving.cost.operators import CostModel
 from serving.cost.stages import StageCosts
@@ -77,22 +78,22 @@ def load_of(step: MeasuredStep, hardware: Hardware) -> Load:
     """The step as contention sees it: what it moves and computes by arithmetic, in the time that it was measured to take alone."""
     costs = StageCosts(published_spec(step.model), CostModel(hardware, DTYPE))
     work = costs.mixed_step(step.batch, step.batch * step.context, [(step.rows, step.past)] * step.chunks).work
-    return Load(step.seconds, work.bytes, work.flops, kind=kind_of(step), layers=costs.spec.num_layers)
+    kernels = step_kernels(costs.spec, step.batch, [step.rows] * step.chunks)
+    return Load(step.seconds, work.bytes, work.flops, kind=kind_of(step), kernels=kernels)
 
 
 def measured_interference(card: str, pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
-    """What part of a layer of a step of one kind, by the other's kind, goes before a layer of one beside it: the median over `pairs`,
-    by kinds, of what a step loses beyond :func:`serving.cost.contention.slowdowns` without interference, over the other's layer.
-    Raises UserError where two kinds were not measured beside each other."""
-    hardware, nobody = load_hardware(card), Contention(interference=0.0)
-    beyond: dict[tuple[str, str], list[float]] = {}
+    """What part of a kernel of a step of one kind, by the other's kind, goes before a kernel of one beside it: the median over `pairs`,
+    by kinds, of what a step loses a kernel, over what a kernel of the other takes. Raises UserError where two kinds were not
+    measured beside each other."""
+    hardware = load_hardware(card)
+    parts: dict[tuple[str, str], list[float]] = {}
     for pair in pairs:
-        own, other = loads = [load_of(step, hardware) for step in (pair.own, pair.other)]
-        lost = pair.ratio / slowdowns(loads, hardware, nobody, DTYPE)[0] - 1
-        beyond.setdefault(pair.kinds, []).append(lost * own.layer_s / other.layer_s)
-    if missing := [kinds for kinds in product(KINDS, KINDS) if kinds not in beyond]:
+        own, other = (load_of(step, hardware) for step in (pair.own, pair.other))
+        parts.setdefault(pair.kinds, []).append((pair.ratio - 1) * own.kernel_s / other.kernel_s)
+    if missing := [kinds for kinds in product(KINDS, KINDS) if kinds not in parts]:
         raise UserError(f"no {missing[0][0]} step was measured beside one of {missing[0][1]}")
-    return {own: {other: max(float(np.median(beyond[own, other])), 0.0) for other in KINDS} for own in KINDS}
+    return {own: {other: max(float(np.median(parts[own, other])), 0.0) for other in KINDS} for own in KINDS}
 
 
 @dataclass(frozen=True)

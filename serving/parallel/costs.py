@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from serving.cost.contention import DECODE, PROMPT, Load
+from serving.cost.engine_kernels import step_kernels
 from serving.cost.facts import Work
 from serving.cost.operators import rounded
 from serving.cost.stages import ModelStages, Stage
@@ -135,7 +136,11 @@ class GroupCosts:
         slowed = self._beside_stream(layers * attention_s, ffns.alone_s)
         bytes_moved, flops = ffns.bytes + layers * moved, ffns.flops + layers * computed
         kind = PROMPT if any(own.chunks for own in shapes) else DECODE
-        return Load(self.step_s(shapes), bytes_moved, flops, slowed, kind, layers)
+        kernels = max(  # without exchanges, which wait more than they compute
+            (step_kernels(self._stages.spec, own.batch, [new for new, _ in own.chunks]) for own in shapes if own.rows),
+            default=1,
+        )
+        return Load(self.step_s(shapes), bytes_moved, flops, slowed, kind, kernels)
 
     def _beside_stream(self, attention_s: float, ffns_s: float) -> float:
         """Slowdown beside a streaming core of a step with so much attention and FFN."""

@@ -14,6 +14,7 @@ from serving.cost.stages import ModelStages, StageCosts
 from serving.errors import CapacityError, UserError
 from serving.interface import Device, ServedModel
 from serving.parallel.measured_costs import group_costs
+from serving.sim.card_lanes import CardLanes, CardLanesWorker
 from serving.sim.clock import VirtualClock
 from serving.sim.costs import StageTimes
 from serving.sim.groups import SimulatedGroup, SimulatedGroupWorker
@@ -54,7 +55,8 @@ class SimulatedBackend:
     ) -> None:
         self.hardware = hardware
         self.clock = VirtualClock()
-        self._pipeline = Pipeline(self.clock, compiled)
+        self._pipeline, self._compiled = Pipeline(self.clock, compiled), compiled
+        self._card_lanes: CardLanes | None = None
         self._stages_of, self._of_parts, self._prefill = stages_of, of_parts, prefill
         self._stages: dict[tuple[str, ModelSpec, str], ModelStages] = {}
         self._times: dict[tuple[ModelStages, bool], StageTimes] = {}
@@ -79,18 +81,31 @@ class SimulatedBackend:
         if isinstance(role, ModelWorkerConfig):
             behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
             here = [role.device.kind == "cuda" and worker.memory == memory for worker in behind]
+            lanes = self._lanes_on(role.device, stages) if behind else None
+            times = [self._times_of(each, any(here) and lanes is None) for each in stages]
+            if lanes is not None:
+                return CardLanesWorker(name, self.clock, role, times, behind, lanes, self._prefill, memory)
             kind = SharedCardWorker if here and all(here) else SimulatedModelWorker
-            times = [self._times_of(each, any(here)) for each in stages]
             return kind(name, self.clock, role, times, behind, self._pipeline, self._prefill, memory)
         times = [self._times_of(each) for each in stages]
         if isinstance(role, SwapWorkerConfig):
             host_cache = self._host_cache(role, times[0])
             core = self._neighbours.add(memory)
             return SimulatedSwapWorker(name, self.clock, role, times, host_cache, core, self._prefill)
-        worker = SimulatedFFNWorker(name, self.clock, role, times, self._pipeline.add_ffn(memory), memory)
+        device = (self._lanes_on(role.device, stages) or self._pipeline).add_ffn(memory)
+        worker = SimulatedFFNWorker(name, self.clock, role, times, device, memory)
         for mailbox in role.mailboxes:
             self._ffn_workers[mailbox.region.fd] = worker
         return worker
+
+    def _lanes_on(self, device: Device, stages: Sequence[ModelStages]) -> CardLanes | None:
+        """Where stages of steps in flight run on `device`, if it is known what they cost each other on such a card."""
+        waits = stages[0].hardware.interference_of if stages and device.kind == "cuda" else None
+        if not waits:
+            return None
+        if self._card_lanes is None:
+            self._card_lanes = CardLanes(self.clock, waits, self._compiled)
+        return self._card_lanes
 
     def _memory_of(self, device: Device) -> int:
         """The number of the memory that `device` draws on: a card's, or that of all cores of a host."""

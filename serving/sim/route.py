@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class Route:
-    """`kept` is where the pipeline keeps the kinds of its layers (those that go to the same devices with the same shape are of
-    one kind); `parts` is how many a layer has."""
+    """`legs` are the workers that rows of each layer go to, with the model's number there; `kept` is where a pipeline keeps the kinds
+    of its layers (those that go to the same devices with the same shape are of one kind); `parts` is how many a layer has."""
 
     def __init__(
         self, role: ModelWorkerConfig, model: int, workers: Sequence[SimulatedFFNWorker], pipeline: Pipeline
@@ -30,16 +30,20 @@ class Route:
         shapes = [(legs[layer], spec.is_dense(layer)) for layer in range(spec.num_layers)]
         firsts = {shape: layer for layer, shape in reversed(list(enumerate(shapes)))}
         numbers = {shape: number for number, shape in enumerate(firsts)}
-        self._pipeline = pipeline
-        self.kept = pipeline.keep_route([numbers[shape] for shape in shapes])
+        self._pipeline, self._kinds = pipeline, [numbers[shape] for shape in shapes]
         self.parts = max(len(one) for one in legs)
         self.row_bytes = self.parts * spec.hidden_size * element_bytes(served.dtype)
-        self._legs = [(layer, [(workers[port], index) for port, index in shape[0]]) for shape, layer in firsts.items()]
+        self.legs = [[(workers[port], index) for port, index in one] for one in legs]
+        self._firsts = tuple(firsts.values())
         self._lowered = role.mailboxes[legs[0][0][0]].bells is None
         self._inline = role.stages == 2
         self._same_node = {workers[port].node for one in legs for port, _ in one} == {role.device.node}
         self.jobs = functools.cache(self._jobs)
         self._cross_ns: dict[int, int] = {}
+
+    @functools.cached_property
+    def kept(self) -> int:
+        return self._pipeline.keep_route(self._kinds)
 
     @classmethod
     def of(
@@ -60,9 +64,9 @@ class Route:
         return self._pipeline.keep_jobs(
             [
                 (worker.device, round(worker.times[index].ffn_ns(layer, passes) * factor) + inline_ns)
-                for worker, index in legs
+                for worker, index in self.legs[layer]
             ]
-            for layer, legs in self._legs
+            for layer in self._firsts
         )
 
     def both_ways_ns(self, stages: ModelStages, rows: int) -> int:

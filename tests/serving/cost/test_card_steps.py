@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from serving.cost.calibrated import read_calibration
 from serving.cost.card_steps import KINDS, calibrate_card, fitting_half, judge, read_steps
 from serving.cost.cards import hardware_of, stages_on
 from serving.cost.contention import Contention, Load, slowdowns
+from serving.cost.engine_kernels import step_kernels
 from serving.cost.hardware import load_hardware
 from serving.cost.measured_card import CardStages, graph_rows, shipped_measured
 from serving.cost.operators import CostModel
@@ -139,8 +141,8 @@ def test_the_command_judges_and_writes_what_it_made(file, tmp_path, capsys):
 
 
 def beside_rows(beyond):
-    """Slow steps, so that bandwidth and arithmetic explain nothing, each beside each: so much of the other's time is added as
-    `beyond(own kind, other kind)` says."""
+    """Slow steps, each beside each: for each of its kernels so much of one of the other's is added as `beyond(own kind, other kind)`
+    says."""
     shapes = [(0, 0, 1, 64, 512), (0, 0, 1, 256, 512), (1, 1024, 0, 0, 0), (3, 1024, 0, 0, 0)]
     works = [dict(zip(("batch", "context", "chunks", "rows", "past"), shape, strict=True)) for shape in shapes]
     works = [{"model": MODELS[0], "side": "step", **work} for work in works]
@@ -148,9 +150,12 @@ def beside_rows(beyond):
     def kind(work):
         return "prompt" if work["chunks"] else "decode"
 
+    def kernels(work):
+        return step_kernels(published_spec(MODELS[0]), work["batch"], [work["rows"]] * work["chunks"])
+
     rows = [{**work, "beside": None, "step_ms": 1e4 * (1 + place)} for place, work in enumerate(works)]
     for (mine, own), (theirs, other) in itertools.product(enumerate(works), enumerate(works)):
-        taken = 1 + mine + (1 + theirs) * beyond(kind(own), kind(other))
+        taken = 1 + mine + (1 + theirs) * beyond(kind(own), kind(other)) * kernels(own) / kernels(other)
         rows.append({**own, "beside": other, "step_ms": 1e4 * taken})
     stage = {**works[0], "side": "ffn", "beside": None, "step_ms": 7.0}
     return [*rows, stage, {**stage, "beside": stage}, {"measured": "stages", "error": "no"}]
@@ -167,8 +172,8 @@ def test_what_steps_in_flight_cost_each_other_is_measured_by_kind(file, tmp_path
     pairs.write_text(json.dumps({"rows": beside_rows(lambda *kinds: cost[kinds])}))
     assert main(["card", str(file), "--side-by-side", str(pairs), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "| decode | prompt | held out | 2 | 1.46 | 0.0% | 0.0% |" in printed
-    assert "a prompt step waits for 0.25 of each layer of a decode step beside it" in printed
+    assert re.search(r"\| decode \| prompt \| held out \| 2 \| 1\.\d\d \| 0\.0% \| 0\.0% \| [+-]0\.0% \|", printed)
+    assert "a prompt step waits for 0.25 of each kernel of a decode step beside it" in printed
     found = read_calibration(out)
     assert found.fitted.provenance["side_by_side"] == "8 of 16 pairs of side_by_side.json"
     loads = {kind: Load(10.0, 1e6, 1e6, kind=kind) for kind in ("decode", "prompt")}
@@ -177,10 +182,15 @@ def test_what_steps_in_flight_cost_each_other_is_measured_by_kind(file, tmp_path
         assert got == pytest.approx([1 + lost, 1 + cost[other, own]])
     three = slowdowns([loads["decode"], loads["decode"], loads["prompt"]], found.hardware, Contention())
     assert three == pytest.approx([2.5, 2.5, 1.5])
-    deep = Load(30.0, 1e6, 1e6, layers=6)  # of 5 s each, where the others have one of 10 s
+    deep = Load(30.0, 1e6, 1e6, kernels=6)  # of 5 s each, where the others have one of 10 s
     unlike = slowdowns([deep, loads["prompt"]], found.hardware, Contention())
     assert unlike == pytest.approx([1 + 1.0 * 2, 1 + 0.25 / 2])
     assert slowdowns([loads["prompt"]] * 2, found.hardware, Contention(interference=0.2)) == pytest.approx([1.2, 1.2])
+    streams = Load(
+        10.0, 10.0 * found.hardware.memory_bandwidth, 0.0
+    )  # four at once take four times as long: it says more
+    assert slowdowns([streams] * 2, found.hardware, Contention()) == pytest.approx([2.0] * 2)
+    assert slowdowns([streams] * 4, found.hardware, Contention()) == pytest.approx([4.0] * 4)
 
 
 def test_a_file_without_pairs_is_told(file, tmp_path, capsys):

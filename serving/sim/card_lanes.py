@@ -1,0 +1,254 @@
+"""Lanes of steps in flight on cards whose contention was measured: a source of the clock.
+
+A lane has streams of its own for either side on every card (serving/cuda/lane.py), so nothing orders the lanes: a stage begins when
+the one before it is done, whatever else is on its card, and stages that are there at once slow each other. On cards that nobody measured
+a device does one stage at a time instead (serving/sim/pipeline.py). Steps are begun and completed here, by the policies; the events
+between are numbers that serving/sim/card_events.py works through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from serving.cost.contention import KINDS
+from serving.cost.engine_kernels import attention_kernels, ffn_kernels
+from serving.cost.stages import NOTHING, ModelStages, Stage
+from serving.scheduler import StepPlan
+from serving.sim import card_events as events
+from serving.sim.clock import VirtualClock
+from serving.sim.costs import StageTimes
+from serving.sim.route import Route
+from serving.sim.workers import SimulatedModelWorker
+from serving.spec import ModelSpec
+
+_HEAD_KERNELS = 3  # last norm, LM head, the best of each row
+_FIRST_ROOM = 256  # stages that a lane has room for at first
+
+
+class Stages(NamedTuple):
+    """The stages of a step in order: the device of each ([S], events.ON_THE_WAY for none) and its numbers ([S, events.STAGE_FIELDS])."""
+
+    devices: np.ndarray
+    numbers: np.ndarray
+
+
+class CardStep(NamedTuple):
+    """A step in one lane: what it is to whoever completes it, of which kind (an index of contention.KINDS), its stages, and the bytes
+    that cross from side to side in all of it."""
+
+    payload: object
+    kind: int
+    stages: Stages
+    crossed_bytes: int
+
+
+class CardLanes:
+    """All lanes of a backend on cards of one kind, whose kernels wait for `waits[own kind][other kind]` of each other's. Devices are
+    added before anything is submitted."""
+
+    def __init__(self, clock: VirtualClock, waits: Mapping[str, Mapping[str, float]], compiled: bool = True) -> None:
+        self._clock = clock
+        self._begin_lane, self._advance = (compiled and events.compiled()) or (events.begin, events.advance)
+        self._waits = np.array([[waits[own][other] for other in KINDS] for own in KINDS])
+        self._lanes = np.zeros((0, events.LANE_FIELDS), np.int64)
+        self._stage_devices = np.zeros((0, _FIRST_ROOM), np.int64)
+        self._stages = np.zeros((0, _FIRST_ROOM, events.STAGE_FIELDS))
+        self._places = np.ones((0, events.PLACE_FIELDS))
+        self._devices = np.zeros((0, events.DEVICE_FIELDS), np.int64)
+        self._cards = np.zeros(0, np.int64)
+        self._times = np.array([0, events.NEVER], np.int64)
+        self._attention: list[CardAttention] = []  # by lane
+        self._steps: list[CardStep | None] = []  # by lane
+        clock.attach(self)
+
+    def add_ffn(self, memory: int) -> CardDevice:
+        """A device that holds FFNs in the card of that number."""
+        self._devices = np.concatenate([self._devices, np.zeros((1, events.DEVICE_FIELDS), np.int64)])
+        self._cards = np.append(self._cards, memory)
+        return CardDevice(self, len(self._devices) - 1)
+
+    def add_attention(
+        self, begin: Callable[[], CardStep | None], complete: Callable[[object], None], lanes: int, memory: int
+    ) -> CardAttention:
+        """`begin()` gives the next step or None, and is not asked again before a sequence is submitted or a step ends;
+        `complete(payload)` takes a step that is done."""
+        first = len(self._lanes)
+        device = CardAttention(self, self.add_ffn(memory).number, begin, complete, range(first, first + lanes))
+        empty = np.zeros((lanes, events.LANE_FIELDS), np.int64)
+        empty[:, events.AT] = events.NOBODY
+        self._lanes = np.concatenate([self._lanes, empty])
+        self._places = np.concatenate([self._places, np.ones((lanes, events.PLACE_FIELDS))])
+        self._attention += [device] * lanes
+        self._steps += [None] * lanes
+        self._make_room(self._stages.shape[1])
+        return device
+
+    def next_ns(self) -> int:
+        return int(self._times[events.NEXT_NS])
+
+    def run(self, until_ns: int) -> None:
+        """Events up to `until_ns`, or until there is news for the host."""
+        while not self._clock.has_news:
+            lane = self._advance(until_ns, *self._state, self._cards, self._waits, self._times)
+            if lane == events.NOBODY:
+                return
+            self._clock.set_ns(int(self._times[events.SINCE_NS]))
+            device, step, self._steps[lane] = self._attention[lane], self._steps[lane], None
+            device.crossed_bytes += step.crossed_bytes
+            device.complete(step.payload)
+            self.fill(device)
+
+    def fill(self, device: CardAttention) -> None:
+        """Free lanes of `device` look for a step each, now."""
+        for lane in device.lanes:
+            if self._steps[lane] is None:
+                step = device.begin()
+                if step is None:
+                    return
+                self._load(lane, step)
+
+    def _load(self, lane: int, step: CardStep) -> None:
+        count = len(step.stages.devices)
+        if count > self._stages.shape[1]:
+            self._make_room(2 * count)
+        self._steps[lane] = step
+        self._lanes[lane, events.STAGES], self._lanes[lane, events.KIND] = count, step.kind
+        self._stage_devices[lane, :count], self._stages[lane, :count] = step.stages
+        self._begin_lane(lane, self._clock.now_ns(), *self._state, self._cards, self._waits, self._times)
+
+    @property
+    def _state(self) -> tuple[np.ndarray, ...]:
+        return self._lanes, self._stage_devices, self._stages, self._places, self._devices
+
+    def _make_room(self, stages: int) -> None:
+        """For every lane and for steps of so many stages."""
+        lanes, (had, room) = len(self._lanes), self._stage_devices.shape
+        grown = [np.zeros((lanes, stages), np.int64), np.zeros((lanes, stages, events.STAGE_FIELDS))]
+        for new, old in zip(grown, (self._stage_devices, self._stages), strict=True):
+            new[:had, :room] = old
+        self._stage_devices, self._stages = grown
+
+    def read(self, number: int, field: int) -> int:
+        return int(self._devices[number, field])
+
+
+@dataclass(frozen=True)
+class CardDevice:
+    """Memory on a card in which FFNs lie."""
+
+    owner: CardLanes
+    number: int
+
+    @property
+    def busy_ns(self) -> int:
+        """With a stage of one lane at least."""
+        return self.owner.read(self.number, events.BUSY_NS)
+
+    @property
+    def steps(self) -> int:
+        return self.owner.read(self.number, events.BEGUN)
+
+
+@dataclass
+class CardAttention:
+    """Memory on a card in which KV and attention lie, and the lanes of those models."""
+
+    owner: CardLanes
+    number: int
+    begin: Callable[[], CardStep | None]
+    complete: Callable[[object], None]
+    lanes: range
+    crossed_bytes: int = 0
+
+    @property
+    def busy_ns(self) -> int:
+        """With a stage of one lane at least."""
+        return self.owner.read(self.number, events.BUSY_NS)
+
+    def submit(self) -> None:
+        """A sequence was added to it now."""
+        self.owner.fill(self)
+
+
+class CardLanesWorker(SimulatedModelWorker):
+    """Drives lanes whose FFNs lie on this card and on others."""
+
+    def _add_device(self, lanes: CardLanes, memory: int) -> CardAttention:
+        self._known: dict[tuple, tuple[Stages, Stage]] = {}
+        return lanes.add_attention(self._begin, self._complete, self._role.lanes, memory)
+
+    def _step_of(self, plan: StepPlan) -> CardStep:
+        times, route = self._times[plan.model], self._routes[plan.model]
+        stages, query_lens = times.stages, plan.query_lens
+        chunks = tuple((rows, length - rows) for rows, length in zip(query_lens, plan.kv_lens, strict=True) if rows > 1)
+        batch, rows, wanted = len(query_lens) - len(chunks), sum(query_lens), len(plan.logit_rows)
+        key = (plan.model, batch, tuple(new for new, _ in chunks), wanted)
+        if key not in self._known:
+            self._known[key] = self._frame(times, route, batch, chunks, wanted)
+        frame, own = self._known[key]
+        context = sum(length for one, length in zip(query_lens, plan.kv_lens, strict=True) if one == 1)
+        attention = stages.mixed_attention(batch, context, chunks)
+        numbers = frame.numbers.copy()
+        numbers[own] = _numbers(stages, attention, _attention_kernels(stages.spec, batch, chunks))
+        numbers[own[0], events.ALONE_NS] += times.embedding_ns(rows)
+        crossed = 0 if route is None else stages.spec.num_layers * 2 * rows * route.row_bytes
+        return CardStep((plan, wanted), int(bool(chunks)), Stages(frame.devices, numbers), crossed)
+
+    def _frame(
+        self, times: StageTimes, route: Route | None, batch: int, chunks: Chunks, wanted: int
+    ) -> tuple[Stages, np.ndarray]:
+        """What steps of such rows share: their stages, with room for attention, and which of them that is."""
+        stages, mine = times.stages, self._device.number
+        passes = times.passes((1,) * batch + tuple(new for new, _ in chunks))
+        row_counts = _rows_of_parts(batch, chunks)
+        cross_ns = 0 if route is None else route.both_ways_ns(stages, sum(row_counts)) // 2
+        way = (events.ON_THE_WAY, np.array([float(cross_ns), 1.0, 0.0, 0.0]))
+        room = (mine, np.zeros(events.STAGE_FIELDS))
+        found: list[tuple[int, np.ndarray]] = []
+        own: list[int] = []
+        for layer in range(stages.spec.num_layers):
+            device, there = (mine, times) if route is None else self._ffn_place(route, layer)
+            ffn = sum((there.stages.ffn(layer, each) for each in passes), NOTHING)
+            kernels = sum(ffn_kernels(stages.spec, layer, rows) for rows in row_counts)
+            own.append(len(found))
+            ways = [way] if cross_ns else []
+            found += [room, *ways, (device, _numbers(there.stages, ffn, kernels)), *ways]
+        if wanted and (head := _numbers(stages, stages.head(wanted), _HEAD_KERNELS))[events.ALONE_NS]:
+            found.append((mine, head))
+        devices, numbers = zip(*found, strict=True)
+        return Stages(np.array(devices, np.int64), np.array(numbers)), np.array(own)
+
+    @staticmethod
+    def _ffn_place(route: Route, layer: int) -> tuple[int, StageTimes]:
+        """On which device the FFN of `layer` lies, whole, and what it takes there."""
+        ((worker, index),) = route.legs[layer]
+        return worker.device.number, worker.times[index]
+
+
+Chunks = tuple[tuple[int, int], ...]
+"""Of each prompt in a step: its new rows, and the tokens that are there already."""
+
+
+def _rows_of_parts(batch: int, chunks: Chunks) -> list[int]:
+    """Rows of each part of a step that goes through the layers by itself (:mod:`serving.part_shapes`)."""
+    first, others = chunks[:1], chunks[1:]
+    return [batch + sum(new for new, _ in first), *(new for new, _ in others)]
+
+
+def _attention_kernels(spec: ModelSpec, batch: int, chunks: Chunks) -> int:
+    """Of one layer, of all parts of a step."""
+    first = attention_kernels(spec, batch > 0, bool(chunks))
+    return first + len(chunks[1:]) * attention_kernels(spec, decode=False, chunk=True)
+
+
+def _numbers(stages: ModelStages, stage: Stage, kernels: int) -> np.ndarray:
+    """A stage as the event loop knows it ([events.STAGE_FIELDS])."""
+    seconds, hardware = stages.launched_s(stage), stages.hardware
+    work = stage.work
+    bandwidth = min(work.bytes / (seconds * hardware.memory_bandwidth), 1.0) if seconds else 0.0
+    compute = min(work.flops / (seconds * hardware.flops(stages.dtype)), 1.0) if seconds else 0.0
+    return np.array([seconds * 1e9, seconds * 1e9 / kernels, bandwidth, compute])
