@@ -123,7 +123,11 @@ def _hardware(options: argparse.Namespace) -> int:
         return 0
     card = load_hardware(options.name)
     for name in NUMBERS:
-        print(f"{name:<24} {getattr(card, name):<14.6g} {card.sources[name]}")
+        if name in card.sources:
+            print(f"{name:<24} {getattr(card, name):<14.6g} {card.sources[name]}")
+    for own, parts in card.interference_of.items():
+        for other, part in parts.items():
+            print(f"{f'{own} beside {other}':<24} {part:<14.6g} {card.sources['interference_of']}")
     return 0
 
 

@@ -22,18 +22,17 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serving.cost.hardware import Hardware
+from serving.cost.hardware import DECODE, Hardware
 from serving.errors import UserError
 
 MODES = ("share", "time_slice")
-KINDS = DECODE, PROMPT = ("decode", "prompt")
 
 
 @dataclass(frozen=True)
 class Load:
     """A kernel, stage or step that is active now: its time alone on the device, and what it moves and computes in it. `beside_stream`
-    is its slowdown beside a core that streams memory, where devices are cores that share it. It is one of :data:`KINDS`, `prompt`
-    with any row of one, and made of so many `kernels`, one after the other."""
+    is its slowdown beside a core that streams memory, where devices are cores that share it. It is one of
+    :data:`serving.cost.hardware.KINDS`, and made of so many `kernels`, one after the other."""
 
     alone_s: float
     bytes: float

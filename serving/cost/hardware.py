@@ -20,6 +20,7 @@ import yaml
 from serving.errors import CapacityError, UserError
 from serving.interface import Device
 
+KINDS = DECODE, PROMPT = ("decode", "prompt")  # of steps, `prompt` with any row of one
 HARDWARE_DIRECTORY = Path(__file__).resolve().parents[2] / "conf" / "hardware"
 
 
@@ -54,14 +55,15 @@ class Hardware:
     crossing_lowered_s: float  # one boundary crossing, flag included, when the two sides find each other
     crossing_eager_s: float  # the same issued by each side's host
     relay_s: float  # what a third party adds when it relays a step
-    interference: float  # of its time, what each further engine costs every other beyond bandwidth and arithmetic
     page_bytes: int
     page_create_s: float
     page_map_s: float
     page_access_s: float
     page_unmap_s: float
     sources: Mapping[str, str] = field(repr=False, default_factory=dict)
-    # Where it was measured, and of a part of the other's layer instead, by kinds (serving/cost/contention.py): own, then the other's.
+    # What each further engine costs every other (serving/cost/contention.py). Of cores a part of its own time, beyond bandwidth and
+    # arithmetic; of cards parts of kernels, by kinds: own, then the other's.
+    interference: float = 0.0
     interference_of: Mapping[str, Mapping[str, float]] = field(repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,8 +75,13 @@ class Hardware:
             value = getattr(self, name)
             if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
                 raise UserError(f"hardware {self.name}: {name} is {value}, it must be positive")
-            if not self.sources.get(name):
+            if value and not self.sources.get(name):
                 raise UserError(f"hardware {self.name}: {name} has no entry under sources")
+        known = {own: set(others) for own, others in self.interference_of.items()}
+        if known != ({own: set(KINDS) for own in KINDS} if self.kind == "cuda" else {}):
+            raise UserError(
+                f"hardware {self.name}: interference_of needs {' and '.join(KINDS)} of each, for cards only"
+            )
 
     def flops(self, dtype: str) -> float:
         """Peak FLOP/s of matrix products in `dtype`."""
@@ -113,9 +120,11 @@ def load_hardware(name: str) -> Hardware:
 
 def hardware_from_mapping(values: Mapping[str, Any]) -> Hardware:
     """A card from the parsed YAML (or a resolved Hydra node). Raises :class:`UserError` naming the wrong key."""
-    names = {f.name for f in dataclasses.fields(Hardware)} - {"interference_of"}  # of calibrations only
-    label = values.get("name", "?")
-    missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
+    label, names = values.get("name", "?"), {f.name for f in dataclasses.fields(Hardware)}
+    foreign = {"cuda": {"interference"}, "cpu": {"interference_of"}}.get(values.get("kind"))
+    if foreign is None:
+        raise UserError(f"hardware {label}: kind {values.get('kind')!r} is not one of: cuda, cpu")
+    missing, unknown = sorted(names - foreign - set(values)), sorted(set(values) - (names - foreign))
     if missing or unknown:
         raise UserError(f"hardware {label}: missing keys {missing}, unknown keys {unknown}")
     converted = {key: _number(label, key, value) if key in NUMBERS else value for key, value in values.items()}

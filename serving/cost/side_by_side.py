@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from serving.cost.card_steps import DTYPE, MeasuredStep, result
-from serving.cost.contention import DECODE, KINDS, PROMPT, Contention, Load, slowdowns
+from serving.cost.contention import Contention, Load, slowdowns
 from serving.cost.engine_kernels import step_kernels
-from serving.cost.hardware import Hardware, load_hardware
+from serving.cost.hardware import DECODE, KINDS, PROMPT, Hardware, load_hardware
 from serving.cost.operators import CostModel
 from serving.cost.stages import StageCosts
 from serving.cost.table1 import published_spec

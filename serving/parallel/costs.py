@@ -6,9 +6,10 @@ import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from serving.cost.contention import DECODE, PROMPT, Load
+from serving.cost.contention import Load
 from serving.cost.engine_kernels import step_kernels
 from serving.cost.facts import Work
+from serving.cost.hardware import DECODE, PROMPT
 from serving.cost.operators import rounded
 from serving.cost.stages import ModelStages, Stage
 from serving.parallel.group import GroupPlan

@@ -22,7 +22,6 @@ from serving.sim.host_cache import SimulatedHostCache
 from serving.sim.neighbours import Neighbours
 from serving.sim.pipeline import Pipeline
 from serving.sim.shared import Crowd, SharedDevice
-from serving.sim.shared_card import SharedCardWorker
 from serving.sim.swapping import SimulatedSwapWorker
 from serving.sim.uncoordinated import UncoordinatedGroup
 from serving.sim.workers import SimulatedFFNWorker, SimulatedModelWorker, SimulatedWorker
@@ -59,7 +58,7 @@ class SimulatedBackend:
         self._card_lanes: CardLanes | None = None
         self._stages_of, self._of_parts, self._prefill = stages_of, of_parts, prefill
         self._stages: dict[tuple[str, ModelSpec, str], ModelStages] = {}
-        self._times: dict[tuple[ModelStages, bool], StageTimes] = {}
+        self._times: dict[ModelStages, StageTimes] = {}
         self._memories: dict[tuple[object, ...], int] = {}  # by the place of the devices that draw on it
         self._ffn_workers: dict[int, SimulatedFFNWorker] = {}  # by the mailbox both ends share
         self._groups: dict[int, SimulatedGroup] = {}  # by the exchange that all ranks share
@@ -80,31 +79,26 @@ class SimulatedBackend:
         memory, stages = self._memory_of(role.device), [self._stages_for(m, role.device) for m in self._as_held(role)]
         if isinstance(role, ModelWorkerConfig):
             behind = [self._ffn_workers[mailbox.region.fd] for mailbox in role.mailboxes]
-            here = [role.device.kind == "cuda" and worker.memory == memory for worker in behind]
-            lanes = self._lanes_on(role.device, stages) if behind else None
-            times = [self._times_of(each, any(here) and lanes is None) for each in stages]
-            if lanes is not None:
+            times = [self._times_of(each) for each in stages]
+            if behind and role.device.kind == "cuda":
+                lanes = self._lanes_on_cards(stages)
                 return CardLanesWorker(name, self.clock, role, times, behind, lanes, self._prefill, memory)
-            kind = SharedCardWorker if here and all(here) else SimulatedModelWorker
-            return kind(name, self.clock, role, times, behind, self._pipeline, self._prefill, memory)
+            return SimulatedModelWorker(name, self.clock, role, times, behind, self._pipeline, self._prefill, memory)
         times = [self._times_of(each) for each in stages]
         if isinstance(role, SwapWorkerConfig):
             host_cache = self._host_cache(role, times[0])
             core = self._neighbours.add(memory)
             return SimulatedSwapWorker(name, self.clock, role, times, host_cache, core, self._prefill)
-        device = (self._lanes_on(role.device, stages) or self._pipeline).add_ffn(memory)
+        device = (self._lanes_on_cards(stages) if role.device.kind == "cuda" else self._pipeline).add_ffn(memory)
         worker = SimulatedFFNWorker(name, self.clock, role, times, device, memory)
         for mailbox in role.mailboxes:
             self._ffn_workers[mailbox.region.fd] = worker
         return worker
 
-    def _lanes_on(self, device: Device, stages: Sequence[ModelStages]) -> CardLanes | None:
-        """Where stages of steps in flight run on `device`, if it is known what they cost each other on such a card."""
-        waits = stages[0].hardware.interference_of if stages and device.kind == "cuda" else None
-        if not waits:
-            return None
+    def _lanes_on_cards(self, stages: Sequence[ModelStages]) -> CardLanes:
+        """Where stages of steps in flight run on cards, with what they cost each other on the first card that is asked for."""
         if self._card_lanes is None:
-            self._card_lanes = CardLanes(self.clock, waits, self._compiled)
+            self._card_lanes = CardLanes(self.clock, stages[0].hardware.interference_of, self._compiled)
         return self._card_lanes
 
     def _memory_of(self, device: Device) -> int:
@@ -175,11 +169,10 @@ class SimulatedBackend:
             self._stages[key] = self._stages_of(model, device)
         return self._stages[key]
 
-    def _times_of(self, stages: ModelStages, shares_card: bool = False) -> StageTimes:
-        key = stages, shares_card
-        if key not in self._times:
-            self._times[key] = StageTimes(stages, shares_card)
-        return self._times[key]
+    def _times_of(self, stages: ModelStages) -> StageTimes:
+        if stages not in self._times:
+            self._times[stages] = StageTimes(stages)
+        return self._times[stages]
 
 
 def simulate_card(card: str, compiled: bool = True, prefill: bool = True) -> SimulatedBackend:

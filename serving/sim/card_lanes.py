@@ -1,8 +1,8 @@
-"""Lanes of steps in flight on cards whose contention was measured: a source of the clock.
+"""Lanes of steps in flight on cards: a source of the clock.
 
 A lane has streams of its own for either side on every card (serving/cuda/lane.py), so nothing orders the lanes: a stage begins when
-the one before it is done, whatever else is on its card, and stages that are there at once slow each other. On cards that nobody measured
-a device does one stage at a time instead (serving/sim/pipeline.py). Steps are begun and completed here, by the policies; the events
+the one before it is done, whatever else is on its card, and stages that are there at once slow each other. A core does one stage at a
+time instead (serving/sim/pipeline.py). Steps are begun and completed here, by the policies; the events
 between are numbers that serving/sim/card_events.py works through.
 """
 
@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from serving.cost.contention import KINDS
 from serving.cost.engine_kernels import attention_kernels, ffn_kernels
+from serving.cost.hardware import KINDS
 from serving.cost.stages import NOTHING, ModelStages, Stage
 from serving.scheduler import StepPlan
 from serving.sim import card_events as events
@@ -30,9 +30,9 @@ _FIRST_ROOM = 256  # stages that a lane has room for at first
 
 
 class Stages(NamedTuple):
-    """The stages of a step in order: the device of each ([S], events.ON_THE_WAY for none) and its numbers ([S, events.STAGE_FIELDS])."""
+    """The stages of a step in order: the place of each ([S], events.ON_THE_WAY for none) and its numbers ([S, events.STAGE_FIELDS])."""
 
-    devices: np.ndarray
+    places: np.ndarray
     numbers: np.ndarray
 
 
@@ -47,19 +47,21 @@ class CardStep(NamedTuple):
 
 
 class CardLanes:
-    """All lanes of a backend on cards of one kind, whose kernels wait for `waits[own kind][other kind]` of each other's. Devices are
-    added before anything is submitted."""
+    """All lanes of a backend on cards, whose kernels wait for `waits[own kind][other kind]` of each other's. Devices are added before
+    anything is submitted."""
 
     def __init__(self, clock: VirtualClock, waits: Mapping[str, Mapping[str, float]], compiled: bool = True) -> None:
         self._clock = clock
         self._begin_lane, self._advance = (compiled and events.compiled()) or (events.begin, events.advance)
         self._waits = np.array([[waits[own][other] for other in KINDS] for own in KINDS])
         self._lanes = np.zeros((0, events.LANE_FIELDS), np.int64)
-        self._stage_devices = np.zeros((0, _FIRST_ROOM), np.int64)
+        self._stage_places = np.zeros((0, _FIRST_ROOM), np.int64)
         self._stages = np.zeros((0, _FIRST_ROOM, events.STAGE_FIELDS))
-        self._places = np.ones((0, events.PLACE_FIELDS))
+        self._progress = np.ones((0, events.PROGRESS_FIELDS))
         self._devices = np.zeros((0, events.DEVICE_FIELDS), np.int64)
-        self._cards = np.zeros(0, np.int64)
+        self._known_places: dict[tuple[int, ...], int] = {}
+        self._places = np.zeros((0, events.PLACE_FIELDS), np.int64)
+        self._listed = np.zeros(0, np.int64)  # devices of all places
         self._times = np.array([0, events.NEVER], np.int64)
         self._attention: list[CardAttention] = []  # by lane
         self._steps: list[CardStep | None] = []  # by lane
@@ -67,8 +69,9 @@ class CardLanes:
 
     def add_ffn(self, memory: int) -> CardDevice:
         """A device that holds FFNs in the card of that number."""
-        self._devices = np.concatenate([self._devices, np.zeros((1, events.DEVICE_FIELDS), np.int64)])
-        self._cards = np.append(self._cards, memory)
+        device = np.zeros((1, events.DEVICE_FIELDS), np.int64)
+        device[0, events.CARD] = memory
+        self._devices = np.concatenate([self._devices, device])
         return CardDevice(self, len(self._devices) - 1)
 
     def add_attention(
@@ -81,11 +84,19 @@ class CardLanes:
         empty = np.zeros((lanes, events.LANE_FIELDS), np.int64)
         empty[:, events.AT] = events.NOBODY
         self._lanes = np.concatenate([self._lanes, empty])
-        self._places = np.concatenate([self._places, np.ones((lanes, events.PLACE_FIELDS))])
+        self._progress = np.concatenate([self._progress, np.ones((lanes, events.PROGRESS_FIELDS))])
         self._attention += [device] * lanes
         self._steps += [None] * lanes
         self._make_room(self._stages.shape[1])
         return device
+
+    def place(self, *devices: int) -> int:
+        """The number of the place that is all of `devices` at once."""
+        if devices not in self._known_places:
+            self._known_places[devices] = len(self._places)
+            self._places = np.concatenate([self._places, [[len(self._listed), len(devices)]]])
+            self._listed = np.concatenate([self._listed, np.array(devices, np.int64)])
+        return self._known_places[devices]
 
     def next_ns(self) -> int:
         return int(self._times[events.NEXT_NS])
@@ -93,7 +104,7 @@ class CardLanes:
     def run(self, until_ns: int) -> None:
         """Events up to `until_ns`, or until there is news for the host."""
         while not self._clock.has_news:
-            lane = self._advance(until_ns, *self._state, self._cards, self._waits, self._times)
+            lane = self._advance(until_ns, *self._state)
             if lane == events.NOBODY:
                 return
             self._clock.set_ns(int(self._times[events.SINCE_NS]))
@@ -112,28 +123,36 @@ class CardLanes:
                 self._load(lane, step)
 
     def _load(self, lane: int, step: CardStep) -> None:
-        count = len(step.stages.devices)
+        count = len(step.stages.places)
         if count > self._stages.shape[1]:
             self._make_room(2 * count)
         self._steps[lane] = step
         self._lanes[lane, events.STAGES], self._lanes[lane, events.KIND] = count, step.kind
-        self._stage_devices[lane, :count], self._stages[lane, :count] = step.stages
-        self._begin_lane(lane, self._clock.now_ns(), *self._state, self._cards, self._waits, self._times)
+        self._stage_places[lane, :count], self._stages[lane, :count] = step.stages
+        self._begin_lane(lane, self._clock.now_ns(), *self._state)
 
     @property
     def _state(self) -> tuple[np.ndarray, ...]:
-        return self._lanes, self._stage_devices, self._stages, self._places, self._devices
+        where = self._places, self._listed, self._devices
+        return self._lanes, self._stage_places, self._stages, self._progress, *where, self._waits, self._times
 
     def _make_room(self, stages: int) -> None:
         """For every lane and for steps of so many stages."""
-        lanes, (had, room) = len(self._lanes), self._stage_devices.shape
+        lanes, (had, room) = len(self._lanes), self._stage_places.shape
         grown = [np.zeros((lanes, stages), np.int64), np.zeros((lanes, stages, events.STAGE_FIELDS))]
-        for new, old in zip(grown, (self._stage_devices, self._stages), strict=True):
+        for new, old in zip(grown, (self._stage_places, self._stages), strict=True):
             new[:had, :room] = old
-        self._stage_devices, self._stages = grown
+        self._stage_places, self._stages = grown
 
-    def read(self, number: int, field: int) -> int:
-        return int(self._devices[number, field])
+    def busy_ns(self, number: int) -> int:
+        """For how long a stage of one lane at least was on the device of that number."""
+        device = self._devices[number]
+        running_ns = self._times[events.SINCE_NS] - device[events.BUSY_SINCE_NS] if device[events.HERE] else 0
+        return int(device[events.BUSY_NS] + running_ns)
+
+    def begun(self, number: int) -> int:
+        """How many stages began there."""
+        return int(self._devices[number, events.BEGUN])
 
 
 @dataclass(frozen=True)
@@ -146,11 +165,11 @@ class CardDevice:
     @property
     def busy_ns(self) -> int:
         """With a stage of one lane at least."""
-        return self.owner.read(self.number, events.BUSY_NS)
+        return self.owner.busy_ns(self.number)
 
     @property
     def steps(self) -> int:
-        return self.owner.read(self.number, events.BEGUN)
+        return self.owner.begun(self.number)
 
 
 @dataclass
@@ -167,7 +186,7 @@ class CardAttention:
     @property
     def busy_ns(self) -> int:
         """With a stage of one lane at least."""
-        return self.owner.read(self.number, events.BUSY_NS)
+        return self.owner.busy_ns(self.number)
 
     def submit(self) -> None:
         """A sequence was added to it now."""
@@ -178,7 +197,8 @@ class CardLanesWorker(SimulatedModelWorker):
     """Drives lanes whose FFNs lie on this card and on others."""
 
     def _add_device(self, lanes: CardLanes, memory: int) -> CardAttention:
-        self._known: dict[tuple, tuple[Stages, Stage]] = {}
+        self._known: dict[tuple, tuple[Stages, np.ndarray]] = {}
+        self._card_lanes = lanes
         return lanes.add_attention(self._begin, self._complete, self._role.lanes, memory)
 
     def _step_of(self, plan: StepPlan) -> CardStep:
@@ -195,38 +215,43 @@ class CardLanesWorker(SimulatedModelWorker):
         numbers = frame.numbers.copy()
         numbers[own] = _numbers(stages, attention, _attention_kernels(stages.spec, batch, chunks))
         numbers[own[0], events.ALONE_NS] += times.embedding_ns(rows)
+        if route is not None:
+            numbers[own[1:], events.ALONE_NS] += times.sum_ns(rows, route.parts)
         crossed = 0 if route is None else stages.spec.num_layers * 2 * rows * route.row_bytes
-        return CardStep((plan, wanted), int(bool(chunks)), Stages(frame.devices, numbers), crossed)
+        return CardStep((plan, wanted), int(bool(chunks)), Stages(frame.places, numbers), crossed)
 
     def _frame(
         self, times: StageTimes, route: Route | None, batch: int, chunks: Chunks, wanted: int
     ) -> tuple[Stages, np.ndarray]:
         """What steps of such rows share: their stages, with room for attention, and which of them that is."""
-        stages, mine = times.stages, self._device.number
+        stages, mine = times.stages, self._card_lanes.place(self._device.number)
         passes = times.passes((1,) * batch + tuple(new for new, _ in chunks))
         row_counts = _rows_of_parts(batch, chunks)
-        cross_ns = 0 if route is None else route.both_ways_ns(stages, sum(row_counts)) // 2
-        way = (events.ON_THE_WAY, np.array([float(cross_ns), 1.0, 0.0, 0.0]))
+        rows = sum(row_counts)
+        cross_ns = 0 if route is None else route.both_ways_ns(stages, rows) // 2
+        ways = [(events.ON_THE_WAY, np.array([float(cross_ns), 1.0, 0.0, 0.0]))] if cross_ns else []
         room = (mine, np.zeros(events.STAGE_FIELDS))
         found: list[tuple[int, np.ndarray]] = []
         own: list[int] = []
         for layer in range(stages.spec.num_layers):
-            device, there = (mine, times) if route is None else self._ffn_place(route, layer)
-            ffn = sum((there.stages.ffn(layer, each) for each in passes), NOTHING)
+            place, parts = (mine, [times.stages]) if route is None else self._ffn_parts(route, layer)
             kernels = sum(ffn_kernels(stages.spec, layer, rows) for rows in row_counts)
+            parts = [_numbers(part, _ffn(part, layer, passes), kernels) for part in parts]
             own.append(len(found))
-            ways = [way] if cross_ns else []
-            found += [room, *ways, (device, _numbers(there.stages, ffn, kernels)), *ways]
-        if wanted and (head := _numbers(stages, stages.head(wanted), _HEAD_KERNELS))[events.ALONE_NS]:
+            found += [room, *ways, (place, max(parts, key=lambda part: part[events.ALONE_NS])), *ways]
+        head = _numbers(stages, stages.head(wanted) if wanted else NOTHING, _HEAD_KERNELS)
+        head[events.ALONE_NS] += times.sum_ns(rows, route.parts) if route is not None else 0
+        if head[events.ALONE_NS]:
+            head[events.KERNEL_NS] = max(head[events.KERNEL_NS], 1.0)
             found.append((mine, head))
-        devices, numbers = zip(*found, strict=True)
-        return Stages(np.array(devices, np.int64), np.array(numbers)), np.array(own)
+        places, numbers = zip(*found, strict=True)
+        return Stages(np.array(places, np.int64), np.array(numbers)), np.array(own)
 
-    @staticmethod
-    def _ffn_place(route: Route, layer: int) -> tuple[int, StageTimes]:
-        """On which device the FFN of `layer` lies, whole, and what it takes there."""
-        ((worker, index),) = route.legs[layer]
-        return worker.device.number, worker.times[index]
+    def _ffn_parts(self, route: Route, layer: int) -> tuple[int, list[ModelStages]]:
+        """Where the FFN of `layer` lies, and what its parts there cost."""
+        legs = route.legs[layer]
+        place = self._card_lanes.place(*(worker.device.number for worker, _ in legs))
+        return place, [worker.times[index].stages for worker, index in legs]
 
 
 Chunks = tuple[tuple[int, int], ...]
@@ -237,6 +262,11 @@ def _rows_of_parts(batch: int, chunks: Chunks) -> list[int]:
     """Rows of each part of a step that goes through the layers by itself (:mod:`serving.part_shapes`)."""
     first, others = chunks[:1], chunks[1:]
     return [batch + sum(new for new, _ in first), *(new for new, _ in others)]
+
+
+def _ffn(stages: ModelStages, layer: int, passes: tuple[int, ...]) -> Stage:
+    """One layer's FFN, of all passes of a step."""
+    return sum((stages.ffn(layer, each) for each in passes), NOTHING)
 
 
 def _attention_kernels(spec: ModelSpec, batch: int, chunks: Chunks) -> int:

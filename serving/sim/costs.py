@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from serving.cost.contention import Contention, Load, slowdowns
 from serving.cost.operators import rounded
 from serving.cost.stages import ModelStages, Stage
 
@@ -38,11 +37,10 @@ def drawn_factor(spread: Sequence[float], generator: random.Random) -> float:
 
 
 class StageTimes:
-    """Nanoseconds of the stages of one model on one device. Where both pools share a card (`shares_card`), stages of the two
-    sides run at once there and slow each other as kernels of two engines do (`share`, serving/cost/contention.py)."""
+    """Nanoseconds of the stages of one model on one device."""
 
-    def __init__(self, stages: ModelStages, shares_card: bool = False) -> None:
-        self.stages, self.spread, self._shares_card = stages, stages.spread, shares_card
+    def __init__(self, stages: ModelStages) -> None:
+        self.stages, self.spread = stages, stages.spread
         self.attention_beside = self._neighbourly("stage_decode", stages.attention)
         last = stages.spec.num_layers - 1
         self.ffn_beside = self._neighbourly("stage_routed", lambda rows, _: stages.ffn(last, rows))
@@ -96,12 +94,7 @@ class StageTimes:
     def _neighbourly(self, operator: str, stage_of: Callable[[int, int], Stage]) -> Neighbourly:
         hardware = self.stages.hardware
         bandwidth = hardware.memory_bandwidth
-        if self._shares_card:
-            own = stage_of(1, 64).load()
-            stream = Load(own.alone_s, own.alone_s * bandwidth, 0.0)  # as long: stages of both sides follow each other
-            beside = slowdowns([own, stream], hardware, Contention(), self.stages.dtype)[0]
-        else:
-            beside = self.stages.beside_stream(operator)
+        beside = self.stages.beside_stream(operator)
         if beside <= 1.0:
             return ALONE
         stage = stage_of(1, 64)

@@ -21,7 +21,8 @@ def test_the_required_cards_are_known():
 def test_every_number_has_a_source(name):
     card = load_hardware(name)
     assert card.name == name
-    assert all(card.sources[number] for number in NUMBERS)
+    assert all(card.sources[number] for number in NUMBERS if number != "interference")
+    assert card.sources["interference_of" if card.kind == "cuda" else "interference"]
 
 
 def test_an_unknown_card_lists_the_known_ones():
@@ -50,6 +51,11 @@ def test_only_memory_and_bandwidth_tell_the_two_a100s_apart():
         ({"memory_bandwidth": "fast"}, "memory_bandwidth is 'fast', a number is needed"),
         ({"memory_bandwidth": -1.0}, "memory_bandwidth is -1.0, it must be positive"),
         ({"kind": "tpu"}, "kind 'tpu' is not one of: cuda, cpu"),
+        (
+            {"interference_of": {"decode": {"decode": 0.5}}},
+            "interference_of needs decode and prompt of each, for cards only",
+        ),
+        ({"kind": "cpu"}, "missing keys \\['interference'\\], unknown keys \\['interference_of'\\]"),
         ({"colour": "green"}, "unknown keys \\['colour'\\]"),
     ],
 )

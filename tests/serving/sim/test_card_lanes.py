@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from runner.replay import Replay
 from serving import registry
-from serving.cost.contention import DECODE, PROMPT
+from serving.cost.hardware import DECODE, PROMPT
 from serving.cost.table1 import published_spec
 from serving.interface import Cluster, Demand, Device, ServedModel
 from serving.sim import card_events
@@ -30,15 +30,16 @@ GIB = 1 << 30
 
 
 def step(*stages, kind=0, payload=None):
-    """`stages` of (device, nanoseconds alone, kernels), drawing nothing of a card's bandwidth."""
-    devices = np.array([device for device, _, _ in stages], np.int64)
+    """`stages` of (place, nanoseconds alone, kernels), drawing nothing of a card's bandwidth."""
+    places = np.array([place for place, _, _ in stages], np.int64)
     numbers = np.array([[alone_ns, alone_ns / kernels, 0.0, 0.0] for _, alone_ns, kernels in stages], float)
-    return CardStep(payload, kind, Stages(devices, numbers), crossed_bytes=7)
+    return CardStep(payload, kind, Stages(places, numbers), crossed_bytes=7)
 
 
 def ends_of(steps, cards, lanes=None, waits=WAITS, compiled=False, looks=()):
     """When each of `steps` ends that all begin at 0 (in as many lanes, or one after the other), on devices of the `cards` of these
-    numbers; the clock is also stopped at every time in `looks`."""
+    numbers, each a place of its own, and the next place is the first and the last at once; the clock is also stopped at every time in
+    `looks`."""
     clock, waiting, ended = VirtualClock(), list(enumerate(steps)), {}
     system = CardLanes(clock, waits, compiled)
 
@@ -53,6 +54,8 @@ def ends_of(steps, cards, lanes=None, waits=WAITS, compiled=False, looks=()):
     )
     for card in cards[1:]:
         system.add_ffn(card)
+    assert [system.place(device) for device in range(len(cards))] == list(range(len(cards)))
+    system.place(0, len(cards) - 1)
     attention.submit()
     for at_ns in looks:
         clock.sleep(max(at_ns - clock.now_ns(), 0) / 1e9)
@@ -78,6 +81,16 @@ def test_a_kernel_waits_for_a_part_of_one_of_each_stage_on_its_card():
     assert ends[0] == 2250 + (1000 - 2250 / 3)
 
 
+def test_a_stage_on_several_cards_goes_on_as_on_the_one_where_it_fares_worst():
+    both, first, last = step((2, 1000, 1)), step((0, 100, 1)), step((1, 2000, 1))
+    assert ends_of([both, last], (0, 1))[0] == [2000, 2000 + (2000 - 2000 / 1.25)]
+    assert ends_of([both, first, last], (0, 1))[0] == [
+        2000,
+        600,
+        2400,
+    ]  # as beside the last alone: it is slowed by more there
+
+
 def test_kinds_wait_differently():
     ends, _ = ends_of([step((0, 1000, 1), kind=0), step((0, 1000, 1), kind=1)], (0,))
     assert ends[1] == 1250  # a prompt beside decode
@@ -97,7 +110,7 @@ def test_a_step_that_waits_for_a_lane_begins_when_one_is_free():
 some_steps = st.lists(
     st.builds(
         lambda stages, kind: step(*stages, kind=kind),
-        st.lists(st.tuples(st.integers(-1, 2), st.integers(1, 5000), st.integers(1, 20)), min_size=1, max_size=12),
+        st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 5000), st.integers(1, 20)), min_size=1, max_size=12),
         st.integers(0, 1),
     ),
     min_size=1,

@@ -46,11 +46,11 @@ def test_steps_stretch_each_other_only_while_both_run():
 
 def test_a_group_is_as_slow_as_on_its_worst_device():
     clock, both = crowd("a", "b")
-    ended = {}
+    ended, long = {}, Load(0.1, 0.1 * A100.memory_bandwidth, 0.0, kernels=50)
     both.start(BOUND, ["a", "b"], lambda: ended.setdefault("wide", clock.now_ns() / 1e9))
-    both.start(Load(0.1, 0.1 * A100.memory_bandwidth, 0.0), ["b"], lambda: ended.setdefault("b", clock.now_ns() / 1e9))
+    both.start(long, ["b"], lambda: ended.setdefault("b", clock.now_ns() / 1e9))
     clock.sleep(1)
-    assert ended["wide"] == pytest.approx(0.010 * slowdowns([BOUND, BOUND], A100, Contention())[0], rel=1e-6)
+    assert ended["wide"] == pytest.approx(0.010 * slowdowns([BOUND, long], A100, Contention())[0], rel=1e-6)
 
 
 def test_steps_on_other_cores_slow_each_other_by_what_each_draws_and_those_on_one_core_draw_in_turn():
