@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kernels.native.layout import packed_as_read
 from serving.checkpoints import open_checkpoint
 from serving.checkpoints.make import make_checkpoint
 from serving.layers.attention_half import AttentionHalf
@@ -93,10 +94,14 @@ def test_bfloat16_stays_near_float32(architecture, tiny_checkpoints):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_halves_hold_exactly_the_bytes_that_plans_charge(architecture, dtype, tiny_checkpoints):
+def test_halves_hold_the_bytes_that_plans_charge(architecture, dtype, tiny_checkpoints):
+    """Exactly, where oneDNN packs in the blocks that plans reckon with; in narrower ones (bfloat16 with AMX) they hold less."""
     model = Model(tiny_checkpoints[architecture], dtype)
-    assert tensor_bytes(model.attention) - rotary_bytes(model) == model.attention.weight_bytes
-    assert tensor_bytes(model.ffn) == model.ffn.weight_bytes
+    held = tensor_bytes(model.attention) - rotary_bytes(model), tensor_bytes(model.ffn)
+    charged = model.attention.weight_bytes, model.ffn.weight_bytes
+    if packed_as_read(dtype):
+        assert held == charged
+    assert all(0.8 * most < own <= most for own, most in zip(held, charged, strict=True))
 
 
 def test_tied_heads_use_the_embedding(tmp_path):
