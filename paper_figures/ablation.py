@@ -21,7 +21,7 @@ class Ablation(TableExhibit):
     paper = "Table 3"
 
     def select(self, runs: Sequence[Run]) -> list[Run]:
-        mine = [run for run in runs if run.system == "crosspool" and {"lanes", "control"} <= _options(run).keys()]
+        mine = [run for run in runs if run.system == "crosspool" and {"lanes", "control"} <= run.options.keys()]
         if len({_cell(run) for run in mine if run.ok}) < 2:
             raise NothingToDraw("ablation: needs crosspool runs with different `lanes` or `control` options")
         return max((members for _, members in panels(mine, most=10**6)), key=len)
@@ -36,12 +36,8 @@ class Ablation(TableExhibit):
         return pd.DataFrame(_row(cell, cells[cell], means[cell], base, stated.get(cell, {})) for cell in cells)
 
 
-def _options(run: Run) -> dict:
-    return (run.config.get("system") or {}).get("options") or {}
-
-
 def _cell(run: Run) -> tuple[int, bool]:
-    return int(_options(run)["lanes"]), _options(run)["control"] == "lowered"
+    return int(run.options["lanes"]), run.options["control"] == "lowered"
 
 
 def _row(cell: tuple[int, bool], runs: list[Run], mean: stats.Interval, base, stated: dict) -> dict[str, object]:

@@ -179,8 +179,7 @@ def _mean(runs: Sequence[Run], metric: str) -> float:
 
 
 def _has(run: Run, lanes: int, control: str) -> bool:
-    options = run.config["system"]["options"]
-    return options.get("lanes") == lanes and options.get("control") == control
+    return run.options.get("lanes") == lanes and run.options.get("control") == control
 
 
 CHECKS: dict[str, Callable[..., Measured]] = {

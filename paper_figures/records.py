@@ -51,7 +51,12 @@ class Run:
     @property
     def named(self) -> str:
         """What the system goes by with the options of this run."""
-        return named(self.system, (self.config.get("system") or {}).get("options") or {})
+        return named(self.system, self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the system; none where the record tells none."""
+        return (self.config.get("system") or {}).get("options") or {}
 
     @property
     def backend(self) -> str:

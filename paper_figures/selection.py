@@ -49,11 +49,9 @@ def differing(configs: Sequence[dict[str, Any]]) -> list[str]:
 def variants(runs: Sequence[Run], without: Iterable[str] = ()) -> dict[str, str]:
     """run id -> the system's name (:attr:`Run.named`), with the options that tell it from other runs of the
     same name where any but those `without` do."""
-    options = {run.run_id: (run.config.get("system") or {}).get("options") or {} for run in runs}
-    names = {run.run_id: run.named for run in runs}
     labels = {}
-    for name in set(names.values()):
-        same = {run_id: flatten(options[run_id]) for run_id, own in names.items() if own == name}
+    for name in {run.named for run in runs}:
+        same = {run.run_id: flatten(run.options) for run in runs if run.named == name}
         keys = [key for key in differing(list(same.values())) if key not in without]
         for run_id, values in same.items():
             told = ", ".join(f"{key} {values.get(key)}" for key in keys)

@@ -87,4 +87,4 @@ def _pairs(runs: Sequence[Run], sides: tuple[str, str]) -> dict[str, tuple[list[
 
 
 def _options(run: Run) -> dict[str, object]:
-    return flatten((run.config.get("system") or {}).get("options") or {})
+    return flatten(run.options)

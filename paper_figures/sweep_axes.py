@@ -44,7 +44,7 @@ def skew(run: Run) -> float | None:
 def places(run: Run) -> int | None:
     """Sequences of one model that can be in steps at once: those of a batch, times the batches that a model may have in flight.
     None where a model has replicas, whose number is the placement's."""
-    options = (run.config.get("system") or {}).get("options") or {}
+    options = run.options
     most, lanes = options.get("max_batch"), options.get("lanes", 1)
     return None if most is None or options.get("groups") else most * (options.get("lanes_of_model") or lanes)
 

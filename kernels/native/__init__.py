@@ -6,8 +6,8 @@ read once and in order) 80 to 95 %. A whole FFN in one call also leaves no Pytho
 
 The weights stay in oneDNN's layout, so that bfloat16 products of many rows, and all where this does not serve, go on using
 its kernels: `[N/64][K][64]` in float32, `[N/64][K/2][64][2]` in bfloat16. :func:`available` packs a matrix and looks; where the
-layout is another one (a machine without AVX-512, and with AMX in bfloat16), everything here is left alone. The tile is LLVM code by way of Numba. One
-thread, and the interpreter lock is released.
+layout is another one (a machine without AVX-512, and with AMX in bfloat16), everything here is left alone. The tile is LLVM
+code by way of Numba. One thread, and the interpreter lock is released.
 Without Numba, too, everything here is left alone.
 """
 

@@ -79,8 +79,8 @@ def slowdowns(
         return [1.0] * len(loads)
     if contention.mode == "time_slice":
         return [_time_slice(len(loads), contention)] * len(loads)
-    bandwidth = [_demand(load.bytes, load.alone_s, hardware.memory_bandwidth) for load in loads]
-    compute = [_demand(load.flops, load.alone_s, hardware.flops(dtype)) for load in loads]
+    bandwidth = [demand(load.bytes, load.alone_s, hardware.memory_bandwidth) for load in loads]
+    compute = [demand(load.flops, load.alone_s, hardware.flops(dtype)) for load in loads]
     stretch = (max(1.0, sum(bandwidth)), max(1.0, sum(compute)))
     crowds = [1.0 + _interference(place, loads, hardware, contention) for place in range(len(loads))]
     bounds = [_stretched(b, f, stretch) for b, f in zip(bandwidth, compute, strict=True)]
@@ -91,7 +91,8 @@ def slowdowns(
 
 def _interference(place: int, loads: Sequence[Load], hardware: Hardware, contention: Contention) -> float:
     """What the others cost the load at `place`, as a part of its time alone: beyond bandwidth and arithmetic or, where it was measured,
-    in all. There kernels of both come by turns, so each waits for a part of one of each other's, which many short ones beside long ones feel most."""
+    in all. There kernels of both come by turns, so each waits for a part of one of each other's, which many short ones beside long
+    ones feel most."""
     if contention.interference is not None:
         return contention.interference * (len(loads) - 1)
     own, others = loads[place], [*loads[:place], *loads[place + 1 :]]
@@ -101,7 +102,7 @@ def _interference(place: int, loads: Sequence[Load], hardware: Hardware, content
     return sum(measured[other.kind] * other.kernel_s for other in others) / own.kernel_s
 
 
-def _demand(amount: float, seconds: float, rate: float) -> float:
+def demand(amount: float, seconds: float, rate: float) -> float:
     """Share of a resource that a load takes when alone, 0..1."""
     return min(1.0, amount / (seconds * rate)) if seconds > 0 else 0.0
 
@@ -128,7 +129,7 @@ def host_bandwidth_slowdowns(loads: Sequence[Load], hardware: Hardware) -> list[
         return [1.0] * len(loads)
     rates = [load.bytes / load.alone_s if load.alone_s > 0 else 0.0 for load in loads]
     stretch = max(1.0, sum(rates) / hardware.shared_memory_bandwidth)
-    shares = [_demand(load.bytes, load.alone_s, hardware.memory_bandwidth) for load in loads]
+    shares = [demand(load.bytes, load.alone_s, hardware.memory_bandwidth) for load in loads]
     return [1.0 + share * (stretch - 1.0) for share in shares]
 
 
@@ -137,5 +138,5 @@ def neighbour_slowdown(beside_stream: float, neighbours: Sequence[Load], hardwar
 
     In proportion to the bandwidth that the neighbours draw; a streaming core draws all that one core can.
     """
-    drawn = sum(_demand(load.bytes, load.alone_s, hardware.memory_bandwidth) for load in neighbours)
+    drawn = sum(demand(load.bytes, load.alone_s, hardware.memory_bandwidth) for load in neighbours)
     return 1.0 + (beside_stream - 1.0) * drawn

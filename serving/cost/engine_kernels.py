@@ -40,13 +40,14 @@ def ffn_kernels(spec: ModelSpec, layer: int, rows: int) -> int:
     return (_ROUTED_FEW if few else _ROUTED_MANY) + shared
 
 
+def layer_kernels(spec: ModelSpec, layer: int, batch: int, chunk_rows: Sequence[int]) -> tuple[int, int]:
+    """Of the attention and the FFN half of one layer in a step that decodes `batch` sequences and takes in a chunk of each of several
+    prompts: decode rows go with the first chunk, each other chunk by itself (:mod:`serving.part_shapes`)."""
+    parts = [(batch, sum(chunk_rows[:1])), *((0, rows) for rows in chunk_rows[1:])]
+    attention = sum(attention_kernels(spec, decode > 0, chunk > 0) for decode, chunk in parts)
+    return attention, sum(ffn_kernels(spec, layer, decode + chunk) for decode, chunk in parts)
+
+
 def step_kernels(spec: ModelSpec, batch: int, chunk_rows: Sequence[int]) -> int:
-    """Of all layers of a step that decodes `batch` sequences and takes in a chunk of each of several prompts: decode rows go with
-    the first chunk, each other chunk by itself (:mod:`serving.part_shapes`)."""
-    parts = [(batch, *chunk_rows[:1]), *((0, rows) for rows in chunk_rows[1:])]
-    count = 0
-    for decode, *chunk in parts:
-        rows = decode + sum(chunk)
-        count += spec.num_layers * attention_kernels(spec, decode > 0, bool(chunk))
-        count += sum(ffn_kernels(spec, layer, rows) for layer in range(spec.num_layers))
-    return count
+    """Of all layers of such a step."""
+    return sum(sum(layer_kernels(spec, layer, batch, chunk_rows)) for layer in range(spec.num_layers))

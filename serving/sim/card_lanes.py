@@ -14,16 +14,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from serving.cost.engine_kernels import attention_kernels, ffn_kernels
+from serving.cost.contention import demand
+from serving.cost.engine_kernels import layer_kernels
 from serving.cost.hardware import KINDS
 from serving.cost.stages import NOTHING, ModelStages, Stage
+from serving.parallel.costs import StepShape
 from serving.scheduler import StepPlan
 from serving.sim import card_events as events
 from serving.sim.clock import VirtualClock
 from serving.sim.costs import StageTimes
 from serving.sim.route import Route
 from serving.sim.workers import SimulatedModelWorker
-from serving.spec import ModelSpec
 
 _HEAD_KERNELS = 3  # last norm, LM head, the best of each row
 _FIRST_ROOM = 256  # stages that a lane has room for at first
@@ -37,7 +38,7 @@ class Stages(NamedTuple):
 
 
 class CardStep(NamedTuple):
-    """A step in one lane: what it is to whoever completes it, of which kind (an index of contention.KINDS), its stages, and the bytes
+    """A step in one lane: what it is to whoever completes it, of which kind (an index of hardware.KINDS), its stages, and the bytes
     that cross from side to side in all of it."""
 
     payload: object
@@ -197,45 +198,41 @@ class CardLanesWorker(SimulatedModelWorker):
     """Drives lanes whose FFNs lie on this card and on others."""
 
     def _add_device(self, lanes: CardLanes, memory: int) -> CardAttention:
-        self._known: dict[tuple, tuple[Stages, np.ndarray]] = {}
+        self._known: dict[tuple, tuple[Stages, np.ndarray, int]] = {}
         self._card_lanes = lanes
         return lanes.add_attention(self._begin, self._complete, self._role.lanes, memory)
 
     def _step_of(self, plan: StepPlan) -> CardStep:
         times, route = self._times[plan.model], self._routes[plan.model]
-        stages, query_lens = times.stages, plan.query_lens
-        chunks = tuple((rows, length - rows) for rows, length in zip(query_lens, plan.kv_lens, strict=True) if rows > 1)
-        batch, rows, wanted = len(query_lens) - len(chunks), sum(query_lens), len(plan.logit_rows)
-        key = (plan.model, batch, tuple(new for new, _ in chunks), wanted)
+        stages, shape, wanted = times.stages, StepShape.of(plan.query_lens, plan.kv_lens), len(plan.logit_rows)
+        chunk_rows = tuple(new for new, _ in shape.chunks)
+        key = (plan.model, shape.batch, chunk_rows, wanted)
         if key not in self._known:
-            self._known[key] = self._frame(times, route, batch, chunks, wanted)
-        frame, own = self._known[key]
-        context = sum(length for one, length in zip(query_lens, plan.kv_lens, strict=True) if one == 1)
-        attention = stages.mixed_attention(batch, context, chunks)
+            self._known[key] = self._frame(times, route, shape.batch, chunk_rows, wanted)
+        frame, own, kernels = self._known[key]
+        attention = stages.mixed_attention(shape.batch, shape.context_tokens, shape.chunks)
         numbers = frame.numbers.copy()
-        numbers[own] = _numbers(stages, attention, _attention_kernels(stages.spec, batch, chunks))
-        numbers[own[0], events.ALONE_NS] += times.embedding_ns(rows)
+        numbers[own] = _numbers(stages, attention, kernels)
+        numbers[own[0], events.ALONE_NS] += times.embedding_ns(shape.rows)
         if route is not None:
-            numbers[own[1:], events.ALONE_NS] += times.sum_ns(rows, route.parts)
-        crossed = 0 if route is None else stages.spec.num_layers * 2 * rows * route.row_bytes
-        return CardStep((plan, wanted), int(bool(chunks)), Stages(frame.places, numbers), crossed)
+            numbers[own[1:], events.ALONE_NS] += times.sum_ns(shape.rows, route.parts)
+        crossed = 0 if route is None else stages.spec.num_layers * 2 * shape.rows * route.row_bytes
+        return CardStep((plan, wanted), int(bool(chunk_rows)), Stages(frame.places, numbers), crossed)
 
     def _frame(
-        self, times: StageTimes, route: Route | None, batch: int, chunks: Chunks, wanted: int
-    ) -> tuple[Stages, np.ndarray]:
-        """What steps of such rows share: their stages, with room for attention, and which of them that is."""
+        self, times: StageTimes, route: Route | None, batch: int, chunk_rows: tuple[int, ...], wanted: int
+    ) -> tuple[Stages, np.ndarray, int]:
+        """What steps of such rows share: their stages, with room for attention, which of them that is, and its kernels."""
         stages, mine = times.stages, self._card_lanes.place(self._device.number)
-        passes = times.passes((1,) * batch + tuple(new for new, _ in chunks))
-        row_counts = _rows_of_parts(batch, chunks)
-        rows = sum(row_counts)
-        cross_ns = 0 if route is None else route.both_ways_ns(stages, rows) // 2
+        passes, rows = stages.passes(batch, chunk_rows), batch + sum(chunk_rows)
+        cross_ns = 0 if route is None else route.one_way_ns(stages, rows)
         ways = [(events.ON_THE_WAY, np.array([float(cross_ns), 1.0, 0.0, 0.0]))] if cross_ns else []
         room = (mine, np.zeros(events.STAGE_FIELDS))
         found: list[tuple[int, np.ndarray]] = []
         own: list[int] = []
         for layer in range(stages.spec.num_layers):
             place, parts = (mine, [times.stages]) if route is None else self._ffn_parts(route, layer)
-            kernels = sum(ffn_kernels(stages.spec, layer, rows) for rows in row_counts)
+            attention_kernels, kernels = layer_kernels(stages.spec, layer, batch, chunk_rows)
             parts = [_numbers(part, _ffn(part, layer, passes), kernels) for part in parts]
             own.append(len(found))
             found += [room, *ways, (place, max(parts, key=lambda part: part[events.ALONE_NS])), *ways]
@@ -245,7 +242,7 @@ class CardLanesWorker(SimulatedModelWorker):
             head[events.KERNEL_NS] = max(head[events.KERNEL_NS], 1.0)
             found.append((mine, head))
         places, numbers = zip(*found, strict=True)
-        return Stages(np.array(places, np.int64), np.array(numbers)), np.array(own)
+        return Stages(np.array(places, np.int64), np.array(numbers)), np.array(own), attention_kernels
 
     def _ffn_parts(self, route: Route, layer: int) -> tuple[int, list[ModelStages]]:
         """Where the FFN of `layer` lies, and what its parts there cost."""
@@ -254,31 +251,14 @@ class CardLanesWorker(SimulatedModelWorker):
         return place, [worker.times[index].stages for worker, index in legs]
 
 
-Chunks = tuple[tuple[int, int], ...]
-"""Of each prompt in a step: its new rows, and the tokens that are there already."""
-
-
-def _rows_of_parts(batch: int, chunks: Chunks) -> list[int]:
-    """Rows of each part of a step that goes through the layers by itself (:mod:`serving.part_shapes`)."""
-    first, others = chunks[:1], chunks[1:]
-    return [batch + sum(new for new, _ in first), *(new for new, _ in others)]
-
-
 def _ffn(stages: ModelStages, layer: int, passes: tuple[int, ...]) -> Stage:
     """One layer's FFN, of all passes of a step."""
     return sum((stages.ffn(layer, each) for each in passes), NOTHING)
 
 
-def _attention_kernels(spec: ModelSpec, batch: int, chunks: Chunks) -> int:
-    """Of one layer, of all parts of a step."""
-    first = attention_kernels(spec, batch > 0, bool(chunks))
-    return first + len(chunks[1:]) * attention_kernels(spec, decode=False, chunk=True)
-
-
 def _numbers(stages: ModelStages, stage: Stage, kernels: int) -> np.ndarray:
     """A stage as the event loop knows it ([events.STAGE_FIELDS])."""
     seconds, hardware = stages.launched_s(stage), stages.hardware
-    work = stage.work
-    bandwidth = min(work.bytes / (seconds * hardware.memory_bandwidth), 1.0) if seconds else 0.0
-    compute = min(work.flops / (seconds * hardware.flops(stages.dtype)), 1.0) if seconds else 0.0
+    bandwidth = demand(stage.work.bytes, seconds, hardware.memory_bandwidth)
+    compute = demand(stage.work.flops, seconds, hardware.flops(stages.dtype))
     return np.array([seconds * 1e9, seconds * 1e9 / kernels, bandwidth, compute])

@@ -16,8 +16,8 @@ from serving.cost.stages import ModelStages, Stage
 
 @dataclass(frozen=True, slots=True)
 class Neighbourly:
-    """How a stage gets along with others on memory that devices share (cores of one host, pools on one card): `beside` is its
-    slowdown beside a neighbour that streams, `draws` the share of a core's or card's bandwidth that it takes itself."""
+    """How a stage gets along with others on memory that devices share (cores of one host): `beside` is its
+    slowdown beside a neighbour that streams, `draws` the share of a core's bandwidth that it takes itself."""
 
     beside: float = 1.0
     draws: float = 0.0

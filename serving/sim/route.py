@@ -55,7 +55,7 @@ class Route:
 
     def inline_ns(self, stages: ModelStages, rows: int) -> int:
         """For how long a device is held up by rows that leave it: while they do, unless transfers are stages of their own."""
-        return self._one_way_ns(stages, rows) if self._inline else 0
+        return self.one_way_ns(stages, rows) if self._inline else 0
 
     def _jobs(self, stages: ModelStages, rows: int, passes: tuple[int, ...], factor: float) -> int:
         """Where the pipeline keeps, by kind of layer, the devices and their nanoseconds for so many rows in so many passes,
@@ -69,15 +69,11 @@ class Route:
             for layer in self._firsts
         )
 
-    def both_ways_ns(self, stages: ModelStages, rows: int) -> int:
-        """What the rows of a layer take on their way there and back, whatever else goes on meanwhile."""
-        return 2 * self._one_way_ns(stages, rows)
-
     def cross_ns(self, stages: ModelStages, rows: int) -> int:
         """How long rows are on their way, one way, beside what the devices do."""
-        return 0 if self._inline else self._one_way_ns(stages, rows)
+        return 0 if self._inline else self.one_way_ns(stages, rows)
 
-    def _one_way_ns(self, stages: ModelStages, rows: int) -> int:
+    def one_way_ns(self, stages: ModelStages, rows: int) -> int:
         """The parts' rows share the attention device's link, so the last of them is there after all of them."""
         if rows not in self._cross_ns:
             cost = crossing(stages.hardware, rows * self.row_bytes, self._lowered, self._same_node)
